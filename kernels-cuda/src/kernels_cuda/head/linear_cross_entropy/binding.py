@@ -1,0 +1,213 @@
+"""The op for torch: schemas, the loop over chunks, shapes for tracing, gradients.
+
+Matrix products are torch's; what lies between them is compiled (op.cpp, op.cu). A chunk's logits turn into their gradient in
+place, and both products that need it follow at once, so logits are computed once and live briefly.
+
+N rows, D hidden width, V vocabulary; R rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels_cuda import check, choice
+
+OP = "head/linear_cross_entropy"
+
+# Size of a product on its way into the float32 sum. Small enough to stay in a CPU's last cache, large enough that threads
+# seldom wait for one another: on a busy machine 2 MiB cost twice the time of 8.
+SLICE_BYTES = {"cpu": 2**23, "cuda": 2**26}
+
+# emulated: the same functions from the CUDA sources run on the CPU
+for _library in ("head", "head_emulated"):
+    torch.library.define(
+        f"{_library}::softmax_gradient_",
+        "(Tensor(a!) logits, Tensor labels, Tensor? weights, Tensor(b!) losses, int ignore_index, bool gradient) -> ()",
+    )
+    torch.library.define(f"{_library}::add_split_", "(Tensor(a!) high, Tensor(b!) low, Tensor part) -> ()")
+    torch.library.define(f"{_library}::round_split_", "(Tensor(a!) high, Tensor low) -> ()")
+
+
+@torch.library.custom_op("head::linear_cross_entropy", mutates_args=())
+def total(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    weights: Tensor | None,
+    ignore_index: int,
+    hidden_gradient: bool,
+    weight_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Summed loss, losses of the rows before weighting, and the gradients asked for (the others are empty)."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _total(hidden, weight, labels, weights, ignore_index, hidden_gradient, weight_gradient)
+
+
+def _total(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    weights_N: Tensor | None,
+    ignore_index: int,
+    hidden_gradient: bool,
+    weight_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kernels = getattr(torch.ops, choice.library(OP, hidden_ND.device.type))
+    (num_rows, width), vocabulary = hidden_ND.shape, weight_VD.shape[0]
+    labels_N = labels_N.long()
+    losses_N = hidden_ND.new_zeros(num_rows, dtype=torch.promote_types(hidden_ND.dtype, torch.float32))
+    grad_hidden_ND = hidden_ND.new_zeros(hidden_ND.shape if hidden_gradient else 0)
+    grad_weight_VD = weight_VD.new_zeros(weight_VD.shape if weight_gradient else 0)
+    # sums of many chunks need float32: a bfloat16 gradient gets a second half for the lower bits until the loop is over
+    split = weight_gradient and weight_VD.dtype == torch.bfloat16
+    lower_VD = weight_VD.new_zeros(weight_VD.shape, dtype=torch.int16) if split else None
+
+    rows_N = _rows_with_target(labels_N, vocabulary, ignore_index)
+    # a chunk's logits then take at most half the memory of the weight's gradient, whatever the vocabulary
+    size = max(256, width // 2)
+    buffer_RV = hidden_ND.new_empty(min(size, len(rows_N)), vocabulary)
+    for rows_R in rows_N.split(size):
+        logits_RV = buffer_RV[: len(rows_R)]
+        hidden_RD = hidden_ND.index_select(0, rows_R)
+        torch.mm(hidden_RD, weight_VD.t(), out=logits_RV)
+        losses_R = losses_N.new_empty(len(rows_R))
+        weights_R = None if weights_N is None else weights_N.index_select(0, rows_R)
+        gradient = hidden_gradient or weight_gradient
+        kernels.softmax_gradient_(logits_RV, labels_N.index_select(0, rows_R), weights_R, losses_R, ignore_index, gradient)
+        losses_N.index_copy_(0, rows_R, losses_R)
+        if hidden_gradient:
+            grad_hidden_ND.index_copy_(0, rows_R, torch.mm(logits_RV, weight_VD))
+        if lower_VD is not None:
+            _add_product(kernels, grad_weight_VD, lower_VD, logits_RV, hidden_RD)
+        elif weight_gradient:
+            grad_weight_VD.addmm_(logits_RV.t(), hidden_RD)
+    if lower_VD is not None:
+        kernels.round_split_(grad_weight_VD, lower_VD)
+    loss = losses_N.sum() if weights_N is None else (losses_N * weights_N).sum()
+    return loss, losses_N, grad_hidden_ND, grad_weight_VD
+
+
+def _rows_with_target(labels_N: Tensor, vocabulary: int, ignore_index: int) -> Tensor:
+    """Numbers of the rows that count. On a GPU all rows, since finding out would wait for the device."""
+    if labels_N.device.type != "cpu":
+        return torch.arange(len(labels_N), device=labels_N.device)
+    counts_N = labels_N != ignore_index
+    outside_N = counts_N & ((labels_N < 0) | (labels_N >= vocabulary))
+    if outside_N.any():
+        row = int(outside_N.nonzero()[0])
+        check.fail(
+            "labels",
+            f"{int(labels_N[row])} in row {row}",
+            f"is outside the vocabulary of {vocabulary}",
+            f"use 0 to {vocabulary - 1}, or {ignore_index} to ignore a row",
+        )
+    return counts_N.nonzero().squeeze(1)
+
+
+def _add_product(kernels: Any, high_VD: Tensor, low_VD: Tensor, gradient_RV: Tensor, hidden_RD: Tensor) -> None:
+    """(high, low) += gradient.T @ hidden, in slices of the vocabulary."""
+    vocabulary, width = high_VD.shape
+    size = max(1, SLICE_BYTES[high_VD.device.type] // (2 * max(width, 1)))
+    for start in range(0, vocabulary, size):
+        part = torch.mm(gradient_RV[:, start : start + size].t(), hidden_RD)
+        kernels.add_split_(high_VD[start : start + size], low_VD[start : start + size], part)
+
+
+@total.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    weights: Tensor | None,
+    ignore_index: int,
+    hidden_gradient: bool,
+    weight_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    losses = hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
+    grad_hidden = hidden.new_empty(hidden.shape if hidden_gradient else 0)
+    grad_weight = weight.new_empty(weight.shape if weight_gradient else 0)
+    return losses.new_empty(()), losses, grad_hidden, grad_weight
+
+
+@register_flop_formula(torch.ops.head.linear_cross_entropy)
+def _(
+    hidden: tuple[int, int],
+    weight: tuple[int, int],
+    labels: Any,
+    weights: Any,
+    ignore_index: int,
+    hidden_gradient: bool,
+    weight_gradient: bool,
+    **_: Any,
+) -> int:
+    """From shapes: one product, and one for each gradient."""
+    return 2 * hidden[0] * hidden[1] * weight[0] * (1 + hidden_gradient + weight_gradient)
+
+
+def _save_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+
+
+def _backward_total(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    _refuse_second_derivative()
+    losses_N, grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
+    hidden, weight, _, weights, *_ = ctx.needs_input_grad
+    if gradient is None:
+        return (None,) * 7
+    return (
+        grad_hidden_ND * gradient if hidden else None,
+        grad_weight_VD * gradient if weight else None,
+        None,
+        losses_N * gradient if weights else None,
+        None,
+        None,
+        None,
+    )
+
+
+total.register_autograd(_backward_total, setup_context=_save_total)
+
+
+@torch.library.custom_op("head::linear_cross_entropy_rows", mutates_args=())
+def rows(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """The loss of each row. Backward knows the gradient of each row and is `total` with these as weights."""
+    losses: Tensor = total(hidden, weight, labels, None, ignore_index, False, False)[1]
+    return losses
+
+
+@rows.register_fake
+def _(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
+
+
+@register_flop_formula(torch.ops.head.linear_cross_entropy_rows)
+def _(hidden: tuple[int, int], weight: tuple[int, int], labels: Any, ignore_index: int, **_: Any) -> int:
+    return 2 * hidden[0] * hidden[1] * weight[0]
+
+
+def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.ignore_index = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_rows(ctx: Any, gradient_N: Tensor) -> tuple[Tensor | None, ...]:
+    _refuse_second_derivative()
+    hidden, weight, *_ = ctx.needs_input_grad
+    _, _, grad_hidden_ND, grad_weight_VD = total(*ctx.saved_tensors, gradient_N.contiguous(), ctx.ignore_index, hidden, weight)
+    return grad_hidden_ND if hidden else None, grad_weight_VD if weight else None, None, None
+
+
+rows.register_autograd(_backward_rows, setup_context=_save_rows)
+
+
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "linear_cross_entropy: create_graph=True is wrong because the op has no second derivative; use kernels_cuda.use('reference')"
+        )

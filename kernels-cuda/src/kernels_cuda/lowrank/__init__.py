@@ -1,0 +1,8 @@
+"""Optimizer steps in little memory: moments as 8-bit codes, and updates in a low-rank space."""
+
+from kernels_cuda.lowrank.adam8bit_step_ import adam8bit_step_
+from kernels_cuda.lowrank.adam_step_ import adam_step_
+from kernels_cuda.lowrank.dequantize_blockwise import dequantize_blockwise
+from kernels_cuda.lowrank.quantize_blockwise import quantize_blockwise
+
+__all__ = ["adam8bit_step_", "adam_step_", "dequantize_blockwise", "quantize_blockwise"]

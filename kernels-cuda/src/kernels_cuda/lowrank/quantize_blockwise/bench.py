@@ -1,0 +1,25 @@
+"""Shapes to time, and what they are compared with."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from kernels_cuda.bench import Shape
+from kernels_cuda.lowrank.quantize_blockwise import quantize_blockwise, reference
+from kernels_cuda.lowrank.quantize_blockwise.cases import make
+
+SIZE = 2048
+SHAPES = [
+    Shape(
+        name=f"{SIZE} x {SIZE}",
+        dtype=torch.float32,
+        make=partial(make, torch.float32, SIZE, SIZE),
+        function=quantize_blockwise,
+        baseline=reference.quantize_blockwise,
+        baseline_name="plain PyTorch",
+        flops=0,
+        bytes=SIZE * SIZE * 5,
+    )
+]

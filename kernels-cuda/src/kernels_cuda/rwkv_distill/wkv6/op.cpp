@@ -1,0 +1,86 @@
+#include "../../include/registration.h"
+#include "op.h"
+
+#if !defined(KERNELS_CUDA_BUILD_CUDA) && !defined(KERNELS_CUDA_BUILD_EMULATED)
+#define KERNELS_TWIN "../rwkv_distill/wkv6/twin.h"
+#include "../../include/cpu_levels.h"
+
+namespace kernels {
+namespace {
+
+// The function for one head of one sequence, of the size at hand, by all threads.
+template <class Function, class... Arguments>
+void each_head(const Wkv6& in, Function of_32, Function of_64, Function of_128, Arguments... arguments) {
+  const Function function = in.size == 32 ? of_32 : in.size == 64 ? of_64 : of_128;
+  torch::stable::parallel_for(0, in.sequences.count * in.sequences.heads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) function(in, i / in.sequences.heads, i % in.sequences.heads, arguments...);
+  });
+}
+
+}  // namespace
+
+void wkv6_forward(const Wkv6& in, const float* initial, void* y, float* final, float* kept, void*) {
+  each_head(in, LEVEL_CALL(forward_head<32>), LEVEL_CALL(forward_head<64>), LEVEL_CALL(forward_head<128>), initial, y, final, kept);
+}
+
+void wkv6_backward(const Wkv6& in, const float* kept, const void* dy, const float* dfinal, float*, const Wkv6Gradients& out, void*) {
+  each_head(in, LEVEL_CALL(backward_head<32>), LEVEL_CALL(backward_head<64>), LEVEL_CALL(backward_head<128>), kept, dy, dfinal, out);
+}
+
+void wkv6_step(const Wkv6& in, float* state, void* y, void*) {
+  each_head(in, LEVEL_CALL(step_head<32>), LEVEL_CALL(step_head<64>), LEVEL_CALL(step_head<128>), state, y);
+}
+
+}  // namespace kernels
+#endif
+
+namespace kernels {
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+Wkv6 inputs(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u, const Optional& mask,
+            const Optional& starts) {
+  Sequences sequences{};
+  // [B, H, N] is one token of each sequence, [B, T, H, N] are T
+  const bool one = r.dim() == 3;
+  sequences.length = one ? 1 : r.size(1);
+  sequences.heads = r.size(one ? 1 : 2);
+  sequences.tokens = r.size(0) * sequences.length;
+  sequences.count = starts ? starts->numel() - 1 : r.size(0);
+  sequences.starts = pointer_to<int32_t>(starts);
+  sequences.mask = pointer_to<bool>(mask);
+  return {sequences, float_type(r), r.size(one ? 2 : 3), r.data_ptr(), k.data_ptr(), v.data_ptr(), w.data_ptr(), u.data_ptr()};
+}
+
+float* pointer_or_null(const Tensor& tensor) { return tensor.numel() ? pointer_to<float>(tensor) : nullptr; }
+
+void forward_op(const Tensor r, const Tensor k, const Tensor v, const Tensor w, const Tensor u, const Optional initial, const Optional mask,
+                const Optional starts, Tensor y, Tensor final, Tensor kept) {
+  const Stream stream(r);
+  wkv6_forward(inputs(r, k, v, w, u, mask, starts), pointer_to<float>(initial), y.data_ptr(), pointer_or_null(final), pointer_or_null(kept),
+               stream.handle);
+}
+
+void backward_op(const Tensor r, const Tensor k, const Tensor v, const Tensor w, const Tensor u, const Optional mask, const Optional starts,
+                 const Tensor kept, const Tensor dy, const Optional dfinal, Tensor history, Tensor dr, Tensor dk, Tensor dv, Tensor dw,
+                 Tensor du, Tensor dinitial) {
+  const Stream stream(r);
+  const Wkv6Gradients out = {dr.data_ptr(), dk.data_ptr(), dv.data_ptr(), dw.data_ptr(), pointer_to<float>(du), pointer_or_null(dinitial)};
+  wkv6_backward(inputs(r, k, v, w, u, mask, starts), pointer_to<float>(kept), dy.data_ptr(), pointer_to<float>(dfinal),
+                pointer_or_null(history), out, stream.handle);
+}
+
+void step_op(const Tensor r, const Tensor k, const Tensor v, const Tensor w, const Tensor u, Tensor state, Tensor y) {
+  const Stream stream(r);
+  wkv6_step(inputs(r, k, v, w, u, {}, {}), pointer_to<float>(state), y.data_ptr(), stream.handle);
+}
+
+}  // namespace
+}  // namespace kernels
+
+KERNELS_LIBRARY(rwkv_distill, library) {
+  library.impl("wkv6_forward_", TORCH_BOX(&kernels::forward_op));
+  library.impl("wkv6_backward_", TORCH_BOX(&kernels::backward_op));
+  library.impl("wkv6_step_", TORCH_BOX(&kernels::step_op));
+}

@@ -1,0 +1,107 @@
+"""The recurrence of RWKV-7: a state that decays, forgets along one direction and learns along another at every token.
+
+B batch, T time, H heads, N head size, Q packed sequences.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels_cuda import check, choice
+from kernels_cuda.rwkv_distill.sequences import check_inputs, check_no_gradient, check_sequences, check_state
+from kernels_cuda.rwkv_distill.wkv7 import binding, reference
+
+__all__ = ["wkv7", "wkv7_step"]
+
+
+def wkv7(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    output_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Outputs [B, T, H, N] of the recurrence, and the state after the last token if `output_final_state`, else None.
+
+    For every head, with S in R^(N x N), rows for values and columns for keys, S_0 = initial_state or 0:
+
+        d = exp(-exp(-1/2) sigmoid(w))
+        S = S diag(d) + (S a) b^T + v k^T
+        y = S r
+
+    r, w, k, v, a, b: [B, T, H, N], one dtype: float32, bfloat16 or float64; N is 32, 64 or 128. y has their dtype. States are
+    [B, H, N, N] in float32 (float64 for float64, which is always computed by the reference); all six inputs and the initial state
+    are differentiable, also through the final state.
+    mask: [B, T], bool or integer. Where it is 0 the state stays, y and all gradients are 0, and inputs may hold anything.
+    cu_seqlens: int32 or int64 [Q + 1], where B is 1: sequence i is made of tokens cu_seqlens[i] to cu_seqlens[i + 1] - 1, and states
+    are [Q, H, N, N]. On a GPU its numbers are not looked at, only kept within the T tokens.
+
+    Backward keeps one state per 32 tokens and N numbers per token and head.
+
+    Raises ValueError for shapes, dtypes, devices, sizes or cu_seqlens that do not fit.
+
+    >>> ones = torch.ones(1, 3, 1, 32)
+    >>> y, _ = wkv7(ones, torch.full_like(ones, -100.0), ones, ones, 0 * ones, ones)  # no decay: a sum of v (k . r)
+    >>> y[0, :, 0, 0].tolist()
+    [32.0, 64.0, 96.0]
+    """
+    check.shapes(
+        r=(r, "BTHN"),
+        w=(w, "BTHN"),
+        k=(k, "BTHN"),
+        v=(v, "BTHN"),
+        a=(a, "BTHN"),
+        b=(b, "BTHN"),
+        mask=(mask, "BT"),
+        cu_seqlens=(cu_seqlens, "Q"),
+    )
+    inputs = {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}
+    check_inputs(inputs)
+    num_sequences = check_sequences(r, mask, cu_seqlens)
+    check_state("initial_state", initial_state, r, num_sequences)
+    if r.dtype == torch.float64 or not choice.library(binding.OP, r.device.type):
+        return reference.wkv7(
+            r,
+            w,
+            k,
+            v,
+            a,
+            b,
+            initial_state=initial_state,
+            mask=mask,
+            cu_seqlens=cu_seqlens,
+            output_final_state=output_final_state,
+        )
+    if mask is not None:
+        mask = mask.bool()
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.int()
+    gradient = torch.is_grad_enabled() and any(value.requires_grad for value in (*inputs.values(), initial_state) if value is not None)
+    y, final, _, _ = binding.forward(r, w, k, v, a, b, initial_state, mask, cu_seqlens, output_final_state, gradient)
+    return y, final if output_final_state else None
+
+
+def wkv7_step(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor) -> Tensor:
+    """One token of `wkv7` for every sequence: inputs and result [B, H, N]; `state` [B, H, N, N] changes in place. No gradients.
+
+    Raises ValueError like `wkv7`, and for tensors that require a gradient while gradients are recorded.
+
+    >>> ones, state = torch.ones(1, 1, 32), torch.zeros(1, 1, 32, 32)
+    >>> wkv7_step(ones, ones, ones, ones, ones, ones, state)[0, 0, 0].item(), state[0, 0, 0, 0].item()
+    (32.0, 1.0)
+    """
+    inputs = {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}
+    check.shapes(r=(r, "BHN"), w=(w, "BHN"), k=(k, "BHN"), v=(v, "BHN"), a=(a, "BHN"), b=(b, "BHN"))
+    check_inputs(inputs)
+    check_state("state", state, r, r.shape[0])
+    check_no_gradient({**inputs, "state": state}, "wkv7")
+    if r.dtype == torch.float64 or not choice.library(binding.OP, r.device.type):
+        return reference.wkv7_step(r, w, k, v, a, b, state)
+    return binding.step(r, w, k, v, a, b, state)

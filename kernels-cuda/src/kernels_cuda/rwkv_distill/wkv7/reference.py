@@ -1,0 +1,74 @@
+"""The definition of the op, in plain PyTorch: token by token, gradients by autograd, any float type.
+
+B batch, T time, H heads, N head size.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+def wkv7(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    output_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """See the public function of the same name; states are float32 or wider."""
+    inputs = r, w, k, v, a, b
+    if cu_seqlens is None:
+        y, state = _recurrence(*inputs, state=initial_state, mask=mask)
+        return y, state if output_final_state else None
+    starts = cu_seqlens.tolist()
+    parts = [
+        _recurrence(
+            *(value[:, start:end] for value in inputs),
+            state=None if initial_state is None else initial_state[index : index + 1],
+            mask=None if mask is None else mask[:, start:end],
+        )
+        for index, (start, end) in enumerate(pairwise(starts))
+    ]
+    state = torch.cat([state for _, state in parts])
+    return torch.cat([y for y, _ in parts], 1), state if output_final_state else None
+
+
+def _recurrence(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, *, state: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    (batch, time, heads, size), dtype = r.shape, r.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    r, w, k, v, a, b = (value.to(wide) for value in (r, w, k, v, a, b))
+    if mask is not None:
+        counts = mask.bool()[:, :, None, None]
+        # chosen, not multiplied: padding may hold anything
+        r, w, k, v, a, b = (torch.where(counts, value, 0) for value in (r, w, k, v, a, b))
+    decay = torch.exp(-math.exp(-0.5) * torch.sigmoid(w))
+    if mask is not None:
+        decay = torch.where(counts, decay, 1)
+    state = r.new_zeros(batch, heads, size, size) if state is None else state.to(wide)
+    outputs = []
+    for t in range(time):
+        removed = state @ a[:, t, :, :, None]
+        state = state * decay[:, t, :, None, :] + removed * b[:, t, :, None, :] + v[:, t, :, :, None] * k[:, t, :, None, :]
+        outputs.append((state @ r[:, t, :, :, None]).squeeze(-1))
+    y = torch.stack(outputs, 1) if outputs else torch.zeros_like(v)
+    return y.to(dtype), state
+
+
+def wkv7_step(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor) -> Tensor:
+    """See the public function of the same name."""
+    with torch.no_grad():
+        y, after = _recurrence(*(value[:, None] for value in (r, w, k, v, a, b)), state=state, mask=None)
+        state.copy_(after)
+        return y[:, 0]

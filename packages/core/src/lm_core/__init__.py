@@ -1,0 +1,1 @@
+"""Shared machinery of the training methods: options, data, the loop, engines, checkpoints and reports."""

@@ -1,0 +1,149 @@
+"""APOLLO: the whole gradient, each channel scaled by how Adam would scale it in a random low-rank space."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lm_core.errors import ConfigError
+from lowrank_opt.base import BaseOptimizer, Group, State, choice, rate
+from lowrank_opt.galore import BASES, GaLoreAdamW, bases_of
+from lowrank_opt.matrix import Change, matrix_shape, uncorrected_step
+from lowrank_opt.projector import gaussian, project, rank_of
+
+# Settings of APOLLO-Mini: one factor for a whole matrix from a single random direction.
+MINI = {"rank": 1, "scale": 128.0, "scale_type": "tensor"}
+
+
+def scaling(low: Tensor, step: Tensor) -> Tensor:
+    """How much longer Adam's step N0 is than L, for each of the d columns."""
+    ratio: Tensor = torch.linalg.vector_norm(step, dim=0) / (torch.linalg.vector_norm(low, dim=0) + 1e-8)
+    return ratio
+
+
+def limited(norm: Tensor, state: State, growth: float) -> Tensor:
+    """The factor that keeps an update of norm `norm` within `growth` times the last one; stays on the device.
+
+    A last norm of zero limits nothing: otherwise one step without gradient would stop the weight for ever.
+    """
+    previous = state.get("prev_norm")
+    factor = torch.ones_like(norm)
+    if previous is not None:
+        factor = torch.where((previous > 0) & (norm > growth * previous), growth * previous / norm, factor)
+    state["prev_norm"] = norm * factor
+    return factor
+
+
+def uncorrected_rate(group: Group, step: int) -> float:
+    """Learning rate with Adam's bias correction in it, since N0 has none."""
+    beta1, beta2 = group["betas"]
+    return rate(group) * math.sqrt(1 - float(beta2) ** step) / (1 - float(beta1) ** step)
+
+
+def channel_norms(gradient: Tensor, side: str) -> Tensor:
+    """Norms of the d channels of a gradient: its rows for side right, its columns for side left; float32."""
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(gradient, dim=1 if side == "right" else 0, dtype=dtype)
+    return norms
+
+
+class ApolloAdamW(GaLoreAdamW):
+    """APOLLO for parameters of groups with a `rank`; AdamW for the others. Moments are as small as GaLore's, and
+    random projections are drawn anew from their address at every step instead of being stored.
+
+    ApolloAdamW(build_param_groups(model, rank=256), lr=1e-2)
+    ApolloAdamW(build_param_groups(model, **MINI), lr=1e-2)           # APOLLO-Mini
+
+    scale_type: a factor per "channel", or one for the "tensor". The update is multiplied by sqrt(scale), and its
+    norm may grow by `norm_growth` per step; scale_front multiplies before that limit. proj_method: random, or svd
+    (which is stored). A rank that reaches the smaller side gives plain AdamW without `scale`.
+    """
+
+    _identity: tuple[str, ...] = (*GaLoreAdamW._identity, "proj_method", "scale_type")
+    _needs_gradient = True
+    _mirrors = False
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float | None = None,
+        weight_decay: float = 0.0,
+        *,
+        rank: int | float | None = None,
+        update_proj_gap: int = 200,
+        scale: float = 1.0,
+        scale_type: str = "channel",
+        norm_growth: float = 1.01,
+        scale_front: bool = False,
+        proj_type: str = "std",
+        proj_method: str = "random",
+        stagger: bool = True,
+        full_rank_policy: str = "identity",
+        proj_dtype: str = "param",
+        compat: str = "none",
+        seed: int = 0,
+        stochastic_rounding: bool = True,
+        state_bits: int | None = None,
+        block_size: int = 256,
+        min_8bit_size: int = 4096,
+    ) -> None:
+        settings = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
+        settings["state_bits"] = state_bits or self._state_bits
+        settings["eps"] = eps if eps is not None else 1e-6 if compat == "galore_torch" else 1e-8
+        # a new random space has nothing to do with the old one, so neither moments nor gaps depend on it
+        settings.update(moment_transfer="none", adaptive=False, oversample=0, power_iters=0)
+        self._refreshed = {}
+        BaseOptimizer.__init__(self, params, settings)
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        choice("scale_type", group["scale_type"], ("channel", "tensor"))
+        choice("proj_method", group["proj_method"], ("random", "svd"))
+        check_channels(group)
+
+    def _identity_group(self, group: Group) -> Group:
+        return group
+
+    def _layout(self, group: Group, parameter: Tensor) -> dict[str, tuple[int, ...]]:
+        layout = super()._layout(group, parameter)
+        return layout if group["proj_method"] == "svd" else {name: shape for name, shape in layout.items() if name not in BASES}
+
+    def _refresh(self, group: Group, parameter: Tensor, gradient: Tensor, state: State) -> None:
+        if group["proj_method"] == "svd":
+            super()._refresh(group, parameter, gradient, state)
+        else:
+            self._schedule_next(group, parameter, state)
+
+    def _random(self, group: Group, parameter: Tensor, state: State) -> Tensor:
+        """The present projection, r x k, with entries of variance 1/r."""
+        shape = matrix_shape(parameter)
+        rank, size = rank_of(group["rank"], shape), shape[1] if state["side"] == "right" else shape[0]
+        draw = gaussian(group["seed"], self._address(parameter).index, state["refreshes"] - 1)
+        return draw(rank, size, parameter.device).div_(math.sqrt(rank)).to(parameter.dtype)
+
+    def _update_matrix(self, group: Group, parameter: Tensor, gradient: Tensor) -> None:
+        self._begin(group, parameter, gradient)
+        state = self.state[parameter]
+        bases = bases_of(state) or (self._random(group, parameter, state),)
+        low = project(gradient, bases, state["side"])
+        step = uncorrected_step(low, state, group)
+        sigma = scaling(low, step) if group["scale_type"] == "channel" else scaling(low.view(-1, 1), step.view(-1, 1))
+        strength = math.sqrt(group["scale"])
+        norm = (sigma * channel_norms(gradient, state["side"])).norm() * (strength if group["scale_front"] else 1.0)
+        size = uncorrected_rate(group, state["step"]) * strength
+        factor = limited(norm, state, group["norm_growth"]) * sigma * -size
+        self._write(group, parameter, Change(state["side"]).add_gradient(gradient, factor))
+
+
+def check_channels(group: Group) -> None:
+    """Refuse what has no channels, or cannot grow."""
+    if group["proj_type"] == "full":
+        raise ConfigError("proj_type: full has no channels to scale; use std, reverse_std, right or left")
+    if not group["norm_growth"] >= 1:
+        raise ConfigError(f"norm_growth: {group['norm_growth']} would let updates only shrink; use for example 1.01")

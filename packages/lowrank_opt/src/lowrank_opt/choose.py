@@ -1,0 +1,68 @@
+"""From options to an optimizer: which class, and which settings its low-rank groups get."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lm_core.config import to_dict
+from lowrank_opt.adamw import AdamW, AdamW8bit
+from lowrank_opt.apollo import ApolloAdamW
+from lowrank_opt.base import Group
+from lowrank_opt.config import EIGHT_BIT, LOW_RANK, PROJECTED, TrainConfig
+from lowrank_opt.fira import FiraAdamW
+from lowrank_opt.galore import GaLoreAdamW, GaLoreAdamW8bit
+from lowrank_opt.muon import MuonWithAdamW
+
+CLASSES: dict[str, type[torch.optim.Optimizer]] = {
+    "baseline": AdamW,
+    "adamw8bit": AdamW8bit,
+    "galore": GaLoreAdamW,
+    "galore8bit": GaLoreAdamW8bit,
+    "apollo": ApolloAdamW,
+    "apollo-mini": ApolloAdamW,
+    "fira": FiraAdamW,
+    "muon": MuonWithAdamW,
+    # adapters alone; `lora+...` names the optimizer of the adapters
+    "lora": AdamW,
+}
+# what selects parameters, and what applies to dense parameters as well, is no setting of a low-rank group
+_ELSEWHERE = ("rank", "target_modules", "exclude_modules", "block_size", "min_8bit_size", "embedding_state_bits")
+
+
+def make_optimizer(config: TrainConfig, groups: list[Group]) -> torch.optim.Optimizer:
+    """The optimizer that `config` names over `groups`, whose low-rank ones carry `low_rank_settings`."""
+    common: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": config.betas,
+        "eps": config.eps,
+        "seed": config.seed,
+        "stochastic_rounding": config.stochastic_rounding,
+    }
+    if config.optimizer in EIGHT_BIT:
+        common |= {"block_size": config.galore.block_size, "min_8bit_size": config.galore.min_8bit_size}
+    made: Any = CLASSES[config.optimizer.removeprefix("lora+")]
+    return made(groups, **common)  # type: ignore[no-any-return]
+
+
+def low_rank_settings(config: TrainConfig) -> Group:
+    """What the group of low-rank parameters overrides; empty where the optimizer has none."""
+    galore, apollo = config.galore, config.apollo
+    rank = galore.rank if galore.rank < 1 else int(galore.rank)
+    if config.optimizer in PROJECTED:
+        settings = {"rank": rank, **{name: value for name, value in to_dict(galore).items() if name not in _ELSEWHERE}}
+        return {**settings, "norm_growth": apollo.apollo_norm_growth} if config.optimizer == "fira" else settings
+    if config.optimizer in ("apollo", "apollo-mini"):
+        mini = config.optimizer == "apollo-mini"
+        return {
+            "rank": apollo.apollo_rank or (1 if mini else 256),
+            "scale": apollo.apollo_scale or (128.0 if mini else 1.0),
+            "scale_type": apollo.apollo_scale_type or ("tensor" if mini else "channel"),
+            "update_proj_gap": apollo.apollo_update_proj_gap,
+            "norm_growth": apollo.apollo_norm_growth,
+            "scale_front": apollo.apollo_scale_front,
+            "proj_method": apollo.apollo_proj_method,
+        }
+    # Muon takes its matrices by the mark of a rank, which it does not use
+    return {"rank": 1} if config.optimizer in LOW_RANK else {}

@@ -1,0 +1,244 @@
+"""Options of `lowrank-opt train`: the contract flags of the original guide over the options that every command shares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from lm_core.config import Count, change, config, explicit, load, opt, section
+from lm_core.errors import ConfigError
+from lm_core.options import DataOptions, EngineOptions, ModelOptions, OptimOptions, OutputOptions, RunConfig
+from lm_core.progress import Budget, Progress, Size
+from lm_core.schedule import fraction_of_run
+from lowrank_opt.models import PRESETS
+
+OPTIMIZERS = Literal[
+    "lora", "galore", "galore8bit", "lora+galore", "lora+galore8bit", "baseline", "adamw8bit", "apollo", "apollo-mini", "fira", "muon"
+]
+LORA_FILE, GALORE_FILE = Path("config/lora_config.json"), Path("config/galore_config.json")
+# options that only some modes and optimizers use: an explicit one elsewhere is refused, never ignored
+ONLY_FOR_MODE = {"num_training_tokens": "pretraining"}
+PROJECTED = ("galore", "galore8bit", "lora+galore", "lora+galore8bit", "fira")
+EIGHT_BIT = ("galore8bit", "lora+galore8bit", "adamw8bit")
+LOW_RANK = (*PROJECTED, "apollo", "apollo-mini", "muon")
+
+
+@config
+class GaloreOptions:
+    """Section `galore`: the content of galore_config.json; each key is a flag, too."""
+
+    rank: float = opt(128, "Rank of the projection; below 1 a fraction of the smaller side.", gt=0)
+    update_proj_gap: int = opt(200, "Steps between two projections of a parameter.", ge=1)
+    scale: float = opt(0.25, "Factor of the projected update.", gt=0)
+    proj_type: Literal["std", "reverse_std", "right", "left", "full"] = opt("std", "Which side is projected.")
+    target_modules: list[str] = opt(
+        help="Regular expressions on parameter names to project; auto takes every linear layer except embeddings and heads.",
+        factory=lambda: ["auto"],
+    )
+    exclude_modules: list[str] = opt(help="Regular expressions on parameter names to leave out.", factory=list)
+    proj_method: Literal["auto", "svd", "gram", "rsvd", "subspace", "random"] = opt("auto", "How a basis is computed.")
+    oversample: int = opt(16, "Columns beyond the rank in rsvd and subspace.", ge=0)
+    power_iters: int = opt(2, "Power iterations of rsvd.", ge=0)
+    moment_transfer: Literal["none", "project", "reset"] = opt("none", "What happens to the moments when a basis changes.")
+    stagger: bool = opt(True, "Spread the refreshes of different parameters over the gap.")
+    adaptive: bool = opt(False, "Double the gap of parameters whose basis hardly moves.")
+    adaptive_threshold: float = opt(0.4, "Mean overlap of successive bases that doubles the gap.", gt=0, le=1)
+    adaptive_window: int = opt(5, "Overlaps that the mean is taken over.", ge=1)
+    max_gap: int | None = opt(None, "Longest gap of the adaptive rule in steps; default: 16 times the gap.", ge=1)
+    full_rank_policy: Literal["identity", "rotate", "error"] = opt(
+        "identity", "What happens to parameters whose smaller side is at most the rank."
+    )
+    proj_dtype: Literal["param", "fp32", "bf16"] = opt("param", "Type that bases are kept in.")
+    block_size: int = opt(256, "Values that share one scale in 8-bit state.", ge=1)
+    min_8bit_size: int = opt(4096, "State tensors with fewer values stay float32.", ge=0)
+    embedding_state_bits: Literal[8, 32] = opt(32, "Bits of the embeddings' state under an 8-bit optimizer.")
+    compat: Literal["none", "galore_torch"] = opt("none", "Reproduce the arithmetic of another implementation, for comparison.")
+
+
+@config
+class ApolloOptions:
+    """Section `apollo`: the object `apollo` of galore_config.json, where its keys have no prefix."""
+
+    apollo_rank: int | None = opt(None, "Rank of APOLLO's random space; default: 256, 1 for apollo-mini.", ge=1)
+    apollo_scale: float | None = opt(None, "Its root multiplies the update; default: 1, 128 for apollo-mini.", gt=0)
+    apollo_scale_type: Literal["channel", "tensor"] | None = opt(
+        None, "One factor per channel or per matrix; default: channel, tensor for apollo-mini."
+    )
+    apollo_update_proj_gap: int = opt(200, "Steps between two random spaces.", ge=1)
+    apollo_norm_growth: float = opt(1.01, "Largest growth of an update's norm from step to step; Fira's, too.", gt=0)
+    apollo_scale_front: bool = opt(False, "Scale before the limiter instead of after it.")
+    apollo_proj_method: Literal["random", "svd"] = opt("random", "How the space is chosen.")
+
+
+@config
+class LoraOptions:
+    """Section `lora`: the content of lora_config.json."""
+
+    r: int = opt(8, "Rank of the adapters.", ge=1)
+    lora_alpha: float = opt(8, "Adapters are scaled by lora_alpha / r.", gt=0)
+    lora_dropout: float = opt(0.1, "Dropout in front of the adapters.", ge=0, lt=1)
+    target_modules_pretraining: list[str] = opt(
+        help="Linear layers that get adapters in pretraining.", factory=lambda: ["q_proj", "v_proj"]
+    )
+    target_modules_finetuning: list[str] = opt(help="Linear layers that get adapters in finetuning.", factory=lambda: ["query", "value"])
+    target_modules_by_model: dict[str, list[str]] = opt(
+        help="Linear layers by model name or model type; wins over the two above.",
+        factory=lambda: {"gpt2": ["c_attn"], "llama": ["q_proj", "v_proj"]},
+    )
+    use_rslora: bool = opt(False, "Scale by lora_alpha / sqrt(r).")
+    use_dora: bool = opt(False, "Train the magnitude of weights separately (DoRA).")
+    init_lora_weights: str = opt("true", "Initial adapters: true, gaussian, pissa, pissa_niter_N, olora, orthogonal.")
+    train_base_modules: Literal["auto", "none"] = opt(
+        "auto", "Train embeddings, norms and head beside the adapters: auto does in pretraining."
+    )
+
+
+@config
+class TrainConfig(RunConfig):
+    """Low-rank training of language models: LoRA, GaLore and full-rank AdamW."""
+
+    mode: Literal["pretraining", "finetuning"] = opt(help="Pre-train from random weights, or continue from trained ones.")
+    optimizer: OPTIMIZERS = opt(help="What is trained and how: baseline is AdamW on all parameters.")
+    model: str = change(
+        ModelOptions,
+        "model",
+        help="llama_60m, llama_130m, llama_350m, llama_1b, llama_3b, llama_7b, gpt2, smollm2-135m, a folder, a .gguf file or a hub id.",
+    )
+    init: Literal["auto", "pretrained", "random"] = opt(
+        "auto", "Initial weights; auto: random in pretraining and for *_test models, else pretrained."
+    )
+    micro_batch_size: int = change(EngineOptions, "micro_batch_size", default=16, flags=("-b", "--batch_size"))
+    accumulate: int = change(EngineOptions, "accumulate", flags=("--grad_accumulation",))
+    num_epochs: int = opt(30, "Passes over the training data; in pretraining over --num-training-tokens.", ge=1)
+    num_training_tokens: Count = opt(10**9, "Pretraining only: tokens of one epoch, over all processes.", ge=1)
+    budget: str = change(
+        OutputOptions, "budget", default="", help="Replaces --num-epochs and --num-training-tokens: for example 300 steps, or 10M tokens."
+    )
+    max_steps: int | None = opt(None, "Replaces the budget by this many updates.", ge=1)
+    precision: Literal["fp32", "bf16", "fp16"] = change(
+        EngineOptions, "precision", default="fp16", flags=("--dtype",), help="Arithmetic; bf16 keeps the weights in bfloat16, too."
+    )
+    param_dtype: Literal["auto", "fp32", "bf16"] = opt("auto", "Type of the weights; auto: bf16 under --precision bf16, else fp32.")
+    lr: float = change(OptimOptions, "lr", default=4e-4)
+    weight_decay: float = change(OptimOptions, "weight_decay", default=0.01)
+    grad_clip: float = change(OptimOptions, "grad_clip", default=0.0)
+    tmax: int = opt(30, "Half period of the cosine, in units of --tmax-unit.", ge=1)
+    tmax_unit: Literal["epoch", "step"] = opt("epoch", "Unit of --tmax.")
+    # one shape more than the base has, which a type checker takes for a broken promise
+    schedule: Literal["cosine_tmax", "cosine", "linear", "constant", "exp", "inverse-sqrt"] = opt(  # type: ignore[assignment]
+        "cosine_tmax", "Shape of the learning rate after warm-up.", flags=("--scheduler",)
+    )
+    packing: Literal["document", "stream", "best-fit"] = change(DataOptions, "packing", default="document")
+    lora_config: Path = opt(
+        Path("config/lora_config.json"), "JSON file with the keys of section lora; the packaged defaults where it is absent."
+    )
+    galore_config: Path = opt(
+        Path("config/galore_config.json"), "JSON file with the keys of section galore; the packaged defaults where it is absent."
+    )
+    stochastic_rounding: bool = opt(True, "Round updates of bfloat16 weights at random, so that small ones are not lost.")
+    test: bool = opt(False, "Smoke test: 1000 tokens or 64 samples, one epoch, float32, nothing sent anywhere.")
+    galore: GaloreOptions = section(GaloreOptions)
+    apollo: ApolloOptions = section(ApolloOptions)
+    lora: LoraOptions = section(LoraOptions)
+
+    @classmethod
+    def further_layers(cls, values: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """The two JSON files, read like a last --config; an absent default one stands for the packaged content."""
+        layers: list[Mapping[str, Any]] = []
+        for section_name, default in (("lora", LORA_FILE), ("galore", GALORE_FILE)):
+            option = f"{section_name}_config"
+            path = Path(str(values.get(option, default)))
+            if path.exists():
+                values_read = load(path)
+                inner = values_read.pop("apollo", {})
+                layers += [{section_name: values_read}, {"apollo": {f"apollo_{name}": value for name, value in inner.items()}}]
+            elif path != default:
+                raise ConfigError(f"{option}: {path} does not exist; name a JSON file, or leave the option out for the packaged values")
+        return layers
+
+    def check(self) -> None:
+        if self.model in PRESETS and not self.random_init():
+            raise ConfigError(f"model: {self.model} has no trained weights; add --init random, or name a folder or hub id")
+        if self.param_dtype == "bf16" and self.precision != "bf16":
+            raise ConfigError(f"param_dtype: bf16 weights need bf16 arithmetic, not {self.precision}; add --precision bf16")
+        if self.budget and self.max_steps is not None:
+            raise ConfigError(f"max_steps: {self.max_steps} and --budget {self.budget!r} both set the length; drop one of them")
+
+    def limits(self) -> Budget:
+        """--budget or --max-steps, else epochs in finetuning and tokens in pretraining; tiny under --test."""
+        if self.test:
+            return Budget.parse("1000 tokens" if self.mode == "pretraining" else "64 samples")
+        if self.max_steps is not None:
+            return Budget({"steps": self.max_steps})
+        if self.budget:
+            return Budget.parse(self.budget)
+        if self.mode == "pretraining":
+            return Budget({"tokens": self.num_epochs * self.num_training_tokens})
+        return Budget({"epochs": self.num_epochs})
+
+    def learning_rate(self, progress: Progress, size: Size, epoch_samples: int) -> float:
+        """core's shapes, and `cosine_tmax`: half a cosine over `tmax` epochs (or updates), then the final rate."""
+        if self.schedule != "cosine_tmax":
+            return super().learning_rate(progress, size, epoch_samples)
+        after = progress.after(size)
+        if self.tmax_unit == "step":
+            passes = float(after.steps)
+        elif self.mode == "pretraining":
+            passes = after.tokens / self.num_training_tokens
+        else:
+            passes = after.samples / epoch_samples
+        limits = self.limits()
+        warmup = fraction_of_run(self.warmup, limits)
+        rise = min(1.0, limits.fraction(progress, size, epoch_samples) / warmup) if warmup else 1.0
+        return self.lr * rise * cosine_tmax(passes, self.tmax, self.min_lr_ratio, repeat=self.tmax_unit == "step")
+
+    def random_init(self) -> bool:
+        """Whether the weights start random."""
+        if self.init == "auto":
+            return self.mode == "pretraining" or self.model.endswith("_test")
+        return self.init == "random"
+
+    def weights_dtype(self) -> str:
+        """fp32 or bf16."""
+        return self.param_dtype if self.param_dtype != "auto" else "bf16" if self.precision == "bf16" else "fp32"
+
+    def run_folder(self) -> Path:
+        if self.output_dir is not None:
+            return self.output_dir
+        model = self.model.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
+        return Path("models") / f"{model}_{self.optimizer}_{'pretrained' if self.mode == 'pretraining' else 'finetuned'}"
+
+
+def cosine_tmax(passes: float, tmax: float, floor: float, repeat: bool) -> float:
+    """Half a cosine from 1 to `floor` over `tmax`; beyond it the floor, or, with `repeat`, the other half and so on.
+
+    >>> [round(cosine_tmax(x, 2, 0.0, repeat=False), 3) for x in (0, 1, 2, 3)]
+    [1.0, 0.5, 0.0, 0.0]
+    """
+    at = passes / tmax if repeat else min(1.0, passes / tmax)
+    return floor + (1 - floor) * (1 + math.cos(math.pi * at)) / 2
+
+
+def used_by(path: str) -> tuple[str, ...] | None:
+    """The optimizers that use the option at `path` of a section; None where all do."""
+    head, _, name = path.rpartition(".")
+    if name in ("target_modules", "exclude_modules"):
+        return LOW_RANK
+    if name in ("block_size", "min_8bit_size", "embedding_state_bits"):
+        return EIGHT_BIT
+    if name == "apollo_norm_growth":
+        return "apollo", "apollo-mini", "fira"
+    lora = ("lora", "lora+galore", "lora+galore8bit")
+    return {"galore": PROJECTED, "lora": lora, "apollo": ("apollo", "apollo-mini")}.get(head)
+
+
+def refuse_unused(config: TrainConfig) -> None:
+    """Raise ConfigError for an option that somebody chose and that this mode or optimizer would ignore."""
+    for path in sorted(explicit(config)):
+        flag = "--" + path.rpartition(".")[2].replace("_", "-")
+        if (mode := ONLY_FOR_MODE.get(path)) and config.mode != mode:
+            raise ConfigError(f"{path}: only {mode} uses {flag}, not --mode {config.mode}; use --budget or --num-epochs")
+        if (users := used_by(path)) and config.optimizer not in users:
+            raise ConfigError(f"{path}: {flag} belongs to {', '.join(users)}, not to --optimizer {config.optimizer}; drop it")

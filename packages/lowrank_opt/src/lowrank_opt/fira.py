@@ -1,0 +1,56 @@
+"""Fira: GaLore's step, plus what GaLore drops (the gradient outside the basis) at the scale Adam would give it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_opt.apollo import channel_norms, check_channels, limited, scaling, uncorrected_rate
+from lowrank_opt.base import Group
+from lowrank_opt.galore import GaLoreAdamW, bases_of
+from lowrank_opt.matrix import Change, uncorrected_step
+
+
+class FiraAdamW(GaLoreAdamW):
+    """Fira for parameters of groups with a `rank`; AdamW for the others. Arguments are those of GaLoreAdamW.
+
+    With L = proj(G), N0 Adam's step on L without bias correction, and the residual S = G - back(L) whose channels
+    are scaled by |N0| / |L|: W changes by scale back(N0) + S. The norm of S may grow by `norm_growth` per step.
+    """
+
+    _needs_gradient = True
+    _mirrors = False
+
+    def __init__(self, params: Iterable[Any], *args: Any, norm_growth: float = 1.01, **settings: Any) -> None:
+        self._more = {"norm_growth": norm_growth}
+        super().__init__(params, *args, **settings)
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        check_channels(group)
+
+    def _update_matrix(self, group: Group, parameter: Tensor, gradient: Tensor) -> None:
+        self._begin(group, parameter, gradient)
+        state = self.state[parameter]
+        low, bases = self._low(parameter, gradient), bases_of(state)
+        step = uncorrected_step(low, state, group)
+        sigma = scaling(low, step)
+        norm = (sigma * residual_norms(channel_norms(gradient, state["side"]), low, bases[0])).norm()
+        factor = limited(norm, state, group["norm_growth"]) * sigma
+        rate = uncorrected_rate(group, state["step"] - state["reset_step"])
+        # scale back(N0) + factor (G - back(L)), with the two products in the basis made one
+        change = Change(state["side"]).add_back(group["scale"] * step - factor * low, bases, -rate)
+        self._write(group, parameter, change.add_gradient(gradient, factor * -rate))
+
+
+def residual_norms(norms: Tensor, low: Tensor, basis: Tensor) -> Tensor:
+    """|G_j - P^T L_j| for every channel from |G_j| and L, without the residual: |G|^2 - 2 |L|^2 + L^T P P^T L.
+
+    The last term is |L|^2 for an orthonormal basis; one stored in bfloat16 is only nearly so.
+    """
+    basis = basis.to(low.dtype)
+    inside = (low * torch.mm(torch.mm(basis, basis.t()), low)).sum(dim=0)
+    return (norms.square() - 2 * low.square().sum(dim=0) + inside).clamp_min(0).sqrt()

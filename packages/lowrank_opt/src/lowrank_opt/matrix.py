@@ -1,0 +1,163 @@
+"""What optimizers with a low-rank update of matrices share: which parameters those are, and how a weight is written."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from lm_core.errors import ConfigError
+from lowrank_opt.adamw import AdamW, normalised
+from lowrank_opt.base import CHUNK, Group, Rounding, State, UnsupportedDistributedError
+from lowrank_opt.projector import Side, factors, rank_of
+from lowrank_opt.quant import Piece
+
+log = logging.getLogger("lowrank_opt")
+
+FULL_RANK_POLICIES = ("identity", "rotate", "error")
+
+
+def matrix_shape(parameter: Tensor) -> tuple[int, int]:
+    """Rows and columns of a weight; a convolution is seen as output channels x the rest."""
+    return parameter.shape[0], parameter.numel() // max(1, parameter.shape[0])
+
+
+class MatrixOptimizer(AdamW):
+    """AdamW for groups without a rank; `_update_matrix` of a subclass for the matrices of groups with one."""
+
+    _takes_rank = True
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        rank = group["rank"]
+        if rank is None:
+            return
+        if isinstance(rank, bool) or not (rank >= 1 if isinstance(rank, int) else isinstance(rank, float) and 0 < rank < 1):
+            raise ConfigError(f"rank: {rank!r} is not a rank; use a whole number >= 1, or a fraction of the smaller side between 0 and 1")
+        if "scale" in group and not group["scale"] > 0:
+            raise ConfigError(f"scale: {group['scale']} is not above 0; use for example 0.25")
+
+    def _has_rank(self, group: Group, parameter: Tensor) -> bool:
+        if group["rank"] is None:
+            return False
+        if parameter.ndim < 2 or hasattr(parameter, "to_local"):
+            what = f"{parameter.ndim}-dimensional" if parameter.ndim < 2 else "a DTensor"
+            raise UnsupportedDistributedError(
+                f"rank: {self._address(parameter).name} is {what}, and a low-rank update needs the whole matrix; engines that "
+                "flatten or shard parameters destroy it. Use --engine replicated, or put the parameter into a group without rank"
+            )
+        return True
+
+    def _is_matrix(self, group: Group, parameter: Tensor) -> bool:
+        return group["rank"] is not None and parameter.ndim >= 2
+
+    def _identity_group(self, group: Group) -> Group:
+        """The group for parameters whose rank reaches the smaller side: plain AdamW."""
+        return group
+
+    def _update(self, group: Group, parameters: list[Tensor]) -> None:
+        dense = []
+        for parameter in parameters:
+            if self._has_rank(group, parameter) and self._is_matrix(group, parameter):
+                self._update_matrix(group, parameter, self._gradient(parameter).reshape(matrix_shape(parameter)))
+            else:
+                dense.append(parameter)
+        if dense:
+            super()._update(group if group["rank"] is None else self._identity_group(group), dense)
+
+    def _update_matrix(self, group: Group, parameter: Tensor, gradient: Tensor) -> None:
+        """One update of a matrix with its gradient, m x n."""
+        raise NotImplementedError
+
+
+def reaches_full_rank(group: Group, parameter: Tensor) -> bool:
+    """Whether the group's rank is no smaller than the parameter's smaller side, so that projecting does nothing."""
+    shape = matrix_shape(parameter)
+    return rank_of(group["rank"], shape) >= min(shape)
+
+
+def check_full_rank(group: Group) -> None:
+    """Apply full_rank_policy to a group: refuse, or say what happens."""
+    full = [p for p in group["params"] if group["rank"] is not None and p.ndim >= 2 and reaches_full_rank(group, p)]
+    if full and group["full_rank_policy"] == "error":
+        raise ConfigError(f"rank: {group['rank']} reaches the smaller side of a {matrix_shape(full[0])} matrix; use a smaller rank")
+    if full and group["full_rank_policy"] == "identity":
+        log.info("rank %s reaches the smaller side of %d matrices: projection has no effect there", group["rank"], len(full))
+
+
+def normalised_step(low: Tensor, state: State, step: int, group: Group) -> Tensor:
+    """Update the moments with L and return minus Adam's normalised step, r x d."""
+    if "exp_avg" in state:
+        return normalised(low, state["exp_avg"], state["exp_avg_sq"], step, group)
+    out = torch.empty_like(low, dtype=torch.float32, memory_format=torch.contiguous_format)
+    Piece(state, group["block_size"]).adam_(low.float().contiguous(), out, step, group, decay=0.0, alpha=1.0)
+    return out.to(low.dtype)
+
+
+def uncorrected_step(low: Tensor, state: State, group: Group) -> Tensor:
+    """Update the moments with L and return N0 = M / (sqrt(V) + eps), r x d, without bias correction."""
+    piece = Piece(state, group["block_size"]) if "exp_avg_q" in state else None
+    first, second = piece.read() if piece else (state["exp_avg"], state["exp_avg_sq"])
+    beta1, beta2 = group["betas"]
+    first.lerp_(low, 1 - beta1)
+    second.mul_(beta2).addcmul_(low, low, value=1 - beta2)
+    step = first / second.sqrt().add_(group["eps"])
+    if piece:
+        piece.write(first, second)
+    return step
+
+
+class Change:
+    """What is added to a weight: alpha back(low), and the gradient with each channel times a factor.
+
+    Channels are the rows of the weight for side right and its columns for side left; `factor` holds one number
+    for each of them, or one for all.
+    """
+
+    def __init__(self, side: Side) -> None:
+        self.side: Side = side
+        self.low: tuple[Tensor, tuple[Tensor, ...], float] | None = None
+        self.scaled: tuple[Tensor, Tensor] | None = None
+
+    def add_back(self, low: Tensor, bases: tuple[Tensor, ...], alpha: float) -> Change:
+        self.low = low, bases, alpha
+        return self
+
+    def add_gradient(self, gradient: Tensor, factor: Tensor) -> Change:
+        self.scaled = gradient, factor.view(-1, 1) if self.side == "right" else factor.view(1, -1)
+        return self
+
+    def write(self, parameter: Tensor, decay: float, rounding: Rounding | None, decay_after: bool = False) -> None:
+        """W <- decay W + change, or decay (W + change); in float32 whatever W's dtype, without a matrix of W's size."""
+        after = decay if decay_after else 1.0
+        shape = matrix_shape(parameter)
+        # a weight that is not contiguous goes through a copy
+        weight = parameter.detach().contiguous().view(shape)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        low = None
+        if self.low is not None:
+            # a bfloat16 weight gets its change from bfloat16 products
+            low = factors(self.low[0].to(weight.dtype if weight.dtype == torch.bfloat16 else dtype), self.low[1], self.side)
+        rows = shape[0] if weight.dtype == dtype else max(1, CHUNK // max(1, shape[1]))
+        for start in range(0, shape[0], rows):
+            part = slice(start, start + rows)
+            value = weight[part].to(dtype)
+            if low is not None and self.low is not None:
+                left, right = low[0][part], low[1]
+                if left.dtype == dtype:
+                    value.addmm_(left, right, beta=decay, alpha=self.low[2] * after)
+                else:
+                    value.mul_(decay).add_(left @ right, alpha=self.low[2] * after)
+            else:
+                value.mul_(decay)
+            if self.scaled is not None:
+                gradient, factor = self.scaled
+                per_row = factor[part] if factor.shape[0] > 1 else factor
+                value.addcmul_(gradient[part].to(dtype), per_row, value=after)
+            if rounding:
+                rounding.round(value)
+            if value.dtype != weight.dtype:
+                weight[part].copy_(value)
+        if not parameter.is_contiguous():
+            parameter.copy_(weight.view(parameter.shape))

@@ -1,0 +1,136 @@
+"""Next-token training with little memory: adapters, projected gradients, or plain AdamW as the baseline."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from kernels_cuda.head import linear_cross_entropy
+from lm_core.errors import ConfigError
+from lm_core.method import Batch, Loss, Method
+from lm_core.models import CausalLoss, checkpoint_activations, hf_model, load_model, lora
+from lowrank_opt.choose import low_rank_settings, make_optimizer
+from lowrank_opt.config import EIGHT_BIT, LOW_RANK, GaloreOptions, LoraOptions, TrainConfig
+from lowrank_opt.groups import auto_targets, matching
+from lowrank_opt.models import PRESETS
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+class LowRank(Method):
+    """One model, one loss; the optimizers differ in which parameters are trained, and how."""
+
+    config: TrainConfig
+    # the budget in other words; the content of the JSON files is compared option by option
+    resumable = frozenset({"max_steps", "num_epochs", "num_training_tokens", "lora_config", "galore_config"})
+    low_rank: frozenset[str] = frozenset()
+    embeddings: frozenset[str] = frozenset()
+
+    def build(self) -> nn.Module:
+        config = self.config
+        dtype = torch.bfloat16 if config.weights_dtype() == "bf16" else torch.float32
+        model = load_model(
+            config.model, presets=PRESETS, init="random" if config.random_init() else "pretrained", seed=config.seed, dtype=dtype
+        )
+        limit = getattr(model.config, "max_position_embeddings", None)
+        if limit is not None and config.max_length > limit:
+            raise ConfigError(f"max_length: {config.max_length} is beyond the {limit} positions of {config.model}; use at most {limit}")
+        wrapped: PeftModel | None = None
+        if config.optimizer.startswith("lora"):
+            wrapped = lora(model, **adapter_config(config, model.config.model_type))
+            if self.trains_base():
+                train_base_modules(model)
+        module = CausalLoss(model if wrapped is None else wrapped, loss=fused_loss)
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        self.embeddings = frozenset(names[id(part.weight)] for part in module.modules() if isinstance(part, nn.Embedding))
+        if config.optimizer in LOW_RANK:
+            self.low_rank = low_rank_names(module, config.galore)
+        if config.gradient_checkpointing:
+            checkpoint_activations(module)
+        return module
+
+    def trains_base(self) -> bool:
+        """Whether embeddings, norms and head are trained beside the adapters."""
+        return (
+            self.config.optimizer.startswith("lora") and self.config.mode == "pretraining" and self.config.lora.train_base_modules == "auto"
+        )
+
+    def final_model(self, model: nn.Module) -> PreTrainedModel:
+        """The trained model, or its adapter; adapters of a pretraining run are merged, since their base exists nowhere else."""
+        if not self.config.optimizer.startswith("lora") or self.config.mode != "pretraining":
+            return super().final_model(model)
+        wrapped = next(part for part in model.modules() if hasattr(part, "merge_and_unload"))
+        return cast("PreTrainedModel", copy.deepcopy(wrapped).merge_and_unload())  # type: ignore[operator]
+
+    def losses(self, model: nn.Module, batch: Batch) -> Iterator[Loss]:
+        inputs = {name: batch[name] for name in ("input_ids", "labels", "attention_mask", "position_ids") if name in batch}
+        yield Loss(total=model(**inputs))
+
+    def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        parts = [part for group in groups for part in self.split(group)]
+        return make_optimizer(self.config, parts)
+
+    def split(self, group: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The low-rank part, the embeddings and the rest of a parameter group, each in the order of the model."""
+        settings = low_rank_settings(self.config)
+        embeddings = {"rank": None, "state_bits": self.config.galore.embedding_state_bits} if self.config.optimizer in EIGHT_BIT else {}
+        for names, more in ((self.low_rank, settings), (self.embeddings, embeddings), (None, {"rank": None} if settings else {})):
+            taken = self.low_rank | self.embeddings
+            pairs = [(n, p) for n, p in zip(group["names"], group["params"]) if (n not in taken if names is None else n in names)]
+            if pairs:
+                chosen, params = zip(*pairs)
+                yield {**group, "params": list(params), "names": list(chosen), **more}
+
+
+def low_rank_names(module: nn.Module, options: GaloreOptions) -> frozenset[str]:
+    """Names of the trained matrices that are projected. Raises ConfigError for a pattern that matches none."""
+    names = {parameter: name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    if options.target_modules == ["auto"]:
+        targets = set(auto_targets(hf_model(module)))
+    else:
+        targets = set(matching(names, "target_modules", options.target_modules))
+    targets -= set(matching(names, "exclude_modules", options.exclude_modules))
+    return frozenset(name for parameter, name in names.items() if parameter in targets)
+
+
+def train_base_modules(model: PreTrainedModel) -> None:
+    """Unfreeze embeddings, norms and the output head; they are small, and adapters cannot stand in for them."""
+    head: Any = model.get_output_embeddings  # transformers leaves it without types
+    for part in [head(), *(part for part in model.modules() if isinstance(part, nn.Embedding))]:
+        part.requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1 and "norm" in name:
+            parameter.requires_grad_(True)
+
+
+def fused_loss(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
+    """Summed cross entropy without the full logits; under float16 autocast in float32, which the operator has."""
+    kind = hidden_ND.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
+        with torch.autocast(kind, enabled=False):
+            return linear_cross_entropy(hidden_ND.float(), weight_VD.float(), labels_N)
+    return linear_cross_entropy(hidden_ND, weight_VD, labels_N)
+
+
+def adapter_config(config: TrainConfig, model_type: str) -> dict[str, Any]:
+    """Arguments of peft's LoraConfig; target modules by model name, else by model type, else by mode."""
+    options: LoraOptions = config.lora
+    by_mode = options.target_modules_pretraining if config.mode == "pretraining" else options.target_modules_finetuning
+    by_model = options.target_modules_by_model
+    targets = by_model.get(config.model) or by_model.get(model_type) or by_mode
+    known = {"true": True, "false": False}
+    return {
+        "r": options.r,
+        "lora_alpha": options.lora_alpha,
+        "lora_dropout": options.lora_dropout,
+        "use_rslora": options.use_rslora,
+        "use_dora": options.use_dora,
+        "init_lora_weights": known.get(options.init_lora_weights, options.init_lora_weights),
+        "target_modules": targets[0] if targets == ["all-linear"] else targets,
+    }

@@ -1,0 +1,237 @@
+"""Low-rank bases of gradients, and projection onto them.
+
+Notation: W (m x n) with gradient G, k the projected side, d the other side, r the rank. A basis P is r x k
+with orthonormal rows; the low-rank gradient L is r x d (rank-major).
+    right: k = n, L = P G^T        back(X) = X^T P
+    left:  k = m, L = P G          back(X) = P^T X
+    full:  two bases, L = P_l G P_r^T (r x r), back(X) = P_l^T X P_r
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lm_core import counter
+from lm_core.errors import ConfigError
+
+log = logging.getLogger("lowrank_opt")
+
+Side = Literal["left", "right", "full"]
+PROJ_TYPES = ("std", "reverse_std", "right", "left", "full")
+PROJ_METHODS = ("auto", "svd", "gram", "rsvd", "subspace", "random")
+
+
+def side_of(shape: tuple[int, int], proj_type: str) -> Side:
+    """The side that a matrix of this shape is projected on."""
+    if proj_type in ("right", "left", "full"):
+        return proj_type  # type: ignore[return-value]
+    tall = shape[0] >= shape[1]
+    return "right" if tall == (proj_type == "std") else "left"
+
+
+def rank_of(rank: int | float, shape: tuple[int, int]) -> int:
+    """Rank as a number: a fraction of the smaller side if `rank` is a float, and never above the smaller side.
+
+    >>> rank_of(0.25, (512, 1376)), rank_of(128, (64, 512))
+    (128, 64)
+    """
+    smaller = min(shape)
+    return min(max(1, round(rank * smaller)) if isinstance(rank, float) else rank, smaller)
+
+
+def low_shape(shape: tuple[int, int], side: Side, rank: int) -> tuple[int, int]:
+    """Shape of the low-rank gradient."""
+    return {"left": (rank, shape[1]), "right": (rank, shape[0]), "full": (rank, rank)}[side]
+
+
+def product_dtype(tensor: Tensor, basis: Tensor) -> torch.dtype:
+    """bfloat16 times bfloat16 stays so (products are summed in float32); everything else is at least float32."""
+    both = tensor.dtype == basis.dtype == torch.bfloat16
+    return torch.bfloat16 if both else torch.promote_types(tensor.dtype, torch.float32)
+
+
+def project(gradient: Tensor, bases: tuple[Tensor, ...], side: Side) -> Tensor:
+    """L (r x d; r x r for side full) in float32, or float64 for a float64 gradient."""
+    dtype = product_dtype(gradient, bases[0])
+    gradient, first = gradient.to(dtype), bases[0].to(dtype)
+    low = torch.mm(first, gradient.t() if side == "right" else gradient)
+    if side == "full":
+        low = torch.mm(low, bases[1].to(dtype).t())
+    return low.to(torch.promote_types(dtype, torch.float32))
+
+
+def factors(low: Tensor, bases: tuple[Tensor, ...], side: Side) -> tuple[Tensor, Tensor]:
+    """back(low) as a product of two thin matrices, m x r and r x n: the full matrix need not exist, `addmm_` takes them."""
+    dtype = product_dtype(low, bases[0])
+    low, first = low.to(dtype), bases[0].to(dtype)
+    if side == "right":
+        return low.t(), first
+    return first.t(), low if side == "left" else torch.mm(low, bases[1].to(dtype))
+
+
+def canonical_sign(basis: Tensor) -> Tensor:
+    """The same rows with the entry of largest magnitude (the first of equals) made positive."""
+    size = basis.abs()
+    places = torch.arange(basis.shape[1], device=basis.device).expand_as(basis)
+    first = places.masked_fill(size != size.amax(dim=1, keepdim=True), basis.shape[1]).amin(dim=1, keepdim=True)
+    return torch.where(basis.gather(1, first) < 0, -basis, basis)
+
+
+def cholesky_qr2(tall: Tensor) -> Tensor | None:
+    """Orthonormal columns spanning those of `tall`, by two rounds of Cholesky; None where that loses orthogonality."""
+    for _ in range(2):
+        factor, info = torch.linalg.cholesky_ex(tall.t() @ tall, upper=True)
+        if int(info) != 0:
+            return None
+        tall = torch.linalg.solve_triangular(factor, tall, upper=True, left=False)
+    unit = torch.eye(tall.shape[1], dtype=tall.dtype, device=tall.device)
+    return tall if float((tall.t() @ tall - unit).abs().max()) < 1e-5 else None
+
+
+def orth(tall: Tensor) -> Tensor:
+    """Orthonormal columns spanning those of `tall`: QR, and on CUDA the faster CholeskyQR2 where it holds."""
+    if tall.is_cuda and (fast := cholesky_qr2(tall)) is not None:
+        return fast
+    columns: Tensor = torch.linalg.qr(tall)[0]
+    return columns
+
+
+def gram_matrix(matrix: Tensor, blocks: int = 4) -> Tensor:
+    """A A^T with only its lower block triangle filled in, which is all that `eigh` reads."""
+    size = matrix.shape[0]
+    gram = matrix.new_zeros(size, size)
+    edges = [size * block // blocks for block in range(blocks + 1)]
+    for start, end in itertools.pairwise(edges):
+        torch.mm(matrix[start:end], matrix[:end].t(), out=gram[start:end, :end])
+    return gram
+
+
+def leading_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
+    """Columns: eigenvectors of the `rank` largest eigenvalues, largest first; reads the lower triangle."""
+    vectors: Tensor = torch.linalg.eigh(symmetric, UPLO="L")[1]
+    return vectors[:, -rank:].flip(1)
+
+
+def resolve_method(method: str, rank: int, size: int, device: torch.device) -> str:
+    """What "auto" stands for, given rank and projected side: the exact basis where it is affordable."""
+    if method != "auto":
+        return method
+    affordable = 512 if device.type == "cuda" else 2048
+    return "gram" if rank > size / 3 or size <= affordable else "rsvd"
+
+
+Draw = Callable[[int, int, torch.device], Tensor]
+
+
+def gaussian(seed: int, index: int, number: int) -> Draw:
+    """Standard normal matrices (rows, columns, device) addressed by (seed, index of the parameter, number of the refresh)."""
+
+    def draw(rows: int, columns: int, device: torch.device) -> Tensor:
+        return counter.normal(seed, "projection", (index << 32) + number, rows * columns, device).view(rows, columns)
+
+    return draw
+
+
+def basis(
+    gradient: Tensor,
+    side: Literal["left", "right"],
+    rank: int,
+    method: str,
+    *,
+    draw: Draw,
+    previous: Tensor | None = None,
+    oversample: int = 16,
+    power_iters: int = 2,
+    canonical: bool = True,
+) -> tuple[Tensor, int]:
+    """A basis (r x k, float32) of the leading directions of `gradient`, and how many methods failed before one worked.
+
+    Methods: svd, gram, rsvd, subspace (rsvd warm-started from `previous`), random, auto. `draw(rows, columns,
+    device)` gives Gaussian numbers. A method that fails or returns non-finite numbers is followed by gram and then by a
+    float64 SVD on the CPU, with a warning. An all-zero gradient gives unit vectors.
+
+    Raises ConfigError for a non-finite gradient.
+    """
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    matrix = (gradient if side == "left" else gradient.t()).to(dtype)
+    size = matrix.shape[0]
+    largest = float(torch.linalg.vector_norm(matrix, torch.inf))
+    if largest == 0:
+        return torch.eye(rank, size, dtype=dtype, device=matrix.device), 0
+    if not largest < torch.inf:
+        raise ConfigError("gradient: it is not finite, so it has no basis; lower the learning rate or clip")
+    if not 1e-12 < largest < 1e12:
+        # squares of such entries leave the range of float32
+        matrix = matrix / largest
+    method = resolve_method(method, rank, size, matrix.device)
+    if method == "subspace" and previous is None:
+        method = "rsvd"
+
+    def exact() -> Tensor:
+        # of the gradient as it stands, since the signs of a transposed one may differ from what others get
+        left, _, right = torch.linalg.svd(matrix if side == "left" else matrix.t(), full_matrices=False)
+        columns: Tensor = left if side == "left" else right.t()
+        return columns[:, :rank]
+
+    def gram() -> Tensor:
+        return leading_eigenvectors(gram_matrix(matrix), rank)
+
+    def iterate(start: Tensor, iterations: int) -> Tensor:
+        for _ in range(iterations):
+            start = matrix @ (matrix.t() @ orth(start))
+        columns = orth(start)
+        return torch.mm(columns, leading_eigenvectors(gram_matrix(columns.t() @ matrix), rank))
+
+    def randomised() -> Tensor:
+        width = min(rank + oversample, *matrix.shape)
+        return iterate(matrix @ draw(matrix.shape[1], width, matrix.device).to(dtype), power_iters)
+
+    def warm() -> Tensor:
+        assert previous is not None
+        return iterate(previous.to(matrix).t(), 1)
+
+    def random() -> Tensor:
+        return orth(draw(size, rank, matrix.device).to(dtype))
+
+    def last_resort() -> Tensor:
+        vectors: Tensor = torch.linalg.svd(matrix.double().cpu(), full_matrices=False)[0]
+        return vectors[:, :rank].to(matrix)
+
+    methods = {"svd": exact, "gram": gram, "rsvd": randomised, "subspace": warm, "random": random}
+    attempts = [(method, methods[method]), *([("gram", gram)] if method != "gram" else []), ("float64 svd", last_resort)]
+    for failures, (name, attempt) in enumerate(attempts):
+        try:
+            rows = attempt().t()
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            log.warning("basis of a %s x %s gradient by %s failed (%s); trying the next method", *gradient.shape, name, error)
+            continue
+        if bool(rows.isfinite().all()):
+            # a copy in any case: a view would keep the whole factor alive
+            return canonical_sign(rows.contiguous()) if canonical else rows.clone(memory_format=torch.contiguous_format), failures
+        log.warning("basis of a %s x %s gradient by %s is not finite; trying the next method", *gradient.shape, name)
+    raise AssertionError("a float64 SVD of a finite matrix cannot fail")
+
+
+def transfer(first: Tensor, second: Tensor, changes: tuple[Tensor, ...], before: int, betas: tuple[float, float]) -> None:
+    """Carry both moments into a new basis, in place; `before` is the number of updates they have seen.
+
+    `changes` are C = P_new P_old^T, one per projected side. Means are rotated; variances are mixed by squares,
+    as for independent coordinates.
+    """
+    scale1, scale2 = 1 - betas[0] ** before, 1 - betas[1] ** before
+    mean, square = first / scale1, second / scale2
+
+    def rotate(x: Tensor, turns: tuple[Tensor, ...]) -> Tensor:
+        x = turns[0] @ x
+        return x @ turns[1].t() if len(turns) > 1 else x
+
+    turned = rotate(mean, changes)
+    variance = rotate(square - mean * mean, tuple(c * c for c in changes))
+    first.copy_(turned).mul_(scale1)
+    second.copy_(variance.add_(turned * turned).abs_()).mul_(scale2)

@@ -1,0 +1,208 @@
+"""Moments in 8 bits: one code per element, one float32 maximum per block of a row.
+
+A block is divided by its largest magnitude; every quotient is replaced by the exactly nearest of 256 values
+that lie densest around zero (signed for first moments, unsigned for second ones).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from kernels_cuda.lowrank import adam8bit_step_
+from lm_core.errors import InputError
+from lowrank_opt.base import Group, State, work_dtype
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@functools.cache
+def code_book(signed: bool, device: torch.device | str = "cpu") -> Tensor:
+    """256 sorted float32 values: seven decades, each with twice as many values as the one below, and 0 and 1.
+
+    >>> code_book(True)[[0, 127, 255]], code_book(False)[[0, 255]]
+    (tensor([-0.9930,  0.0000,  1.0000]), tensor([0., 1.]))
+    """
+    if torch.device(device).type != "cpu":
+        return code_book(signed).to(device)
+    values = [torch.tensor([0.0, 1.0])]
+    for decade in range(7):
+        # other libraries' linspace rounds differently, and the values are part of the format
+        edges = torch.linspace(0.1, 1, 2 ** (decade + (not signed)) + 1, dtype=torch.float32, device="cpu")
+        middles = (edges[:-1] + edges[1:]) / 2 * 10 ** (decade - 6)
+        values += [middles, -middles] if signed else [middles]
+    return torch.cat(values).sort().values
+
+
+@functools.lru_cache(maxsize=8)
+def _tables(code: Tensor) -> tuple[Tensor, Tensor]:
+    """For each upper half of a float32: the lowest code of the numbers that begin so, and the only bound among them.
+
+    Floats with equal upper halves differ by less than 1/128 of themselves, less than two neighbouring bounds do,
+    so one comparison settles the rest.
+    """
+    values = code.double().cpu()
+    middles = (values[:-1] + values[1:]) / 2
+    bounds = middles.float()
+    # the largest float32 that is not above the middle: a number exactly in the middle takes the lower code
+    bounds = torch.where(bounds.double() > middles, torch.nextafter(bounds, torch.tensor(-math.inf)), bounds)
+    upper = torch.arange(1 << 16, dtype=torch.int32) << 16
+    ends = torch.stack([upper, upper | 0xFFFF]).view(torch.float32)
+    ends = ends.where(ends.isfinite(), 2.0)
+    lowest = torch.searchsorted(bounds, ends.amin(0))
+    assert bool((torch.searchsorted(bounds, ends.amax(0)) - lowest <= 1).all()), "two bounds share an upper half"
+    bound = torch.cat([bounds, torch.tensor([math.inf])])[lowest]
+    return lowest.to(torch.uint8).to(code.device), bound.to(code.device)
+
+
+def nearest(x: Tensor, code: Tensor) -> Tensor:
+    """Index (uint8) of the nearest value of a sorted code book, the lower one of two equally near; x within [-1, 1]."""
+    lowest, bound = _tables(code)
+    upper = (x.contiguous().view(torch.int32) >> 16).bitwise_and_(0xFFFF).view(-1)
+    return lowest.index_select(0, upper).add_(x.reshape(-1) > bound.index_select(0, upper)).view(x.shape)
+
+
+def _rows(x: Tensor, row_aligned: bool) -> Tensor:
+    return x.flatten(0, -2) if row_aligned and x.ndim > 1 else x.reshape(1, x.numel())
+
+
+def _blocks(rows: Tensor, block: int) -> list[Tensor]:
+    """Whole blocks (rows x blocks x block) and, where the length is no multiple, the short last ones (rows x 1 x rest)."""
+    whole = rows.shape[1] // block * block
+    parts = [rows[:, :whole].reshape(rows.shape[0], whole // block, block), rows[:, None, whole:]]
+    return [part for part in parts if part.numel()]
+
+
+def quantize_blockwise(
+    x: Tensor, code: Tensor, block: int = 256, row_aligned: bool = False, nonzero: bool = False, check: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Codes (uint8, of x's shape) and block maxima (float32).
+
+    Blocks run along the flattened tensor (maxima: one dimension), or restart at every row (rows x blocks).
+    nonzero: a value above 0 never gets the code of 0 (index 0 of an unsigned book), so that a second moment
+    cannot vanish under its block's maximum.
+
+    Raises InputError for NaN. check=False leaves that out, and with it a wait for the device; NaN then ends up in the maxima.
+    """
+    codes, maxima = [], []
+    for part in _blocks(_rows(x.float(), row_aligned), block):
+        largest = part.abs().amax(dim=2, keepdim=True)
+        found = nearest(part / largest.masked_fill(largest == 0, 1.0), code)
+        if nonzero:
+            found = torch.maximum(found, (part > 0).to(torch.uint8))
+        codes.append(found.flatten(1))
+        maxima.append(largest.squeeze(2))
+    if not codes:
+        rows = _rows(x, row_aligned).shape[0]
+        return torch.empty(x.shape, dtype=torch.uint8, device=x.device), x.new_empty(
+            (rows, 0) if row_aligned else (0,), dtype=torch.float32
+        )
+    joined, absmax = (torch.cat(parts, dim=1) if len(parts) > 1 else parts[0] for parts in (codes, maxima))
+    if check and bool(absmax.isnan().any()):
+        raise InputError("quantize: the tensor holds NaN, which has no code; find the step that made it")
+    return joined.view(x.shape), absmax if row_aligned else absmax.view(-1)
+
+
+def dequantize_blockwise(
+    codes: Tensor, absmax: Tensor, code: Tensor, block: int = 256, row_aligned: bool = False, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The values that codes and block maxima stand for, of the codes' shape."""
+    rows = _rows(codes, row_aligned)
+    values = code.index_select(0, rows.reshape(-1).to(torch.int32)).view(rows.shape)
+    maxima = absmax.view(rows.shape[0], math.ceil(rows.shape[1] / block))
+    whole = rows.shape[1] // block
+    values[:, : whole * block].view(rows.shape[0], whole, block).mul_(maxima[:, :whole, None])
+    values[:, whole * block :].mul_(maxima[:, whole:])
+    return values.view(codes.shape).to(dtype)
+
+
+def is_quantised(group: Group, elements: int) -> bool:
+    """Whether moments of this many elements are kept in 8 bits."""
+    return bool(group["state_bits"] == 8 and elements >= group["min_8bit_size"])
+
+
+def moment_layout(group: Group, shape: tuple[int, ...], row_aligned: bool) -> dict[str, tuple[int, ...]]:
+    """Shapes of the state tensors that hold two moments of `shape`."""
+    if not is_quantised(group, math.prod(shape)):
+        return dict.fromkeys(MOMENTS, shape)
+    rows, columns = shape if row_aligned else (1, math.prod(shape))
+    blocks = math.ceil(columns / group["block_size"])
+    maxima = (rows, blocks) if row_aligned else (blocks,)
+    return {name + suffix: size for name in MOMENTS for suffix, size in (("_q", shape), ("_absmax", maxima))}
+
+
+def zero_moments(layout: dict[str, tuple[int, ...]], like: Tensor) -> State:
+    """Moments of zero, laid out by `moment_layout`, for the parameter `like` (sharded alike if it is a DTensor)."""
+    zeros: State = {}
+    for name, shape in layout.items():
+        if name.endswith("_q"):
+            code = int((code_book(True) == 0).nonzero()) if name == "exp_avg_q" else 0
+            zeros[name] = torch.full(shape, code, dtype=torch.uint8, device=like.device)
+        elif name.endswith("_absmax"):
+            zeros[name] = torch.zeros(shape, device=like.device)
+        elif shape == tuple(like.shape):
+            zeros[name] = torch.zeros_like(like, dtype=work_dtype(like.dtype), memory_format=torch.contiguous_format)
+        else:
+            zeros[name] = torch.zeros(shape, dtype=work_dtype(like.dtype), device=like.device)
+    return zeros
+
+
+class Piece:
+    """A parameter's 8-bit moments: those of a row-aligned tensor, or columns of a flat one seen as one row."""
+
+    def __init__(self, state: State, block: int, columns: slice | None = None) -> None:
+        self.block = block
+        self.codes, self.maxima = [], []
+        for name in MOMENTS:
+            codes, maxima = state[name + "_q"], state[name + "_absmax"]
+            if columns is None:
+                self.codes.append(codes)
+                self.maxima.append(maxima)
+            else:
+                self.codes.append(codes.view(1, -1)[:, columns])
+                self.maxima.append(maxima.view(1, -1)[:, columns.start // block : math.ceil(columns.stop / block)])
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Both moments in float32."""
+        first, second = (
+            dequantize_blockwise(codes, maxima, code_book(signed, codes.device), self.block, row_aligned=True)
+            for codes, maxima, signed in zip(self.codes, self.maxima, (True, False), strict=True)
+        )
+        return first, second
+
+    def write(self, first: Tensor, second: Tensor) -> None:
+        """Quantise both moments into the state."""
+        for codes, maxima, value, signed in zip(self.codes, self.maxima, (first, second), (True, False), strict=True):
+            new = quantize_blockwise(value, code_book(signed, value.device), self.block, row_aligned=True, nonzero=not signed, check=False)
+            codes.copy_(new[0])
+            maxima.copy_(new[1])
+
+    def adam_(self, gradient: Tensor, out: Tensor, step: int, group: Group, *, decay: float, alpha: float) -> None:
+        """Update both moments with `gradient`, and out <- decay out - alpha N with Adam's normalised step N; out is float32.
+
+        With decay 0, what out held before is not read. `step` is the number of this update, 1 for the first.
+        """
+        (mq, vq), (m_absmax, v_absmax) = self.codes, self.maxima
+        signed, unsigned = code_book(True, gradient.device), code_book(False, gradient.device)
+        gradient, out, (b1, b2) = gradient.view(mq.shape), out.view(mq.shape), group["betas"]
+        adam8bit_step_(
+            gradient,
+            mq,
+            m_absmax,
+            vq,
+            v_absmax,
+            signed,
+            unsigned,
+            out,
+            b1,
+            b2,
+            group["eps"],
+            step,
+            self.block,
+            row_aligned=True,
+            decay=decay,
+            alpha=alpha,
+        )

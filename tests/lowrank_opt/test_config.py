@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lm_core.config import build, leaves, to_dict
+from lm_core.errors import ConfigError
+from lm_core.progress import Progress, Size
+from lowrank_opt.config import TrainConfig, refuse_unused
+
+# the original guide's options: flag, default, choices
+GUIDE: list[tuple[str, Any]] = [
+    ("--mode", None),
+    ("--optimizer", None),
+    ("--model", None),
+    ("--batch_size", 16),
+    ("--num_epochs", 30),
+    ("--max_length", 512),
+    ("--num_training_tokens", 10**9),
+    ("--shuffle", True),
+    ("--dtype", "fp16"),
+    ("--lr", 4e-4),
+    ("--weight_decay", 0.01),
+    ("--tmax", 30),
+    ("--lora_config", Path("config/lora_config.json")),
+    ("--galore_config", Path("config/galore_config.json")),
+    ("--test", False),
+]
+
+
+def make(**values: Any) -> TrainConfig:
+    defaults = {"mode": "pretraining", "optimizer": "galore", "model": "llama_test", "data": ["synthetic:markov"]}
+    return build(TrainConfig, {**defaults, **values})
+
+
+@pytest.mark.parametrize(("flag", "default"), GUIDE, ids=[flag for flag, _ in GUIDE])
+def test_every_flag_of_the_guide_exists_with_its_default(flag: str, default: Any) -> None:
+    by_flag = {spelling.replace("_", "-"): leaf for leaf in leaves(TrainConfig) for spelling in (leaf.flag, *leaf.flags)}
+    leaf = by_flag[flag.replace("_", "-")]
+    if default is not None:
+        assert leaf.default == default
+
+
+def test_packaged_json_files_hold_the_defaults(tmp_path: Path) -> None:
+    folder = files("lowrank_opt").joinpath("defaults")
+    paths = {f"{name}_config": str(folder.joinpath(f"{name}_config.json")) for name in ("lora", "galore")}
+    layers = TrainConfig.further_layers(paths)
+    named = {leaf.path for leaf in leaves(TrainConfig) if "." in leaf.path}
+    assert {f"{section}.{name}" for layer in layers for section, values in layer.items() for name in values} == named
+    required = {"mode": "pretraining", "optimizer": "galore", "model": "llama_test", "data": ["synthetic:markov"]}
+    assert to_dict(build(TrainConfig, required, *layers)) == to_dict(build(TrainConfig, required))
+
+
+def test_a_json_file_wins_over_defaults_and_a_flag_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "galore.json"
+    file.write_text('{"rank": 32, "scale": 0.5}')
+    values = {"galore_config": str(file)}
+    config = make(**values, galore={**TrainConfig.further_layers(values)[0]["galore"], "rank": 16})
+    assert (config.galore.rank, config.galore.scale) == (16, 0.5)
+
+
+def test_a_json_file_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"galore_config.*does not exist"):
+        TrainConfig.further_layers({"galore_config": str(tmp_path / "none.json")})
+
+
+def test_pretraining_counts_tokens_and_finetuning_epochs() -> None:
+    assert dict(make(num_epochs=2, num_training_tokens="1M").limits().limits) == {"tokens": 2_000_000}
+    assert dict(make(mode="finetuning", num_epochs=2).limits().limits) == {"epochs": 2}
+    assert dict(make(max_steps=7).limits().limits) == {"steps": 7}
+    assert dict(make(budget="3 hours").limits().limits) == {"hours": 3}
+
+
+def test_the_default_schedule_is_half_a_cosine_over_tmax_epochs() -> None:
+    config = make(mode="finetuning", lr=1.0, tmax=30)
+    rates = [config.learning_rate(Progress(samples=100 * epoch), Size(), 100) for epoch in range(31)]
+    assert rates[0] == 1.0
+    assert rates[15] == pytest.approx(0.5)
+    assert rates[30] == pytest.approx(0.0)
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_the_rate_stays_at_the_floor_after_tmax_epochs_but_oscillates_in_steps() -> None:
+    epochs = make(mode="finetuning", tmax=2, min_lr_ratio=0.1, lr=1.0)
+    assert epochs.learning_rate(Progress(samples=300), Size(), 100) == pytest.approx(0.1)
+    steps = make(tmax=2, tmax_unit="step", lr=1.0, max_steps=10)
+    assert [round(steps.learning_rate(Progress(steps=s), Size(), 100), 6) for s in range(4)] == [0.5, 0.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"budget": "3 steps", "max_steps": 3}, "max_steps"),
+        ({"param_dtype": "bf16", "precision": "fp32"}, "param_dtype"),
+        ({"mode": "finetuning", "model": "llama_60m"}, "model"),
+        ({"galore": {"rank": 0}}, "galore.rank"),
+        ({"galore": {"proj_type": "up"}}, "galore.proj_type"),
+        ({"optimizer": "galor"}, "optimizer"),
+        ({"budgett": "3 steps"}, "budgett"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(values: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        make(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"mode": "finetuning", "num_training_tokens": "5M"}, "num_training_tokens"),
+        ({"optimizer": "baseline", "galore": {"rank": 4}}, "galore.rank"),
+        ({"optimizer": "apollo", "galore": {"rank": 4}}, "galore.rank"),
+        ({"optimizer": "galore", "galore": {"block_size": 64}}, "galore.block_size"),
+        ({"optimizer": "muon", "apollo": {"apollo_rank": 4}}, "apollo.apollo_rank"),
+        ({"optimizer": "galore", "lora": {"r": 4}}, "lora.r"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(values: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        refuse_unused(make(**values))
+
+
+def test_the_run_folder_names_model_optimizer_and_mode() -> None:
+    assert make().run_folder() == Path("models/llama_test_galore_pretrained")
+    assert make(output_dir="x").run_folder() == Path("x")

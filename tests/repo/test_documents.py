@@ -1,0 +1,45 @@
+"""Commands in documents are sound; `nox -s readme` runs them."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+
+import pytest
+
+from tests.repo.documents import Block, blocks
+from tests.repo.tree import ROOT, methods, packages
+
+DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *(package.folder / "README.md" for package in packages())]
+ALL = [block for path in DOCUMENTS for block in blocks(path.read_text(), str(path.relative_to(ROOT)))]
+BLOCKS = [block for block in ALL if block.language == "bash"]
+PYTHON = [block for block in ALL if block.language == "python"]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.place)
+def test_commands_are_sound_shell(block: Block) -> None:
+    subprocess.run(["bash", "-n", "-c", block.text], check=True)
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.place)
+def test_imports_shown_in_python_exist(block: Block) -> None:
+    for line in ast.parse(block.text).body:
+        if isinstance(line, ast.Import | ast.ImportFrom):
+            exec(ast.unparse(line), {})
+
+
+def test_every_method_has_a_readme_with_a_command() -> None:
+    for package in methods():
+        places = [block.place for block in BLOCKS if block.place.startswith(f"{(package.folder / 'README.md').relative_to(ROOT)}:")]
+        assert places, package.name
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    broken = [
+        f"{path.relative_to(ROOT)}: {target}"
+        for path in DOCUMENTS
+        for target in re.findall(r"\]\((?!\w+://|#)([^)#]+)", path.read_text())
+        if not (path.parent / target).exists()
+    ]
+    assert broken == []

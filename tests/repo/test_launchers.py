@@ -1,0 +1,60 @@
+"""Launcher scripts print a command under DRY_RUN=1, and that command's options exist."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.repo.test_commands import SCRIPTS, group
+from tests.repo.tree import ROOT
+
+JOBS = sorted(ROOT.glob("launchers/*/*.sh"))
+each_job = pytest.mark.parametrize("script", JOBS, ids=lambda path: f"{path.parent.name}/{path.name}")
+
+
+def dry_run(*command: str, **environment: str) -> list[str]:
+    """The words of the command that a launcher prints."""
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "DRY_RUN": "1", **environment})
+    assert (run.returncode, run.stderr) == (0, "")
+    return shlex.split(run.stdout)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("launchers/**/*.sh")), ids=lambda path: path.name)
+def test_scripts_are_sound(path: Path) -> None:
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", "-x", str(path)], check=True, cwd=ROOT)
+    assert "set -euo pipefail" in path.read_text() or path.name == "lib.sh"
+
+
+@each_job
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "none"])
+def test_printed_command_has_options_that_exist(script: Path, launcher: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = dry_run(str(script), "--seed", "7", LAUNCHER=launcher)
+    assert words[0] == {"none": words[0]}.get(launcher, launcher)
+    at = next(at for at, word in enumerate(words) if word in SCRIPTS)
+    group(SCRIPTS[words[at]]).main([*words[at + 1 :], "--print-config"], standalone_mode=False)
+    assert "seed: 7" in capsys.readouterr().out
+
+
+@each_job
+def test_several_machines_come_from_the_environment(script: Path) -> None:
+    words = dry_run(str(script), LAUNCHER="torchrun", NUM_NODES="2", NODE_RANK="1", MASTER_ADDR="first", PROCESSES="8")
+    at = {word: words[index + 1] for index, word in enumerate(words[:-1]) if word.startswith("--")}
+    assert [at["--nnodes"], at["--node-rank"], at["--master-addr"], at["--nproc-per-node"]] == ["2", "1", "first", "8"]
+
+
+def test_slurm_runs_a_script_once_per_machine_and_resumes() -> None:
+    words = dry_run("launchers/slurm.sh", "launchers/x.sh", "--seed", "1", SLURM_JOB_ID="7")
+    assert words == ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "bash", "launchers/x.sh", "--seed", "1", "--resume", "auto"]
+
+
+def test_an_unknown_launcher_is_refused() -> None:
+    run = subprocess.run([str(JOBS[0])], capture_output=True, text=True, env={**os.environ, "DRY_RUN": "1", "LAUNCHER": "mpi"})
+    assert run.returncode == 2
+    assert "LAUNCHER: 'mpi' is unknown; use torchrun" in run.stderr

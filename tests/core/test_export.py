@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,10 @@ def test_the_folder_loads_in_transformers_with_equal_logits(tmp_path: Path, tied
 
 def test_adapters_are_exported_as_peft_writes_them(tmp_path: Path) -> None:
     engine, method = trained(adapters=True)
+    # a name that is no folder: nobody may look for it on the hub
+    engine.model.model.active_peft_config.base_model_name_or_path = "smollm2-135m"
     folder = export(engine, method, tmp_path / "final", tokenizer=tokenizer())
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "smollm2-135m"
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= {file.name for file in folder.iterdir()}
     assert not (folder / "model.safetensors").exists()
     base = load_model("tiny", presets={"tiny": TINY})

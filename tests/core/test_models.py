@@ -360,5 +360,6 @@ def test_smollm2_reads_python_documentation() -> None:
         loss = sum(float(CausalLoss(model)(row, row)) for row in rows.split(1)) / (8 * 511)
     assert loss == pytest.approx(2.69, abs=0.02)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert models.lora(load_model("smollm2-135m"), r=1).active_peft_config.base_model_name_or_path == "smollm2-135m"
     reply = model.generate(**tokenizer("The capital of France is", return_tensors="pt"), max_new_tokens=5, do_sample=False)
     assert "Paris" in tokenizer.decode(reply[0])

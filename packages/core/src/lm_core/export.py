@@ -79,7 +79,16 @@ def _write(
     try:
         with quiet():
             # a copy: save_pretrained takes the tensors out of the dict it is given
-            (adapted or model).save_pretrained(str(partial), state_dict=dict(weights))
+            if adapted is None:
+                model.save_pretrained(str(partial), state_dict=dict(weights))
+            else:
+                # "auto" would look for the base model on the hub, to see whether its vocabulary has grown
+                targets = adapted.active_peft_config.target_modules or ()
+                adapted.save_pretrained(
+                    str(partial),
+                    state_dict=dict(weights),
+                    save_embedding_layers=any(name in targets for name in ("embed_tokens", "lm_head")),
+                )
             if adapted is None:
                 # engines that compute in bf16 still give float32 weights
                 model.config.dtype = _dtype(weights)

@@ -70,6 +70,9 @@ def load_model(
         raise InputError(f"model: {name} lacks {len(absent)} tensors or has them in another shape, first {absent[0]}; use complete weights")
     if loading["unexpected_keys"]:
         log.warning("model: %s holds tensors this architecture has no place for, first %s", name, sorted(loading["unexpected_keys"])[0])
+    # an adapter writes down what its base is called: not a folder of this machine's cache
+    if name != source:
+        model.name_or_path = name
     return cast(PreTrainedModel, model.train())
 
 

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lm_core.errors import ConfigError, InputError, ResumeRefused
+from kernels_cuda.lowrank import dequantize_blockwise, quantize_blockwise
+from lm_core.errors import ConfigError, ResumeRefused
 from lowrank_opt import AdamW, AdamW8bit, GaLoreAdamW, GaLoreAdamW8bit, build_param_groups
-from lowrank_opt.quant import code_book, dequantize_blockwise, nearest, quantize_blockwise
+from lowrank_opt.quant import code_book
 
 SIGNED, UNSIGNED = code_book(True), code_book(False)
 
@@ -34,6 +35,13 @@ def test_code_books_are_those_of_bitsandbytes():
     functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
     torch.testing.assert_close(functional.create_dynamic_map(signed=True), SIGNED, rtol=0, atol=1e-7)
     torch.testing.assert_close(functional.create_dynamic_map(signed=False), UNSIGNED, rtol=0, atol=1e-7)
+
+
+def nearest(x, code):
+    """Codes of numbers within [-1, 1], in one block whose maximum is 1."""
+    codes, absmax = quantize_blockwise(torch.cat([x.view(-1), torch.ones(1)]), code, block=x.numel() + 1)
+    assert absmax.tolist() == [1.0]
+    return codes[:-1].view(x.shape)
 
 
 @pytest.mark.parametrize("code", [SIGNED, UNSIGNED], ids=["signed", "unsigned"])
@@ -86,8 +94,8 @@ def test_zero_blocks_denormals_empty_tensors_and_nan():
     for shape in ((0,), (0, 5), (3, 0)):
         codes, absmax = quantize_blockwise(torch.zeros(shape), SIGNED, row_aligned=len(shape) == 2)
         assert dequantize_blockwise(codes, absmax, SIGNED, row_aligned=len(shape) == 2).shape == shape
-    with pytest.raises(InputError, match="NaN"):
-        quantize_blockwise(torch.tensor([1.0, math.nan]), SIGNED)
+    # nobody waits for the device to look for NaN; it shows in the maximum of its block
+    assert quantize_blockwise(torch.tensor([1.0, math.nan]), SIGNED)[1].isnan().all()
 
 
 def test_a_positive_second_moment_never_becomes_zero():

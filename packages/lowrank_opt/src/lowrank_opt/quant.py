@@ -1,7 +1,8 @@
 """Moments in 8 bits: one code per element, one float32 maximum per block of a row.
 
 A block is divided by its largest magnitude; every quotient is replaced by the exactly nearest of 256 values
-that lie densest around zero (signed for first moments, unsigned for second ones).
+that lie densest around zero (signed for first moments, unsigned for second ones). The operators of
+`kernels_cuda.lowrank` do that; here are the code books and where blocks lie in an optimizer's state.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from kernels_cuda.lowrank import adam8bit_step_
-from lm_core.errors import InputError
+from kernels_cuda.lowrank import adam8bit_step_, dequantize_blockwise, quantize_blockwise
 from lowrank_opt.base import Group, State, work_dtype
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -35,88 +35,6 @@ def code_book(signed: bool, device: torch.device | str = "cpu") -> Tensor:
         middles = (edges[:-1] + edges[1:]) / 2 * 10 ** (decade - 6)
         values += [middles, -middles] if signed else [middles]
     return torch.cat(values).sort().values
-
-
-@functools.lru_cache(maxsize=8)
-def _tables(code: Tensor) -> tuple[Tensor, Tensor]:
-    """For each upper half of a float32: the lowest code of the numbers that begin so, and the only bound among them.
-
-    Floats with equal upper halves differ by less than 1/128 of themselves, less than two neighbouring bounds do,
-    so one comparison settles the rest.
-    """
-    values = code.double().cpu()
-    middles = (values[:-1] + values[1:]) / 2
-    bounds = middles.float()
-    # the largest float32 that is not above the middle: a number exactly in the middle takes the lower code
-    bounds = torch.where(bounds.double() > middles, torch.nextafter(bounds, torch.tensor(-math.inf)), bounds)
-    upper = torch.arange(1 << 16, dtype=torch.int32) << 16
-    ends = torch.stack([upper, upper | 0xFFFF]).view(torch.float32)
-    ends = ends.where(ends.isfinite(), 2.0)
-    lowest = torch.searchsorted(bounds, ends.amin(0))
-    assert bool((torch.searchsorted(bounds, ends.amax(0)) - lowest <= 1).all()), "two bounds share an upper half"
-    bound = torch.cat([bounds, torch.tensor([math.inf])])[lowest]
-    return lowest.to(torch.uint8).to(code.device), bound.to(code.device)
-
-
-def nearest(x: Tensor, code: Tensor) -> Tensor:
-    """Index (uint8) of the nearest value of a sorted code book, the lower one of two equally near; x within [-1, 1]."""
-    lowest, bound = _tables(code)
-    upper = (x.contiguous().view(torch.int32) >> 16).bitwise_and_(0xFFFF).view(-1)
-    return lowest.index_select(0, upper).add_(x.reshape(-1) > bound.index_select(0, upper)).view(x.shape)
-
-
-def _rows(x: Tensor, row_aligned: bool) -> Tensor:
-    return x.flatten(0, -2) if row_aligned and x.ndim > 1 else x.reshape(1, x.numel())
-
-
-def _blocks(rows: Tensor, block: int) -> list[Tensor]:
-    """Whole blocks (rows x blocks x block) and, where the length is no multiple, the short last ones (rows x 1 x rest)."""
-    whole = rows.shape[1] // block * block
-    parts = [rows[:, :whole].reshape(rows.shape[0], whole // block, block), rows[:, None, whole:]]
-    return [part for part in parts if part.numel()]
-
-
-def quantize_blockwise(
-    x: Tensor, code: Tensor, block: int = 256, row_aligned: bool = False, nonzero: bool = False, check: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Codes (uint8, of x's shape) and block maxima (float32).
-
-    Blocks run along the flattened tensor (maxima: one dimension), or restart at every row (rows x blocks).
-    nonzero: a value above 0 never gets the code of 0 (index 0 of an unsigned book), so that a second moment
-    cannot vanish under its block's maximum.
-
-    Raises InputError for NaN. check=False leaves that out, and with it a wait for the device; NaN then ends up in the maxima.
-    """
-    codes, maxima = [], []
-    for part in _blocks(_rows(x.float(), row_aligned), block):
-        largest = part.abs().amax(dim=2, keepdim=True)
-        found = nearest(part / largest.masked_fill(largest == 0, 1.0), code)
-        if nonzero:
-            found = torch.maximum(found, (part > 0).to(torch.uint8))
-        codes.append(found.flatten(1))
-        maxima.append(largest.squeeze(2))
-    if not codes:
-        rows = _rows(x, row_aligned).shape[0]
-        return torch.empty(x.shape, dtype=torch.uint8, device=x.device), x.new_empty(
-            (rows, 0) if row_aligned else (0,), dtype=torch.float32
-        )
-    joined, absmax = (torch.cat(parts, dim=1) if len(parts) > 1 else parts[0] for parts in (codes, maxima))
-    if check and bool(absmax.isnan().any()):
-        raise InputError("quantize: the tensor holds NaN, which has no code; find the step that made it")
-    return joined.view(x.shape), absmax if row_aligned else absmax.view(-1)
-
-
-def dequantize_blockwise(
-    codes: Tensor, absmax: Tensor, code: Tensor, block: int = 256, row_aligned: bool = False, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """The values that codes and block maxima stand for, of the codes' shape."""
-    rows = _rows(codes, row_aligned)
-    values = code.index_select(0, rows.reshape(-1).to(torch.int32)).view(rows.shape)
-    maxima = absmax.view(rows.shape[0], math.ceil(rows.shape[1] / block))
-    whole = rows.shape[1] // block
-    values[:, : whole * block].view(rows.shape[0], whole, block).mul_(maxima[:, :whole, None])
-    values[:, whole * block :].mul_(maxima[:, whole:])
-    return values.view(codes.shape).to(dtype)
 
 
 def is_quantised(group: Group, elements: int) -> bool:
@@ -176,7 +94,7 @@ class Piece:
     def write(self, first: Tensor, second: Tensor) -> None:
         """Quantise both moments into the state."""
         for codes, maxima, value, signed in zip(self.codes, self.maxima, (first, second), (True, False), strict=True):
-            new = quantize_blockwise(value, code_book(signed, value.device), self.block, row_aligned=True, nonzero=not signed, check=False)
+            new = quantize_blockwise(value, code_book(signed, value.device), self.block, row_aligned=True, nonzero=not signed)
             codes.copy_(new[0])
             maxima.copy_(new[1])
 

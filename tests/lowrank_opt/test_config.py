@@ -116,11 +116,25 @@ def test_what_cannot_work_is_refused_by_name(values: dict[str, Any], named: str)
         ({"optimizer": "galore", "galore": {"block_size": 64}}, "galore.block_size"),
         ({"optimizer": "muon", "apollo": {"apollo_rank": 4}}, "apollo.apollo_rank"),
         ({"optimizer": "galore", "lora": {"r": 4}}, "lora.r"),
+        ({"cooldown": 0.1}, "cooldown: .*not to cosine_tmax"),
+        ({"schedule": "linear", "tmax": 10}, "tmax: .*cosine_tmax, not to linear"),
+        ({"schedule": "constant", "tmax_unit": "step"}, "tmax_unit"),
+        ({"num_training_tokens": "5M", "budget": "10 steps"}, "num_training_tokens: .*--budget 10 steps"),
+        ({"num_training_tokens": "5M", "max_steps": 10}, "num_training_tokens: .*--max-steps 10"),
+        ({"mode": "finetuning", "num_epochs": 2, "budget": "10 steps"}, "num_epochs"),
     ],
 )
 def test_an_option_that_would_be_ignored_is_refused(values: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         refuse_unused(make(**values))
+
+
+def test_a_default_that_the_command_line_repeats_is_chosen_and_a_smoke_test_replaces_any_length() -> None:
+    layer = {"mode": "pretraining", "optimizer": "galore", "model": "llama_test", "data": ["synthetic:markov"], "budget": "10 steps"}
+    refuse_unused(build(TrainConfig, layer))
+    with pytest.raises(ConfigError, match="num_epochs"):
+        refuse_unused(build(TrainConfig, layer, given=[{"num_epochs": 30}]))
+    refuse_unused(build(TrainConfig, layer, given=[{"num_epochs": 30, "test": True}]))
 
 
 def test_the_run_folder_names_model_optimizer_and_mode() -> None:

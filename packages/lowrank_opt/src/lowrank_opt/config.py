@@ -20,6 +20,11 @@ OPTIMIZERS = Literal[
 LORA_FILE, GALORE_FILE = Path("config/lora_config.json"), Path("config/galore_config.json")
 # options that only some modes and optimizers use: an explicit one elsewhere is refused, never ignored
 ONLY_FOR_MODE = {"num_training_tokens": "pretraining"}
+ONLY_FOR_SCHEDULE = {
+    "cooldown": ("cosine", "linear", "constant", "exp", "inverse-sqrt"),
+    "tmax": ("cosine_tmax",),
+    "tmax_unit": ("cosine_tmax",),
+}
 PROJECTED = ("galore", "galore8bit", "lora+galore", "lora+galore8bit", "fira")
 EIGHT_BIT = ("galore8bit", "lora+galore8bit", "adamw8bit")
 LOW_RANK = (*PROJECTED, "apollo", "apollo-mini", "muon")
@@ -235,10 +240,24 @@ def used_by(path: str) -> tuple[str, ...] | None:
 
 
 def refuse_unused(config: TrainConfig) -> None:
-    """Raise ConfigError for an option that somebody chose and that this mode or optimizer would ignore."""
-    for path in sorted(explicit(config)):
-        flag = "--" + path.rpartition(".")[2].replace("_", "-")
+    """Raise ConfigError for an option that somebody chose and that this mode, optimizer, schedule or budget would ignore."""
+    chosen = explicit(config)
+    for path in sorted(chosen):
+        flag = flag_of(path)
         if (mode := ONLY_FOR_MODE.get(path)) and config.mode != mode:
             raise ConfigError(f"{path}: only {mode} uses {flag}, not --mode {config.mode}; use --budget or --num-epochs")
         if (users := used_by(path)) and config.optimizer not in users:
             raise ConfigError(f"{path}: {flag} belongs to {', '.join(users)}, not to --optimizer {config.optimizer}; drop it")
+        if (shapes := ONLY_FOR_SCHEDULE.get(path)) and config.schedule not in shapes:
+            raise ConfigError(f"{path}: {flag} belongs to --schedule {', '.join(shapes)}, not to {config.schedule}; drop it")
+    for length in ("num_epochs", "num_training_tokens"):
+        for instead in ("budget", "max_steps"):
+            if length in chosen and getattr(config, instead) and not config.test:
+                raise ConfigError(
+                    f"{length}: {flag_of(length)} and {flag_of(instead)} {getattr(config, instead)} both set the length; drop one of them"
+                )
+
+
+def flag_of(path: str) -> str:
+    """The flag of the option at `path`."""
+    return "--" + path.rpartition(".")[2].replace("_", "-")

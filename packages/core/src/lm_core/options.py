@@ -58,6 +58,7 @@ class EngineOptions:
     engine: Literal["auto", "replicated", "sharded", "deepspeed"] = opt("auto", "Where weights, gradients and optimizer state live.")
     zero_stage: Literal[0, 1, 2, 3] | None = opt(None, "ZeRO stage of the deepspeed engine; 0 is the replicated engine.")
     offload: Literal["none", "optimizer", "all"] = opt("none", "What the deepspeed engine keeps in host memory.")
+    deepspeed_config: Path | None = opt(None, "JSON of DeepSpeed settings, taken over where no option of ours decides.")
     precision: Literal["fp32", "bf16", "fp16"] = opt(
         "fp32", "Arithmetic of forward and backward passes; weights and optimizer state stay float32."
     )
@@ -112,6 +113,14 @@ class RunConfig(ModelOptions, DataOptions, OptimOptions, EngineOptions, OutputOp
             raise ConfigError(f"zero_stage: {self.zero_stage} belongs to the deepspeed engine, not to {self.engine}; drop one of the two")
         if self.offload != "none" and self.engine not in ("auto", "deepspeed"):
             raise ConfigError(f"offload: {self.offload} belongs to the deepspeed engine, not to {self.engine}; use --engine deepspeed")
+        if self.deepspeed_config is not None and self.engine not in ("auto", "deepspeed"):
+            raise ConfigError(
+                f"deepspeed_config: {self.deepspeed_config} belongs to the deepspeed engine, not to {self.engine}; drop one of the two"
+            )
+        if self.deepspeed_config is not None and self.zero_stage == 0:
+            raise ConfigError(
+                f"deepspeed_config: {self.deepspeed_config} is for ZeRO, and stage 0 is the replicated engine; drop --zero-stage 0"
+            )
         if self.overwrite and self.resume != "none":
             raise ConfigError(f"overwrite: a run cannot be deleted and resumed ({self.resume}) at once; drop --overwrite or --resume")
         # lengths that depend on the data are checked again when it is known

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_core import dist
-from lm_core.engine import state
+from lm_core.engine import deepspeed_settings, state
 from lm_core.engine.base import Engine
 from lm_core.engine.replicated import broadcast
 from lm_core.errors import ConfigError, ResumeRefused, RunFailed
@@ -47,11 +47,8 @@ class DeepSpeed(Engine):
     def __init__(self, config: RunConfig, method: Method, model: nn.Module, device: torch.device) -> None:
         self.method, self.nonfinite = method, config.nonfinite
         self.device, self.seed = device, config.seed
-        self.stage = 2 if config.zero_stage is None else config.zero_stage
-        if self.stage == 1 and config.offload != "none" and config.precision == "bf16":
-            # this combination keeps gradients of a dropped step on the host (deepspeed 0.19.8)
-            self.stage = 2
-        settings = _settings(config, self.stage)
+        settings = deepspeed_settings.settings(config, dist.world())
+        self.stage = settings["zero_optimization"]["stage"]
         dist.require_group(device)
         self.data_rank, self.data_world = dist.rank(), dist.world()
         freeze(model, method.param_rules())
@@ -63,6 +60,9 @@ class DeepSpeed(Engine):
         optimizer = method.optimizer(groups)
         if getattr(optimizer, "per_layer", False):
             raise ConfigError("engine: deepspeed keeps no whole gradient for layer-wise updates; use --engine replicated")
+        # a buffer of this many elements is made whatever the model; DeepSpeed's default is 2 GB
+        elements = sum(parameter.numel() for parameter in self.trained.values())
+        settings["zero_optimization"].setdefault("reduce_bucket_size", min(elements, 500_000_000))
         self._description = state.describe(optimizer, self.trained)
         self._engine: Any
         self._zero: Any
@@ -201,30 +201,6 @@ class DeepSpeed(Engine):
 _TAG = "zero"
 _UNIVERSAL = f"{_TAG}_universal"
 _CONVERTIBLE = {"step", "exp_avg", "exp_avg_sq"}
-
-
-def _settings(config: RunConfig, stage: int) -> dict[str, Any]:
-    if config.offload == "all" and stage != 3:
-        raise ConfigError(f"offload: all needs ZeRO stage 3, not {stage}; use --offload optimizer, or --zero-stage 3")
-    if config.precision == "fp16":
-        raise ConfigError("precision: fp16 runs in the replicated and sharded engines only; use bf16 with deepspeed")
-    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False}
-    if config.offload != "none":
-        zero["offload_optimizer"] = {"device": "cpu"}
-    if config.offload == "all":
-        zero["offload_param"] = {"device": "cpu"}
-    settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": config.micro_batch_size,
-        "managed_gradient_accumulation": False,
-        "gradient_clipping": config.grad_clip,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": None,
-    }
-    if config.precision == "bf16":
-        settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
-    return settings
 
 
 def _import(device: torch.device) -> Any:

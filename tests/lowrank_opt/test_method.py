@@ -12,7 +12,7 @@ from lm_core.config import build, to_dict
 from lm_core.method import Method
 from lm_core.options import RunConfig
 from lm_core.run import run
-from lm_core.testing import Conformance
+from lm_core.testing import Conformance, spawn
 from lowrank_opt.config import OPTIMIZERS, TrainConfig
 from lowrank_opt.method import LowRank
 
@@ -131,3 +131,13 @@ def test_a_dry_run_of_a_model_that_does_not_fit_builds_nothing(tmp_path: Path, m
     assert counts["parameters"]["total"] == 1_339_082_752
     assert counts["memory"]["optimizer"] == 8 * 1_339_082_752
     assert not (tmp_path / "run").exists()
+
+
+def _half_precision(folder: Path) -> float:
+    config = LowRankConformance().options(folder, optimizer="baseline", galore={}, engine="sharded", precision="fp16", budget="4 steps")
+    return float(run(config, LowRank(config))["eval"]["eval/markov/loss"])
+
+
+@pytest.mark.slow
+def test_float16_trains_in_the_sharded_engine(tmp_path: Path) -> None:
+    assert 0 < spawn(_half_precision, tmp_path, world=1)[0] < 6

@@ -110,9 +110,10 @@ def train_base_modules(model: PreTrainedModel) -> None:
 
 
 def fused_loss(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
-    """Summed cross entropy without the full logits; under float16 autocast in float32, which the operator has."""
+    """Summed cross entropy without the full logits; float16, from autocast or a sharded engine, in float32, which the operator has."""
     kind = hidden_ND.device.type
-    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_ND.dtype
+    if torch.float16 in (autocast, hidden_ND.dtype):
         with torch.autocast(kind, enabled=False):
             return linear_cross_entropy(hidden_ND.float(), weight_VD.float(), labels_N)
     return linear_cross_entropy(hidden_ND, weight_VD, labels_N)

@@ -1,9 +1,13 @@
 """Every engine gives the same losses and gradient norms as one process: any number of backwards, then one step."""
 
+import errno
+import resource
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lm_core import dist
@@ -271,6 +275,32 @@ def test_sharded_processes_keep_their_share_and_survive_bad_steps() -> None:
     run(whole, 1)
     elements = sum(value.numel() for state in whole.optimizer.state.values() for value in state.values())
     assert all(held < 0.6 * elements for held in spawn(_sharded))
+
+
+def _save_without_room(folder: Path) -> dict[str, int | None]:
+    """The system's number of the error with which each engine reports a file that may not grow."""
+    engines = [tiny(engine="sharded"), *(tiny(engine="deepspeed", zero_stage=stage) for stage in (1, 2, 3)), tiny()]
+    for engine in engines:
+        run(engine, 1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, resource.RLIM_INFINITY))
+    found = {}
+    for number, engine in enumerate(engines):
+        (folder / str(number)).mkdir()
+        try:
+            engine.save(folder / str(number))
+        except OSError as error:
+            found[f"{engine.kind} {number}"] = error.errno
+        except SafetensorError as error:
+            found[f"{engine.kind} {number}"] = errno.EFBIG if f"os error {errno.EFBIG}" in str(error) else None
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return found
+
+
+@pytest.mark.slow
+def test_every_engine_says_that_a_disk_is_full(tmp_path: Path) -> None:
+    found = spawn(_save_without_room, tmp_path, world=1)[0]
+    assert set(found.values()) == {errno.EFBIG}
+    assert len(found) == 5
 
 
 def _deepspeed(kinds: list[dict[str, Any]]) -> None:

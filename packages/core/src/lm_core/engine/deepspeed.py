@@ -111,7 +111,12 @@ class DeepSpeed(Engine):
 
     def save(self, folder: Path) -> None:
         """`deepspeed/` in DeepSpeed's own format (pickles), `deepspeed.json`, which says how it was partitioned, `untrained.safetensors`."""
-        self._engine.save_checkpoint(str(folder / "deepspeed"), tag=_TAG, exclude_frozen_parameters=True)
+        try:
+            self._engine.save_checkpoint(str(folder / "deepspeed"), tag=_TAG, exclude_frozen_parameters=True)
+        except RuntimeError:
+            # torch's writer says "unexpected pos" where the disk is full
+            state.require_room(folder)
+            raise
         # DeepSpeed's conversion leaves these out (0.19.8)
         untrained = {name: self._full(tensor) for name, tensor in self._untrained().items()}
         if untrained:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed.tensor as distributed_tensor
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -109,8 +110,14 @@ class Sharded(Replicated):
 
 
 def _write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    if tensors:
+    if not tensors:
+        return
+    try:
         save({name: tensor.detach() for name, tensor in tensors.items()}, storage_writer=FileSystemWriter(folder))
+    except CheckpointException as error:
+        # it is no Exception, and hides what the system said (a full disk) to one of the ranks
+        first, _ = next(iter(error.failures.values()))
+        raise first from error
 
 
 def _shapes(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:

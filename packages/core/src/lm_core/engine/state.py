@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,12 @@ def write_json(path: Path, value: Any) -> None:
     sync(temporary)
     os.replace(temporary, path)
     sync(path.parent)
+
+
+def require_room(folder: Path) -> None:
+    """Raise OSError when `folder` cannot take another file: for libraries that do not tell why a write of theirs failed."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(2**20))
 
 
 def sync(path: Path) -> None:

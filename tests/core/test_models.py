@@ -253,6 +253,12 @@ def test_a_name_that_cannot_be_had_is_refused_with_a_way_out(name: str, message:
         load_model(name, presets=PRESETS)
 
 
+@pytest.mark.parametrize("name", ["no-such/tokenizer", "./no/such/folder"])
+def test_a_tokenizer_that_cannot_be_had_is_refused_with_those_that_need_no_files(name: str) -> None:
+    with pytest.raises(InputError, match=r"tokenizer: .*; use bytes, bpe:N, a local folder"):
+        load_tokenizer(name)
+
+
 def test_files_that_are_no_model_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(InputError, match=r"only \.gguf files hold a whole model"):

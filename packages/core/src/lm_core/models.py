@@ -104,11 +104,13 @@ def _source(name: str, presets: Presets, field: str = "model") -> str:
     if path.is_file():
         raise InputError(f"{field}: {name} is a file, but only .gguf files hold a whole model; name the folder that contains it")
     if path.suffix == ".gguf" or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or not name.strip():
-        raise InputError(f"{field}: {name!r} does not exist; {_ways_out(presets)}")
+        raise InputError(f"{field}: {name!r} does not exist; {_ways_out(presets, field)}")
     return name
 
 
-def _ways_out(presets: Presets | None) -> str:
+def _ways_out(presets: Presets | None, field: str) -> str:
+    if field == "tokenizer":
+        return f"use bytes, bpe:N, a local folder, a .gguf file or {SMOLLM2}"
     known = ", ".join([*(presets or {}), SMOLLM2])
     return f"use a local folder, a .gguf file or one of: {known}"
 
@@ -126,7 +128,7 @@ def _readable(name: str, presets: Presets | None, field: str = "model") -> Itera
         local = Path(name).expanduser().exists() or name == SMOLLM2
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         what = "cannot be read" if local else "is neither a local path nor a model of the Hugging Face hub that can be reached from here"
-        raise InputError(f"{field}: {name} {what} ({reason}); {_ways_out(presets)}") from error
+        raise InputError(f"{field}: {name} {what} ({reason}); {_ways_out(presets, field)}") from error
 
 
 @contextmanager

@@ -72,6 +72,10 @@ def _without_values(config: RunConfig, method: Method, batches: Sequence[Batch],
     except (AttributeError, RuntimeError):
         # torch's own optimizers do not say, and fused ones refuse tensors without values
         optimizer = 8 * sum(parameter.numel() for parameter in trained)
+    else:
+        if getattr(made, "per_layer", False):
+            # a gradient is used and freed before the next one exists
+            held = max(parameter.nbytes for parameter in trained)
     runtime = current_bytes(device)
     memory = Memory(weights, held, optimizer, activations, runtime, runtime + weights + optimizer + held + activations)
     return memory, parameters(model), method.flops_per_token(model)

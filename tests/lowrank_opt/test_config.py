@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from lm_core.config import build, leaves, to_dict
 from lm_core.errors import ConfigError
 from lm_core.progress import Progress, Size
-from lowrank_opt.config import TrainConfig, refuse_unused
+from lowrank_opt.config import TrainConfig, refuse_unused, resolved
 
 # the original guide's options: flag, default, choices
 GUIDE: list[tuple[str, Any]] = [
@@ -100,6 +101,16 @@ def test_the_rate_stays_at_the_floor_after_tmax_epochs_but_oscillates_in_steps()
         ({"galore": {"proj_type": "up"}}, "galore.proj_type"),
         ({"optimizer": "galor"}, "optimizer"),
         ({"budgett": "3 steps"}, "budgett"),
+        ({"total_batch_size": 24}, "total_batch_size: 24 is no multiple of 16.*use 32"),
+        ({"total_batch_size": 32, "accumulate": 4}, "total_batch_size: 32 means --accumulate 2"),
+        ({"schedule": "cosine_restarts"}, "restart_every"),
+        ({"clip_mode": "delayed"}, "clip_mode: delayed clips nothing"),
+        ({"clip_mode": "per_param", "grad_clip": 1}, "clip_mode: per_param belongs to per-layer"),
+        ({"clip_mode": "global", "grad_clip": 1, "per_layer": True, "precision": "bf16"}, "clip_mode: per-layer"),
+        ({"per_layer": True}, "per_layer: fp16"),
+        ({"per_layer": True, "precision": "bf16", "engine": "sharded"}, "per_layer: the sharded engine"),
+        ({"per_layer": True, "precision": "bf16", "num_processes": 2}, "per_layer: .*one process"),
+        ({"per_layer": True, "precision": "bf16", "nonfinite": "drop"}, "per_layer: .*dropped"),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(values: dict[str, Any], named: str) -> None:
@@ -116,6 +127,7 @@ def test_what_cannot_work_is_refused_by_name(values: dict[str, Any], named: str)
         ({"optimizer": "galore", "galore": {"block_size": 64}}, "galore.block_size"),
         ({"optimizer": "muon", "apollo": {"apollo_rank": 4}}, "apollo.apollo_rank"),
         ({"optimizer": "galore", "lora": {"r": 4}}, "lora.r"),
+        ({"restart_every": 10}, "restart_every: .*cosine_restarts, not to cosine_tmax"),
         ({"cooldown": 0.1}, "cooldown: .*not to cosine_tmax"),
         ({"schedule": "linear", "tmax": 10}, "tmax: .*cosine_tmax, not to linear"),
         ({"schedule": "constant", "tmax_unit": "step"}, "tmax_unit"),
@@ -135,6 +147,25 @@ def test_a_default_that_the_command_line_repeats_is_chosen_and_a_smoke_test_repl
     with pytest.raises(ConfigError, match="num_epochs"):
         refuse_unused(build(TrainConfig, layer, given=[{"num_epochs": 30}]))
     refuse_unused(build(TrainConfig, layer, given=[{"num_epochs": 30, "test": True}]))
+
+
+def test_a_total_batch_is_a_number_of_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolved(make(total_batch_size=64)).accumulate == 4
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert resolved(make(total_batch_size=64)).accumulate == 2
+
+
+def test_state_bits_make_any_optimizer_an_8_bit_one_and_back() -> None:
+    refuse_unused(make(optimizer="baseline", galore={"state_bits": 8, "block_size": 64}))
+    with pytest.raises(ConfigError, match="block_size"):
+        refuse_unused(make(optimizer="galore8bit", galore={"state_bits": 32, "block_size": 64}))
+
+
+def test_restarts_repeat_half_a_cosine_and_warm_up_once() -> None:
+    config = make(schedule="cosine_restarts", restart_every=4, lr=1.0, max_steps=8, min_lr_ratio=0.2, warmup=2)
+    rates = [config.learning_rate(Progress(steps=step), Size(), 100) for step in range(8)]
+    cycle = [0.2 + 0.4 * (1 + math.cos(math.pi * x / 4)) for x in (1, 2, 3, 4)]
+    assert rates == pytest.approx([cycle[0] / 2, *cycle[1:], *cycle])
 
 
 def test_the_run_folder_names_model_optimizer_and_mode() -> None:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import typing
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lm_core.config import build, to_dict
@@ -13,6 +16,7 @@ from lm_core.method import Method
 from lm_core.options import RunConfig
 from lm_core.run import run
 from lm_core.testing import Conformance, spawn
+from lowrank_opt import csv_sink
 from lowrank_opt.config import OPTIMIZERS, TrainConfig
 from lowrank_opt.method import LowRank
 
@@ -91,6 +95,56 @@ def test_galore_projects_the_body_and_leaves_embeddings_head_and_norms_dense() -
     assert all("proj" in name for name in groups[True])
 
 
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_biases_are_trained_beside_adapters_where_asked(bias: str) -> None:
+    suite = LowRankConformance()
+    suite.optimizer = "lora"
+    config = suite.options(mode="finetuning", model="gpt2_test", lora={"bias": bias})
+    trained = {name for name, parameter in suite.method(config).build().named_parameters() if parameter.requires_grad}
+    assert any(name.endswith("bias") for name in trained) == (bias == "all")
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    return csv_sink.read(folder / "output.csv")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2, "grad_clip": 0.5}], ids=["one backward", "accumulated and clipped"])
+def test_per_layer_updates_resume_bit_for_bit_and_their_table_goes_on(tmp_path: Path, options: dict[str, Any]) -> None:
+    suite = TestGalore()
+    options = {**options, "per_layer": True, "log_every": 1, "save_every": "3"}
+    suite.run(tmp_path / "whole", budget="6 steps", **options)
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    shutil.rmtree(tmp_path / "part/checkpoints/checkpoint-6")
+    suite.run(tmp_path / "part", budget="6 steps", resume="auto", **options)
+    first, second = (load_file(tmp_path / name / "final/model.safetensors") for name in ("whole", "part"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    measured = {"compute_time", "tokens_per_second", *(name for name in csv_sink.COLUMNS if name.startswith("peak_"))}
+    tables = [[{name: row[name] for name in row if name not in measured} for row in rows(tmp_path / name)] for name in ("whole", "part")]
+    assert tables[0] == tables[1]
+    assert [row["training_step"] for row in tables[1]] == ["1", "2", "3", "4", "5", "6"]
+    assert {row["grad_norm_kind"] for row in tables[0]} == {"projected" if "accumulate" in options else "full"}
+    assert int(tables[0][-1]["refreshes"]) > int(tables[0][0]["refreshes"]) == 14
+
+
+@pytest.mark.slow
+def test_per_layer_updates_are_the_ordinary_ones(tmp_path: Path) -> None:
+    suite = TestGalore()
+    for name, per_layer in (("plain", False), ("layers", True)):
+        suite.run(tmp_path / name, budget="5 steps", per_layer=per_layer)
+    first, second = (load_file(tmp_path / name / "final/model.safetensors") for name in ("plain", "layers"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_before_the_first_step_the_kinds_of_parameters_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    suite = TestGalore()
+    with caplog.at_level("INFO", "lowrank_opt"):
+        _, engine, _ = suite.assemble(suite.options())
+    # 2 layers of 4 x 64 x 64 and 3 x 64 x 172; embedding and head of 512 x 64, and 5 norms
+    assert "low-rank 98,816 (14 matrices)  dense 65,856  frozen 0" in caplog.text
+    assert f"state {engine.optimizer.predicted_state_bytes():,} bytes" in caplog.text
+
+
 @pytest.mark.real
 @pytest.mark.slow
 def test_galore_lowers_the_held_out_loss_of_a_real_model_and_resumes(tmp_path: Path) -> None:
@@ -130,6 +184,10 @@ def test_a_dry_run_of_a_model_that_does_not_fit_builds_nothing(tmp_path: Path, m
     counts = run(config, LowRank(build(TrainConfig, to_dict(config))))
     assert counts["parameters"]["total"] == 1_339_082_752
     assert counts["memory"]["optimizer"] == 8 * 1_339_082_752
+    assert counts["memory"]["gradients"] == 4 * 1_339_082_752
+    layers = build(TrainConfig, {**to_dict(config), "per_layer": True})
+    # the largest one, embedding or head
+    assert run(layers, LowRank(layers))["memory"]["gradients"] == 4 * 32000 * 2048
     assert not (tmp_path / "run").exists()
 
 

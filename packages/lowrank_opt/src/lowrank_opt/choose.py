@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from lm_core.config import to_dict
 from lowrank_opt.adamw import AdamW, AdamW8bit
 from lowrank_opt.apollo import ApolloAdamW
-from lowrank_opt.base import Group
-from lowrank_opt.config import EIGHT_BIT, LOW_RANK, PROJECTED, TrainConfig
+from lowrank_opt.base import BaseOptimizer, Group
+from lowrank_opt.config import LOW_RANK, PROJECTED, TrainConfig, moment_bits
 from lowrank_opt.fira import FiraAdamW
 from lowrank_opt.galore import GaLoreAdamW, GaLoreAdamW8bit
 from lowrank_opt.muon import MuonWithAdamW
 
-CLASSES: dict[str, type[torch.optim.Optimizer]] = {
+CLASSES: dict[str, type[BaseOptimizer]] = {
     "baseline": AdamW,
     "adamw8bit": AdamW8bit,
     "galore": GaLoreAdamW,
@@ -28,10 +26,10 @@ CLASSES: dict[str, type[torch.optim.Optimizer]] = {
     "lora": AdamW,
 }
 # what selects parameters, and what applies to dense parameters as well, is no setting of a low-rank group
-_ELSEWHERE = ("rank", "target_modules", "exclude_modules", "block_size", "min_8bit_size", "embedding_state_bits")
+_ELSEWHERE = ("rank", "target_modules", "exclude_modules", "state_bits", "block_size", "min_8bit_size", "embedding_state_bits")
 
 
-def make_optimizer(config: TrainConfig, groups: list[Group]) -> torch.optim.Optimizer:
+def make_optimizer(config: TrainConfig, groups: list[Group]) -> BaseOptimizer:
     """The optimizer that `config` names over `groups`, whose low-rank ones carry `low_rank_settings`."""
     common: dict[str, Any] = {
         "lr": config.lr,
@@ -39,8 +37,9 @@ def make_optimizer(config: TrainConfig, groups: list[Group]) -> torch.optim.Opti
         "eps": config.eps,
         "seed": config.seed,
         "stochastic_rounding": config.stochastic_rounding,
+        "state_bits": moment_bits(config),
     }
-    if config.optimizer in EIGHT_BIT:
+    if moment_bits(config) == 8:
         common |= {"block_size": config.galore.block_size, "min_8bit_size": config.galore.min_8bit_size}
     made: Any = CLASSES[config.optimizer.removeprefix("lora+")]
     return made(groups, **common)  # type: ignore[no-any-return]

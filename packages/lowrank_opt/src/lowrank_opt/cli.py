@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from lm_core.cli import command_group, configured
 from lm_core.cli import main as run_cli
-from lowrank_opt.config import TrainConfig, refuse_unused
+from lowrank_opt.config import TrainConfig, refuse_unused, resolved
 
 cli = command_group("Train language models in little memory: LoRA, GaLore and full-rank baselines.")
 
@@ -20,8 +19,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Example: lowrank-opt train --mode finetuning --optimizer galore --model smollm2-135m --data builtin:python-docs --precision bf16
     """
     refuse_unused(config)
-    if config.test:
-        config = replace(config, precision="fp32", wandb="off")
+    config = resolved(config)
     from lm_core.run import run
     from lowrank_opt.method import LowRank
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +13,7 @@ from lm_core.config import Count, change, config, explicit, load, opt, section
 from lm_core.errors import ConfigError
 from lm_core.options import DataOptions, EngineOptions, ModelOptions, OptimOptions, OutputOptions, RunConfig
 from lm_core.progress import Budget, Progress, Size
-from lm_core.schedule import fraction_of_run
+from lm_core.schedule import cosine, fraction_of_run
 from lowrank_opt.models import PRESETS
 
 OPTIMIZERS = Literal[
@@ -24,6 +26,7 @@ ONLY_FOR_SCHEDULE = {
     "cooldown": ("cosine", "linear", "constant", "exp", "inverse-sqrt"),
     "tmax": ("cosine_tmax",),
     "tmax_unit": ("cosine_tmax",),
+    "restart_every": ("cosine_restarts",),
 }
 PROJECTED = ("galore", "galore8bit", "lora+galore", "lora+galore8bit", "fira")
 EIGHT_BIT = ("galore8bit", "lora+galore8bit", "adamw8bit")
@@ -56,6 +59,7 @@ class GaloreOptions:
         "identity", "What happens to parameters whose smaller side is at most the rank."
     )
     proj_dtype: Literal["param", "fp32", "bf16"] = opt("param", "Type that bases are kept in.")
+    state_bits: Literal[8, 32] | None = opt(None, "Bits of the moments; default: 8 for the optimizers that are called so, else 32.")
     block_size: int = opt(256, "Values that share one scale in 8-bit state.", ge=1)
     min_8bit_size: int = opt(4096, "State tensors with fewer values stay float32.", ge=0)
     embedding_state_bits: Literal[8, 32] = opt(32, "Bits of the embeddings' state under an 8-bit optimizer.")
@@ -94,6 +98,7 @@ class LoraOptions:
     )
     use_rslora: bool = opt(False, "Scale by lora_alpha / sqrt(r).")
     use_dora: bool = opt(False, "Train the magnitude of weights separately (DoRA).")
+    bias: Literal["none", "all", "lora_only"] = opt("none", "Biases trained beside the adapters.")
     init_lora_weights: str = opt("true", "Initial adapters: true, gaussian, pissa, pissa_niter_N, olora, orthogonal.")
     train_base_modules: Literal["auto", "none"] = opt(
         "auto", "Train embeddings, norms and head beside the adapters: auto does in pretraining."
@@ -116,6 +121,7 @@ class TrainConfig(RunConfig):
     )
     micro_batch_size: int = change(EngineOptions, "micro_batch_size", default=16, flags=("-b", "--batch_size"))
     accumulate: int = change(EngineOptions, "accumulate", flags=("--grad_accumulation",))
+    total_batch_size: int | None = opt(None, "Samples of one update over all processes; replaces --accumulate.", ge=1)
     num_epochs: int = opt(30, "Passes over the training data; in pretraining over --num-training-tokens.", ge=1)
     num_training_tokens: Count = opt(10**9, "Pretraining only: tokens of one epoch, over all processes.", ge=1)
     budget: str = change(
@@ -129,12 +135,26 @@ class TrainConfig(RunConfig):
     lr: float = change(OptimOptions, "lr", default=4e-4)
     weight_decay: float = change(OptimOptions, "weight_decay", default=0.01)
     grad_clip: float = change(OptimOptions, "grad_clip", default=0.0)
+    clip_mode: Literal["auto", "global", "delayed", "per_param"] = opt(
+        "auto",
+        "What --grad-clip limits: the global norm; per layer the global norm of the step before, or each parameter's share of it.",
+    )
+    per_layer: bool = opt(False, "Update every parameter inside the backward pass, so that only one gradient is held.")
     tmax: int = opt(30, "Half period of the cosine, in units of --tmax-unit.", ge=1)
     tmax_unit: Literal["epoch", "step"] = opt("epoch", "Unit of --tmax.")
     # one shape more than the base has, which a type checker takes for a broken promise
-    schedule: Literal["cosine_tmax", "cosine", "linear", "constant", "exp", "inverse-sqrt"] = opt(  # type: ignore[assignment]
+    schedule: Literal["cosine_tmax", "cosine", "cosine_restarts", "linear", "constant", "exp", "inverse-sqrt"] = opt(  # type: ignore[assignment]
         "cosine_tmax", "Shape of the learning rate after warm-up.", flags=("--scheduler",)
     )
+    restart_every: int | None = opt(None, "Updates between two starts of cosine_restarts.", ge=1)
+    data: list[str] = change(DataOptions, "data", flags=("--dataset", "--train_files"))
+    eval_data: list[str] = change(DataOptions, "eval_data", flags=("--validation_files",))
+    eval_every: str = change(OutputOptions, "eval_every", default="1000")
+    eval_tokens: Count = change(OutputOptions, "eval_tokens", default=10_000_000)
+    keep_checkpoints: int = change(OutputOptions, "keep_checkpoints", flags=("--keep_last",))
+    wandb_project: str = change(OutputOptions, "wandb_project", default="lowrank-opt")
+    csv: Path = opt(Path("output.csv"), "Table of the training steps that are logged, in the run folder.")
+    dry_run: bool = change(RunConfig, "dry_run", flags=("--estimate_only",))
     packing: Literal["document", "stream", "best-fit"] = change(DataOptions, "packing", default="document")
     lora_config: Path = opt(
         Path("config/lora_config.json"), "JSON file with the keys of section lora; the packaged defaults where it is absent."
@@ -168,8 +188,43 @@ class TrainConfig(RunConfig):
             raise ConfigError(f"model: {self.model} has no trained weights; add --init random, or name a folder or hub id")
         if self.param_dtype == "bf16" and self.precision != "bf16":
             raise ConfigError(f"param_dtype: bf16 weights need bf16 arithmetic, not {self.precision}; add --precision bf16")
+        self.check_batch()
+        self.check_clipping()
         if self.budget and self.max_steps is not None:
             raise ConfigError(f"max_steps: {self.max_steps} and --budget {self.budget!r} both set the length; drop one of them")
+
+    def check_batch(self) -> None:
+        """Refuse a total batch that whole micro-batches cannot make up, and one that --accumulate contradicts."""
+        if self.total_batch_size is None:
+            return
+        samples = self.micro_batch_size * processes(self)
+        if self.total_batch_size % samples:
+            raise ConfigError(
+                f"total_batch_size: {self.total_batch_size} is no multiple of {samples} (--batch-size {self.micro_batch_size} on "
+                f"{processes(self)} processes); use {samples * max(1, round(self.total_batch_size / samples))}"
+            )
+        if self.accumulate not in (1, self.total_batch_size // samples):
+            raise ConfigError(
+                f"total_batch_size: {self.total_batch_size} means --accumulate {self.total_batch_size // samples}, "
+                f"not {self.accumulate}; drop one of them"
+            )
+
+    def check_clipping(self) -> None:
+        """Refuse what the place of the update does not allow."""
+        if self.clip_mode != "auto" and self.grad_clip == 0:
+            raise ConfigError(f"clip_mode: {self.clip_mode} clips nothing while --grad-clip is 0; add for example --grad-clip 1")
+        if self.clip_mode == "global" and self.per_layer:
+            raise ConfigError("clip_mode: per-layer updates are made before the global norm is known; use delayed or per_param")
+        if self.clip_mode in ("delayed", "per_param") and not self.per_layer:
+            raise ConfigError(f"clip_mode: {self.clip_mode} belongs to per-layer updates; add --per-layer true, or use global")
+        if self.per_layer and self.engine not in ("auto", "replicated"):
+            raise ConfigError(f"per_layer: the {self.engine} engine keeps no whole gradient; use --engine replicated")
+        if self.per_layer and self.precision == "fp16":
+            raise ConfigError("per_layer: fp16 learns of an overflow after the updates were made; use --dtype bf16 or fp32")
+        if self.per_layer and processes(self) > 1:
+            raise ConfigError(f"per_layer: updates inside backward run in one process, not {processes(self)}; use 1, or --per-layer false")
+        if self.per_layer and self.nonfinite == "drop":
+            raise ConfigError("per_layer: updates inside backward cannot be dropped; use --nonfinite stop")
 
     def limits(self) -> Budget:
         """--budget or --max-steps, else epochs in finetuning and tokens in pretraining; tiny under --test."""
@@ -184,19 +239,25 @@ class TrainConfig(RunConfig):
         return Budget({"epochs": self.num_epochs})
 
     def learning_rate(self, progress: Progress, size: Size, epoch_samples: int) -> float:
-        """core's shapes, and `cosine_tmax`: half a cosine over `tmax` epochs (or updates), then the final rate."""
-        if self.schedule != "cosine_tmax":
+        """core's shapes, `cosine_tmax`: half a cosine over `tmax` epochs (or updates), then the final rate, and
+        `cosine_restarts`: core's cosine over `restart_every` updates, again and again."""
+        if self.schedule not in ("cosine_tmax", "cosine_restarts"):
             return super().learning_rate(progress, size, epoch_samples)
-        after = progress.after(size)
+        limits, after = self.limits(), progress.after(size)
+        warmup = fraction_of_run(self.warmup, limits)
+        rise = min(1.0, limits.fraction(progress, size, epoch_samples) / warmup) if warmup else 1.0
+        if self.schedule == "cosine_restarts":
+            if self.restart_every is None:
+                raise ConfigError(
+                    "restart_every: cosine_restarts needs the updates between two starts; add for example --restart-every 1000"
+                )
+            return self.lr * rise * cosine(((after.steps - 1) % self.restart_every + 1) / self.restart_every, self.min_lr_ratio)
         if self.tmax_unit == "step":
             passes = float(after.steps)
         elif self.mode == "pretraining":
             passes = after.tokens / self.num_training_tokens
         else:
             passes = after.samples / epoch_samples
-        limits = self.limits()
-        warmup = fraction_of_run(self.warmup, limits)
-        rise = min(1.0, limits.fraction(progress, size, epoch_samples) / warmup) if warmup else 1.0
         return self.lr * rise * cosine_tmax(passes, self.tmax, self.min_lr_ratio, repeat=self.tmax_unit == "step")
 
     def random_init(self) -> bool:
@@ -216,6 +277,27 @@ class TrainConfig(RunConfig):
         return Path("models") / f"{model}_{self.optimizer}_{'pretrained' if self.mode == 'pretraining' else 'finetuned'}"
 
 
+def processes(config: TrainConfig) -> int:
+    """How many processes the run has, or will have once it has started them."""
+    return int(os.environ.get("WORLD_SIZE", config.num_processes))
+
+
+def resolved(config: TrainConfig) -> TrainConfig:
+    """`config` as it runs: the smoke test in float32, and the total batch as a number of micro-batches."""
+    if config.test:
+        config = again(config, precision="fp32", param_dtype="auto", wandb="off")
+    if config.total_batch_size is not None:
+        config = again(config, accumulate=config.total_batch_size // (config.micro_batch_size * processes(config)))
+    return config
+
+
+def again(config: TrainConfig, **values: Any) -> TrainConfig:
+    """`config` with other values, whichever of the two was given on the command line."""
+    made = replace(config, **values)
+    object.__setattr__(made, "_given", vars(config).get("_given", frozenset()))
+    return made
+
+
 def cosine_tmax(passes: float, tmax: float, floor: float, repeat: bool) -> float:
     """Half a cosine from 1 to `floor` over `tmax`; beyond it the floor, or, with `repeat`, the other half and so on.
 
@@ -226,13 +308,20 @@ def cosine_tmax(passes: float, tmax: float, floor: float, repeat: bool) -> float
     return floor + (1 - floor) * (1 + math.cos(math.pi * at)) / 2
 
 
-def used_by(path: str) -> tuple[str, ...] | None:
-    """The optimizers that use the option at `path` of a section; None where all do."""
+def moment_bits(config: TrainConfig) -> int:
+    """Bits of the moments, those of embeddings and small tensors aside."""
+    return config.galore.state_bits or (8 if config.optimizer in EIGHT_BIT else 32)
+
+
+def used_by(config: TrainConfig, path: str) -> tuple[str, ...] | None:
+    """The optimizers that use the option at `path` of a section; None where the present one does for certain."""
     head, _, name = path.rpartition(".")
+    if name == "state_bits":
+        return None
     if name in ("target_modules", "exclude_modules"):
         return LOW_RANK
     if name in ("block_size", "min_8bit_size", "embedding_state_bits"):
-        return EIGHT_BIT
+        return None if moment_bits(config) == 8 else tuple(one for one in EIGHT_BIT if one != config.optimizer)
     if name == "apollo_norm_growth":
         return "apollo", "apollo-mini", "fira"
     lora = ("lora", "lora+galore", "lora+galore8bit")
@@ -246,7 +335,7 @@ def refuse_unused(config: TrainConfig) -> None:
         flag = flag_of(path)
         if (mode := ONLY_FOR_MODE.get(path)) and config.mode != mode:
             raise ConfigError(f"{path}: only {mode} uses {flag}, not --mode {config.mode}; use --budget or --num-epochs")
-        if (users := used_by(path)) and config.optimizer not in users:
+        if (users := used_by(config, path)) and config.optimizer not in users:
             raise ConfigError(f"{path}: {flag} belongs to {', '.join(users)}, not to --optimizer {config.optimizer}; drop it")
         if (shapes := ONLY_FOR_SCHEDULE.get(path)) and config.schedule not in shapes:
             raise ConfigError(f"{path}: {flag} belongs to --schedule {', '.join(shapes)}, not to {config.schedule}; drop it")

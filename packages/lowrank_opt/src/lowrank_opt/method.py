@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,16 +12,26 @@ from torch import Tensor, nn
 
 from kernels_cuda.head import linear_cross_entropy
 from lm_core.errors import ConfigError
+from lm_core.memory import current_bytes
 from lm_core.method import Batch, Loss, Method
 from lm_core.models import CausalLoss, checkpoint_activations, hf_model, load_model, lora
+from lowrank_opt.base import BaseOptimizer, Group
 from lowrank_opt.choose import low_rank_settings, make_optimizer
-from lowrank_opt.config import EIGHT_BIT, LOW_RANK, GaloreOptions, LoraOptions, TrainConfig
+from lowrank_opt.config import LOW_RANK, GaloreOptions, LoraOptions, TrainConfig, moment_bits
+from lowrank_opt.csv_sink import CsvSink
 from lowrank_opt.groups import auto_targets, matching
+from lowrank_opt.layerwise import attach_per_layer
 from lowrank_opt.models import PRESETS
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+    from lm_core.sinks import Sink
+
+log = logging.getLogger("lowrank_opt")
 
 
 class LowRank(Method):
@@ -28,9 +39,12 @@ class LowRank(Method):
 
     config: TrainConfig
     # the budget in other words; the content of the JSON files is compared option by option
-    resumable = frozenset({"max_steps", "num_epochs", "num_training_tokens", "lora_config", "galore_config"})
+    resumable = frozenset({"max_steps", "num_epochs", "num_training_tokens", "total_batch_size", "csv", "lora_config", "galore_config"})
     low_rank: frozenset[str] = frozenset()
     embeddings: frozenset[str] = frozenset()
+    module: nn.Module
+    built: BaseOptimizer
+    said = ""
 
     def build(self) -> nn.Module:
         config = self.config
@@ -53,6 +67,7 @@ class LowRank(Method):
             self.low_rank = low_rank_names(module, config.galore)
         if config.gradient_checkpointing:
             checkpoint_activations(module)
+        self.module = module
         return module
 
     def trains_base(self) -> bool:
@@ -74,12 +89,42 @@ class LowRank(Method):
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         parts = [part for group in groups for part in self.split(group)]
-        return make_optimizer(self.config, parts)
+        self.built = make_optimizer(self.config, parts)
+        if (text := self.summary(parts)) != self.said:
+            # a dry run makes the optimizer twice
+            log.info("%s", text)
+            self.said = text
+        if self.config.per_layer:
+            clip = self.config.grad_clip or None
+            mode = "per_param" if self.config.clip_mode == "per_param" else "delayed"
+            attach_per_layer(self.built, self.module, self.config.accumulate, clip, mode)
+        return self.built
+
+    def summary(self, parts: list[Group]) -> str:
+        """How many parameters get a low-rank update, a dense one and none, and the exact size of the optimizer's state."""
+        trained = [parameter for part in parts for parameter in part["params"]]
+        low = [parameter for part in parts if part.get("rank") for parameter in part["params"]]
+        frozen = sum(parameter.numel() for parameter in self.module.parameters()) - sum(parameter.numel() for parameter in trained)
+        numbers = f"low-rank {sum(p.numel() for p in low):,} ({len(low)} matrices)  "
+        numbers += f"dense {sum(p.numel() for p in trained) - sum(p.numel() for p in low):,}  frozen {frozen:,}"
+        return f"optimizer   {numbers}  state {self.built.predicted_state_bytes():,} bytes"
+
+    def sinks(self, folder: Path) -> list[Sink]:
+        def memory() -> tuple[int, int]:
+            device = next(self.module.parameters()).device
+            if device.type == "cuda":
+                return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+            return (current_bytes(device),) * 2
+
+        def refreshes() -> int:
+            return sum(state.get("refreshes", 0) for state in self.built.state.values())
+
+        return [CsvSink(folder / self.config.csv, memory, refreshes, lambda: getattr(self.built, "grad_norm_kind", "full"))]
 
     def split(self, group: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The low-rank part, the embeddings and the rest of a parameter group, each in the order of the model."""
         settings = low_rank_settings(self.config)
-        embeddings = {"rank": None, "state_bits": self.config.galore.embedding_state_bits} if self.config.optimizer in EIGHT_BIT else {}
+        embeddings = {"rank": None, "state_bits": self.config.galore.embedding_state_bits} if moment_bits(self.config) == 8 else {}
         for names, more in ((self.low_rank, settings), (self.embeddings, embeddings), (None, {"rank": None} if settings else {})):
             taken = self.low_rank | self.embeddings
             pairs = [(n, p) for n, p in zip(group["names"], group["params"]) if (n not in taken if names is None else n in names)]
@@ -132,6 +177,9 @@ def adapter_config(config: TrainConfig, model_type: str) -> dict[str, Any]:
         "lora_dropout": options.lora_dropout,
         "use_rslora": options.use_rslora,
         "use_dora": options.use_dora,
+        "bias": options.bias,
+        # its linear layers are transformers' Conv1D, which stores the transposed matrix
+        "fan_in_fan_out": model_type == "gpt2",
         "init_lora_weights": known.get(options.init_lora_weights, options.init_lora_weights),
         "target_modules": targets[0] if targets == ["all-linear"] else targets,
     }

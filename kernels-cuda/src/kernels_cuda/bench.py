@@ -7,6 +7,7 @@ process on the machine disturbs them little; the floor comes from ceilings measu
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import platform
 import subprocess
@@ -49,6 +50,9 @@ class Measured:
 
 def measure(function: Callable[[], Any]) -> Measured:
     """Time and peak memory of one call on the CPU."""
+    # pages that an earlier call left in the allocator would not count; glibc only
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
     # peak counting starts anew; Linux only, elsewhere the peak is that of the whole process
     clear = Path("/proc/self/clear_refs")
     if clear.exists():

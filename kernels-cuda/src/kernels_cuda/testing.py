@@ -28,6 +28,7 @@ class Case:
     name: str
     make: Callable[[torch.dtype], Arguments]
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16)
+    differentiable: bool = True  # False where gradients leave out, by definition, a part of what changes the outputs
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,9 @@ def results(function: Callable[..., Any], arguments: Arguments) -> dict[str, Ten
     leaves = {name: value for name, value in arguments.items() if isinstance(value, Tensor) and value.requires_grad}
     if leaves:
         generator = torch.Generator().manual_seed(1)
-        factors = [torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value) + 0.5 for value in outputs.values()]
-        gradients = torch.autograd.grad(list(outputs.values()), list(leaves.values()), factors)
+        roots = [value for value in outputs.values() if value.requires_grad]
+        factors = [torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value) + 0.5 for value in roots]
+        gradients = torch.autograd.grad(roots, list(leaves.values()), factors)
         found |= {f"gradient of {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
     return {name: value.detach() for name, value in found.items()}
 
@@ -126,6 +128,8 @@ def moved(arguments: Arguments, *, device: str | None = None, dtype: torch.dtype
     """The arguments as leaves elsewhere; `dtype` changes the floating ones only. Strides survive."""
 
     def move(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(move(each) for each in value)
         if not isinstance(value, Tensor):
             return value
         new = value.detach().to(device=device, dtype=dtype if value.is_floating_point() else None)

@@ -14,13 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels_cuda import check, choice
+from kernels_cuda import choice
+from kernels_cuda.head.chunks import WeightGradient, check_labels
 
 OP = "head/linear_cross_entropy"
-
-# Size of a product on its way into the float32 sum. Small enough to stay in a CPU's last cache, large enough that threads
-# seldom wait for one another: on a busy machine 2 MiB cost twice the time of 8.
-SLICE_BYTES = {"cpu": 2**23, "cuda": 2**26}
 
 # emulated: the same functions from the CUDA sources run on the CPU
 for _library in ("head", "head_emulated"):
@@ -61,10 +58,7 @@ def _total(
     labels_N = labels_N.long()
     losses_N = hidden_ND.new_zeros(num_rows, dtype=torch.promote_types(hidden_ND.dtype, torch.float32))
     grad_hidden_ND = hidden_ND.new_zeros(hidden_ND.shape if hidden_gradient else 0)
-    grad_weight_VD = weight_VD.new_zeros(weight_VD.shape if weight_gradient else 0)
-    # sums of many chunks need float32: a bfloat16 gradient gets a second half for the lower bits until the loop is over
-    split = weight_gradient and weight_VD.dtype == torch.bfloat16
-    lower_VD = weight_VD.new_zeros(weight_VD.shape, dtype=torch.int16) if split else None
+    grad_weight = WeightGradient(weight_VD) if weight_gradient else None
 
     rows_N = _rows_with_target(labels_N, vocabulary, ignore_index)
     # a chunk's logits then take at most half the memory of the weight's gradient, whatever the vocabulary
@@ -81,40 +75,18 @@ def _total(
         losses_N.index_copy_(0, rows_R, losses_R)
         if hidden_gradient:
             grad_hidden_ND.index_copy_(0, rows_R, torch.mm(logits_RV, weight_VD))
-        if lower_VD is not None:
-            _add_product(kernels, grad_weight_VD, lower_VD, logits_RV, hidden_RD)
-        elif weight_gradient:
-            grad_weight_VD.addmm_(logits_RV.t(), hidden_RD)
-    if lower_VD is not None:
-        kernels.round_split_(grad_weight_VD, lower_VD)
+        if grad_weight is not None:
+            grad_weight.add(logits_RV, hidden_RD)
     loss = losses_N.sum() if weights_N is None else (losses_N * weights_N).sum()
-    return loss, losses_N, grad_hidden_ND, grad_weight_VD
+    return loss, losses_N, grad_hidden_ND, weight_VD.new_empty(0) if grad_weight is None else grad_weight.total()
 
 
 def _rows_with_target(labels_N: Tensor, vocabulary: int, ignore_index: int) -> Tensor:
     """Numbers of the rows that count. On a GPU all rows, since finding out would wait for the device."""
     if labels_N.device.type != "cpu":
         return torch.arange(len(labels_N), device=labels_N.device)
-    counts_N = labels_N != ignore_index
-    outside_N = counts_N & ((labels_N < 0) | (labels_N >= vocabulary))
-    if outside_N.any():
-        row = int(outside_N.nonzero()[0])
-        check.fail(
-            "labels",
-            f"{int(labels_N[row])} in row {row}",
-            f"is outside the vocabulary of {vocabulary}",
-            f"use 0 to {vocabulary - 1}, or {ignore_index} to ignore a row",
-        )
-    return counts_N.nonzero().squeeze(1)
-
-
-def _add_product(kernels: Any, high_VD: Tensor, low_VD: Tensor, gradient_RV: Tensor, hidden_RD: Tensor) -> None:
-    """(high, low) += gradient.T @ hidden, in slices of the vocabulary."""
-    vocabulary, width = high_VD.shape
-    size = max(1, SLICE_BYTES[high_VD.device.type] // (2 * max(width, 1)))
-    for start in range(0, vocabulary, size):
-        part = torch.mm(gradient_RV[:, start : start + size].t(), hidden_RD)
-        kernels.add_split_(high_VD[start : start + size], low_VD[start : start + size], part)
+    check_labels(labels_N, vocabulary, ignore_index)
+    return (labels_N != ignore_index).nonzero().squeeze(1)
 
 
 @total.register_fake

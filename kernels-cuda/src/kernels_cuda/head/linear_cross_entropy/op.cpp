@@ -1,8 +1,5 @@
 // R rows of one chunk of logits, V vocabulary
-#include <cmath>
-#include <limits>
-
-#include "../../include/cpu_vector.h"
+#include "../../include/cpu_rows.h"
 #include "../../include/registration.h"
 #include "op.h"
 
@@ -12,82 +9,16 @@ namespace kernels {
 // The CPU twin of op.cu: the same functions, a row per thread at a time.
 namespace {
 
-// Values that are read for their maximum and, still in the first-level cache, for their sum.
-constexpr int64_t block_values = 2048;
-
-template <class T>
-struct Row {
-  T* values;
-  int64_t count;
-
-  // Calls visit(16 values, first index, how many of them exist).
-  template <class Visit>
-  void each(int64_t begin, int64_t end, float fill, Visit visit) const {
-    int64_t i = begin;
-    for (; i + lanes <= end; i += lanes) visit(load(values + i), i, lanes);
-    if (i < end) visit(load_tail(values + i, end - i, fill), i, end - i);
-  }
-
-  // The maximum (at least the lowest finite number) and the sum of exp(x - maximum).
-  void sum_exponentials(float& maximum, double& total) const {
-    maximum = std::numeric_limits<float>::lowest();
-    total = 0;
-    for (int64_t begin = 0; begin < count; begin += block_values) {
-      const int64_t end = std::min(begin + block_values, count);
-      const float fill = -std::numeric_limits<float>::infinity();
-      floats block_maximum = splat(maximum);
-      each(begin, end, fill, [&](floats x, int64_t, int64_t) { block_maximum = larger(x, block_maximum); });
-      const float before = maximum;
-      maximum = largest(block_maximum);
-      floats block_total = splat(0);
-      each(begin, end, fill, [&](floats x, int64_t, int64_t) { block_total += exponential(x - maximum); });
-      total = total * std::exp(double(before) - maximum) + sum(block_total);
-    }
-  }
-
-  // values = scale * exp(values - maximum)
-  void scale_exponentials(float maximum, float scale) const {
-    each(0, count, 0, [&](floats x, int64_t i, int64_t present) {
-      const floats result = exponential(x - maximum) * scale;
-      if (present == lanes)
-        store(values + i, result);
-      else
-        store_tail(values + i, result, present);
-    });
-  }
-};
-
-// float64 serves gradcheck, so plain code is enough
-template <>
-struct Row<double> {
-  double* values;
-  int64_t count;
-
-  void sum_exponentials(double& maximum, double& total) const {
-    maximum = std::numeric_limits<double>::lowest();
-    for (int64_t i = 0; i < count; ++i) maximum = std::max(maximum, values[i]);
-    total = 0;
-    for (int64_t i = 0; i < count; ++i) total += std::exp(values[i] - maximum);
-  }
-
-  void scale_exponentials(double maximum, double scale) const {
-    for (int64_t i = 0; i < count; ++i) values[i] = scale * std::exp(values[i] - maximum);
-  }
-};
-
 template <class T>
 void softmax_gradient_of_row(T* logits_V, int64_t vocabulary, int64_t label, Wide<T> weight, Wide<T>& loss, bool gradient) {
   const bool valid = label >= 0 && label < vocabulary;
   const Wide<T> nan = std::numeric_limits<Wide<T>>::quiet_NaN();
   const Wide<T> label_logit = valid ? widen(logits_V[label]) : nan;
-  const Row<T> row{logits_V, vocabulary};
-  Wide<T> maximum;
-  double total;
-  row.sum_exponentials(maximum, total);
-  loss = Wide<T>(std::log(total) + (double(maximum) - double(label_logit)));
+  const LogSum<T> row = log_sum_of(logits_V, vocabulary);
+  loss = Wide<T>(std::log(row.total) + (double(row.maximum) - double(label_logit)));
   if (!gradient) return;
-  row.scale_exponentials(maximum, valid ? Wide<T>(weight / total) : nan);
-  if (valid) logits_V[label] = narrow<T>(Wide<T>(weight * std::exp(double(label_logit) - maximum) / total - weight));
+  scale_exponentials(logits_V, vocabulary, row.maximum, valid ? Wide<T>(weight / row.total) : nan);
+  if (valid) logits_V[label] = narrow<T>(Wide<T>(weight * std::exp(double(label_logit) - row.maximum) / row.total - weight));
 }
 
 }  // namespace

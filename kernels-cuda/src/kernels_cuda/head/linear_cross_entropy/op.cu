@@ -1,55 +1,11 @@
 // R rows of one chunk of logits, V vocabulary
-#include <cfloat>
-#include <cmath>
-
-#include "../../include/cuda_portable.h"
+#include "../../include/cuda_rows.h"
 #include "op.h"
 
 namespace kernels {
 namespace {
 
-constexpr int row_threads = 512;
 constexpr int flat_threads = 256;
-
-// What is known of a part of a row: its maximum and the sum of exp(x - maximum). Starting from the lowest finite
-// number instead of -infinity keeps exp(-infinity - maximum) a zero.
-template <class Real>
-struct Partial {
-  Real maximum, total;
-};
-template <class Real>
-constexpr Real lowest = Real(-FLT_MAX);
-
-template <class Real>
-__device__ __forceinline__ Partial<Real> joined(Partial<Real> a, Partial<Real> b) {
-  const Real maximum = a.maximum > b.maximum ? a.maximum : b.maximum;
-  return {maximum, a.total * exp(a.maximum - maximum) + b.total * exp(b.maximum - maximum)};
-}
-
-// Complete in lane 0.
-template <class Real>
-__device__ __forceinline__ Partial<Real> joined_by_warp(Partial<Real> mine) {
-  for (int distance = 16; distance > 0; distance /= 2) {
-    const Real maximum = __shfl_xor_sync(whole_warp, mine.maximum, distance);
-    const Real total = __shfl_xor_sync(whole_warp, mine.total, distance);
-    mine = joined(mine, {maximum, total});
-  }
-  return mine;
-}
-
-// The same in every thread, joined in a fixed order.
-template <class Real>
-__device__ __forceinline__ Partial<Real> joined_by_block(Partial<Real> mine) {
-  constexpr int num_warps = row_threads / 32;
-  SHARED(Partial<Real>, of_warp, num_warps);
-  const int lane = threadIdx.x % 32;
-  mine = joined_by_warp(mine);
-  if (lane == 0) of_warp[threadIdx.x / 32] = mine;
-  __syncthreads();
-  const Partial<Real> none = {lowest<Real>, 0};
-  mine = joined_by_warp(lane < num_warps ? of_warp[lane] : none);
-  return {__shfl_sync(whole_warp, mine.maximum, 0), __shfl_sync(whole_warp, mine.total, 0)};
-}
 
 // One block per row: read the row once for maximum and sum, once more (from L2) for the gradient.
 template <class T, bool gradient>
@@ -72,15 +28,7 @@ __global__ void __launch_bounds__(row_threads) softmax_gradient_kernel(T* logits
   // read before the barrier below: after it the gradient may stand there
   const Real label_logit = valid ? widen(logits_V[label]) : Real(NAN);
 
-  Partial<Real> mine = {lowest<Real>, 0};
-  visit_row<false>(logits_V, vocabulary, [&](Real* values, int64_t, int size) {
-    Real maximum = mine.maximum;
-    for (int i = 0; i < size; ++i) maximum = values[i] > maximum ? values[i] : maximum;
-    Real total = mine.total * exp(mine.maximum - maximum);
-    for (int i = 0; i < size; ++i) total += exp(values[i] - maximum);
-    mine = {maximum, total};
-  });
-  const Partial<Real> row_sum = joined_by_block(mine);
+  const LogSum<Real> row_sum = log_sum_of(logits_V, vocabulary);
   if (threadIdx.x == 0) losses_R[row] = log(row_sum.total) + (row_sum.maximum - label_logit);
 
   if (gradient) {

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels_cuda import bench, testing
-from kernels_cuda.head import linear_cross_entropy
-from kernels_cuda.head.linear_cross_entropy import binding
+from kernels_cuda.head import chunks, linear_cross_entropy
 from kernels_cuda.head.linear_cross_entropy.cases import make
 
 each_implementation = pytest.mark.parametrize("implementation", testing.implementations())
@@ -108,7 +107,7 @@ def test_slices_of_the_vocabulary_change_nothing(implementation: str, monkeypatc
     arguments = testing.moved(make(torch.bfloat16, 300, 24, 1000), device="cuda" if implementation == "cuda" else "cpu")
     with testing.using(implementation):
         whole = testing.results(linear_cross_entropy, arguments)["gradient of weight_VD"]
-        monkeypatch.setattr(binding, "SLICE_BYTES", {"cpu": 2 * 24 * 300, "cuda": 2 * 24 * 300})
+        monkeypatch.setattr(chunks, "SLICE_BYTES", {"cpu": 2 * 24 * 300, "cuda": 2 * 24 * 300})
         sliced = testing.results(linear_cross_entropy, arguments)["gradient of weight_VD"]
     torch.testing.assert_close(sliced, whole, rtol=0, atol=2**-8 * whole.abs().max().item())
 

@@ -201,6 +201,25 @@ def test_on_the_meta_device_nothing_is_read_but_the_config(tmp_path: Path) -> No
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
+def test_the_folder_of_a_model_is_found_without_building_it(tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path)
+    assert models.model_folder(str(tmp_path)) == tmp_path
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(InputError, match="holds no config"):
+        models.model_folder(str(tmp_path))
+    with pytest.raises(InputError, match="neither a local path nor a model"):
+        models.model_folder("no-such/model")
+
+
+def test_further_inputs_of_the_loss_reach_the_model() -> None:
+    seen = []
+    model = tiny()
+    model.model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["extra"]), with_kwargs=True)
+    ids, labels = rows()
+    CausalLoss(model)(ids, labels, extra="passed on")
+    assert seen == ["passed on"]
+
+
 def test_an_incomplete_or_damaged_folder_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -181,3 +181,5 @@ def test_the_options_page_finds_the_commands_of_installed_packages(monkeypatch: 
     page = (tmp_path / "options.md").read_text()
     assert "## Every training command\n" in page
     assert "## `some-method data pack`\n" in page
+    # `data` is a name of the module, too
+    assert "## `some-method pack`\n" not in page

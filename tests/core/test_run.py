@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from torch import nn
 
 from lm_core.config import build, load
 from lm_core.errors import ConfigError
+from lm_core.method import Batch, Loss
 from lm_core.options import RunConfig
-from lm_core.run import starting_point
+from lm_core.run import run, starting_point
 from lm_core.sinks import read
 from tests.core.small import NextToken, cli, options, small_run
 from tests.core.warm import flags
@@ -249,3 +252,22 @@ class Foreseen:
 
     class memory:
         peak = 1
+
+
+class Measuring(NextToken):
+    """Has metrics of its own, one of them under its own name."""
+
+    def losses(self, model: nn.Module, batch: Batch) -> Iterator[Loss]:
+        yield Loss(model(**{name: batch[name] for name in ("input_ids", "labels")}), {"gate/one": torch.tensor(2.0 * self.targets(batch))})
+
+    def measured(self) -> dict[str, float]:
+        return {"gate/two": 3.0}
+
+
+def test_what_a_method_measures_and_the_weights_of_sources_are_logged(tmp_path: Path) -> None:
+    values = options(tmp_path, data=["synthetic:markov@0.75", "synthetic:copy@0.25"], budget="2 steps", log_every=1, eval_every="never")
+    config = build(RunConfig, values)
+    run(config, Measuring(config))
+    logged = [row for row in read(tmp_path / "metrics.jsonl") if "train/loss" in row]
+    assert [(row["gate/one"], row["gate/two"]) for row in logged] == [(2.0, 3.0)] * 2
+    assert [(row["data/weight/markov"], row["data/weight/copy"]) for row in logged] == [(0.75, 0.25)] * 2

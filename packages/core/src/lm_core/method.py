@@ -56,7 +56,8 @@ class Batch(Mapping[str, Tensor]):
 class Loss:
     """A scalar summed over targets with its graph, and further sums over the same targets.
 
-    A metric that only some targets have is a tensor of two: its sum and its own count.
+    A metric that only some targets have is a tensor of two: its sum and its own count. Metrics are logged as `train/<name>`,
+    or under their own name where it has a slash.
     """
 
     total: Tensor
@@ -126,6 +127,10 @@ class Method:
 
     def after_eval(self, scores: Scores, data: Loader) -> None:
         """Called after each evaluation; a method may move the source weights here."""
+
+    def measured(self) -> Mapping[str, float]:
+        """What was measured since the last log record, beside the metrics of the losses; every rank calls it before each record."""
+        return {}
 
     def sinks(self, folder: Path) -> list[Sink]:
         """Functions of one logged record (`lm_core.sinks`), called on rank 0 beside the console and the files of the run folder."""

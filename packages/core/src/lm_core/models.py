@@ -92,6 +92,22 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(source))
 
 
+def model_folder(name: str) -> Path:
+    """The local folder with the config, weights and tokenizer of `name`: a folder, a `.gguf` file, `smollm2-135m` or a hub id.
+
+    For who reads a checkpoint tensor by tensor instead of building the model. Raises InputError when there is none.
+    """
+    source = Path(_source(name, {}))
+    if not source.is_dir():
+        from huggingface_hub import snapshot_download
+
+        with _readable(name, {}):
+            source = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+    if not (source / "config.json").is_file():
+        raise InputError(f"model: the folder {name} holds no config.json; name the folder of a whole model")
+    return source
+
+
 def _source(name: str, presets: Presets, field: str = "model") -> str:
     """What transformers can load: a local folder, or `name` itself as a hub id."""
     if name == SMOLLM2:
@@ -327,9 +343,9 @@ class CausalLoss(nn.Module):
             object.__setattr__(head, "loss", loss)
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+        self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **more: Any
     ) -> Tensor:
-        """The summed loss (scalar, at least float32) of rows of B x T tokens.
+        """The summed loss (scalar, at least float32) of rows of B x T tokens; `more` goes to the model as it is.
 
         `labels` (B x T) are aligned with `input_ids` and shifted here; -100 is no target. Where `position_ids` (B x T)
         start again inside a row, documents do not see each other. Padding (0 in `attention_mask`, B x T) is seen by nobody.
@@ -347,6 +363,7 @@ class CausalLoss(nn.Module):
             "attention_mask": attention_mask,
             "position_ids": position_ids,
             "use_cache": input_ids.is_meta,
+            **more,
         }
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
         if not self.fused:

@@ -50,8 +50,10 @@ def commands() -> Iterator[tuple[str, type]]:
         requirements = entry.dist.requires or [] if entry.dist else []
         if any(requirement.startswith("lm-core") for requirement in requirements):
             groups = {id(found): found for found in vars(importlib.import_module(entry.module)).values() if isinstance(found, click.Group)}
-            for group in groups.values():
-                yield from _configured(entry.name, group)
+            inside = {id(command) for group in groups.values() for command in group.commands.values()}
+            for number, group in groups.items():
+                if number not in inside:
+                    yield from _configured(entry.name, group)
 
 
 def _configured(name: str, command: click.Command) -> Iterator[tuple[str, type]]:

@@ -197,7 +197,7 @@ class Run:
 
     def go(self, method: Method, engine: Engine, loader: Loader) -> dict[str, Any]:
         """The whole run. A failure is written to `result.json` before it is raised."""
-        self.device = engine.device
+        self.device, self.method, self.loader = engine.device, method, loader
         reset_peak(self.device)
         try:
             with explained(self.folder):
@@ -269,12 +269,14 @@ class Run:
         if not report.skipped:
             self.metrics.average("train/loss", report.loss, report.size.targets)
             for name, total in report.sums.items():
-                self.metrics.add(f"train/{name}", total, None if total.numel() == 2 else report.size.targets)
+                self.metrics.add(name if "/" in name else f"train/{name}", total, None if total.numel() == 2 else report.size.targets)
             if self.loss_below is not None:
                 self.loss_below.add(report.loss)
         if progress.steps > self.before.steps and (progress.steps % self.config.log_every == 0 or progress.steps == 1):
-            memory = peak_bytes(self.device) / 2**30
-            self.metrics.flush(progress, {"optim/lr": report.lr, "optim/grad_norm": report.grad_norm, "memory/gib": memory})
+            values = {"optim/lr": report.lr, "optim/grad_norm": report.grad_norm, "memory/gib": peak_bytes(self.device) / 2**30}
+            if len(self.loader.weights) > 1:
+                values |= {f"data/weight/{source}": weight for source, weight in self.loader.weights.items()}
+            self.metrics.flush(progress, {**values, **self.method.measured()})
 
     def eval_due(self, progress: Progress) -> bool:
         return self.eval_every.due(self.before, progress, self.budget, self.epoch_samples)

@@ -55,7 +55,7 @@ def build_data(config: Any, tokenizer: PreTrainedTokenizerBase) -> Data:
 
     Raises ConfigError for arguments that make no sense, InputError for data that cannot be used.
     """
-    arguments, held = _named(config.data, "data"), _named(config.eval_data, "eval_data")
+    arguments, held = _named(config.data, "data"), eval_rows(config, tokenizer)
     if not arguments:
         raise ConfigError("data: nothing to train on; give --data, for example --data builtin:python-docs")
     train: dict[str, Packed] = {}
@@ -65,13 +65,18 @@ def build_data(config: Any, tokenizer: PreTrainedTokenizerBase) -> Data:
         train[name] = pack_rows(first, config, tokenizer, name=name, number=number, train=True)
         if second is not None and not held and config.hold_out > 0:
             valid[name] = pack_rows(second, config, tokenizer, name=name, train=False)
-    for name, argument in held.items():
+    return Data(train=train, valid=valid | held, weights=_weights(arguments, train))
+
+
+def eval_rows(config: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Packed]:
+    """Samples of `config.eval_data` by source: the held-out part of what has one, else all of it."""
+    rows: dict[str, Packed] = {}
+    for name, argument in _named(config.eval_data, "eval_data").items():
         first, second = _parts(argument, config, tokenizer, hold_out=0.0)
         source = first if second is None else second
-        valid[name] = pack_rows(
-            source if argument.samples is None else source.take(argument.samples), config, tokenizer, name=name, train=False
-        )
-    return Data(train=train, valid=valid, weights=_weights(arguments, train))
+        source = source if argument.samples is None else source.take(argument.samples)
+        rows[name] = pack_rows(source, config, tokenizer, name=name, train=False)
+    return rows
 
 
 def pack_rows(source: Source, config: Any, tokenizer: PreTrainedTokenizerBase, *, name: str, number: int = 0, train: bool) -> Packed:

@@ -1,0 +1,196 @@
+"""Options of `moe-cpt`: the spellings of the original guide over the options that every command shares."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Literal
+
+from lm_core.config import Count, change, config, explicit, opt
+from lm_core.errors import ConfigError
+from lm_core.options import DataOptions, EngineOptions, ModelOptions, OptimOptions, OutputOptions, RunConfig
+from lm_core.progress import Budget, Progress, Size
+from lm_core.schedule import learning_rate
+from moe_cpt.plan import Plan, steps_of_tokens
+
+GateNetwork = Literal["mlp", "linear"]
+# options that only a conversion uses: a checkpoint's router and experts have their shape already
+CONVERSION = ("num_experts", "gate_network")
+SAVE_PATH = "Folder to write; an existing one needs --overwrite."
+
+
+@config
+class SplitConfig:
+    """Split the feed-forward layers of a dense model into experts."""
+
+    model_path: str = opt(help="Dense model: a folder, a .gguf file, smollm2-135m or a hub id.")
+    save_path: Path = opt(help="File to write, for example split.safetensors.", flags=("-o",))
+    num_experts: int = opt(16, "Routed experts per layer.", ge=1)
+    seed: int = opt(1227, "Address of all randomness.", ge=0)
+    overwrite: bool = opt(False, "Replace what is at --save-path.")
+
+
+@config
+class ConvertConfig:
+    """Write the mixture of experts of a dense model and a split."""
+
+    model_path: str = opt(help="Dense model: a folder, a .gguf file, smollm2-135m or a hub id.")
+    split_file_path: Path = opt(help="Split of that model, as written by moe-cpt split.")
+    save_path: Path = opt(help=SAVE_PATH, flags=("-o",))
+    num_selects: int = opt(4, "Experts that see a token.", ge=1)
+    score_scale_factor: float | None = opt(
+        None,
+        "Factor of the routed experts' output; default: experts over selected experts.",
+        gt=0,
+        flags=("--moe_calculator_score_scale_factor",),
+    )
+    gate_network: GateNetwork = opt("mlp", "Shape of the router.", flags=("--gate_network_type",))
+    gate_init: Literal["normal", "zeros"] = opt("normal", "Initial router weights; zeros needs training with noise before it routes.")
+    use_softmax: bool = opt(True, "Scores are a softmax over the selected logits, not the logits.")
+    multiply_gate_scores: bool = opt(True, "Multiply expert outputs by their scores; without it every selected expert has weight 1.")
+    seed: int = opt(1227, "Address of all randomness.", ge=0)
+    overwrite: bool = opt(False, "Replace what is at --save-path.")
+
+
+@config
+class EvalConfig:
+    """Held-out loss of a model, by source."""
+
+    model: str = opt(help="Mixture or dense model: a folder, a .gguf file, smollm2-135m or a hub id.", flags=("--model_name_or_path",))
+    tokenizer: str | None = opt(
+        None, "Tokenizer: bytes, a folder or a hub id; default: the model's own.", flags=("--tokenizer_name_or_path",)
+    )
+    eval_data: list[str] = opt(
+        help="Held-out data, repeatable: builtin:python-docs, builtin:stdlib, synthetic:NAME, a file, a folder or a hub id.", min_length=1
+    )
+    text_column: str = opt("text", "Column or key that holds the text.")
+    max_length: int = opt(2048, "Tokens per sample.", ge=2, flags=("--block_size",))
+    micro_batch_size: int = opt(8, "Samples in one forward pass.", ge=1, flags=("--per_device_eval_batch_size",))
+    eval_tokens: Count = opt(0, "Held-out tokens per source; 0 uses all.", ge=0)
+    precision: Literal["fp32", "bf16"] = opt("fp32", "Arithmetic of the forward pass.")
+    device: Literal["auto", "cpu", "cuda"] = opt("auto", "Device to run on.")
+
+
+@config
+class TrainConfig(RunConfig):
+    """Continued pre-training of a mixture of experts made from a dense LLaMA."""
+
+    model: str = change(
+        ModelOptions,
+        "model",
+        help="Mixture written by moe-cpt convert, or with --from-dense a dense model: a folder, a .gguf file, smollm2-135m, llama_test or a hub id.",
+        flags=("--model_name_or_path",),
+    )
+    tokenizer: str | None = change(ModelOptions, "tokenizer", flags=("--tokenizer_name_or_path",))
+    from_dense: Literal["none", "random"] = opt(
+        "none", "Split and convert a dense --model first, by this method, into init/ of the run folder."
+    )
+    num_experts: int = opt(16, "With --from-dense: routed experts per layer.", ge=1)
+    num_selects: int | None = opt(None, "Experts that see a token; default: the checkpoint's, 4 with --from-dense.", ge=1)
+    score_scale_factor: float | None = opt(
+        None,
+        "Factor of the routed experts' output; default: the checkpoint's, experts over selected experts with --from-dense.",
+        gt=0,
+        flags=("--moe_calculator_score_scale_factor",),
+    )
+    gate_network: GateNetwork = opt("mlp", "With --from-dense: shape of the router.", flags=("--gate_network_type",))
+    gate_balance_loss_weight: float | None = opt(None, "Weight of the balance loss; default: the checkpoint's, else 0.01.", ge=0)
+    balance_scope: Literal["micro", "global"] = opt(
+        "micro", "Experts are balanced over each process's micro-batch, or over all processes and the micro-batches of a step so far."
+    )
+    experts_backend: Literal["auto", "grouped_mm", "loop"] = opt("auto", "How expert products are computed.")
+    freeze_router: bool = opt(False, "Do not train the routers.", flags=("--freeze_gate",))
+    attn_implementation: Literal["sdpa", "eager"] = opt("sdpa", "Implementation of attention.")
+
+    max_length: int = change(DataOptions, "max_length", default=2048, flags=("--block_size",))
+    lr: float = change(OptimOptions, "lr", default=2e-4)
+    lr_floor_style: Literal["clipped", "scaled"] = opt(
+        "clipped", "Cosine to 0 that stops at the final rate, or one that reaches the final rate at the end of the run."
+    )
+    min_lr_ratio: float = change(OptimOptions, "min_lr_ratio", flags=("--final_lr_portion",))
+    warmup: Count = change(OptimOptions, "warmup", default=100, flags=("--warmup_steps",))
+    weight_decay: float = change(
+        OptimOptions, "weight_decay", default=0.1, help="Decoupled weight decay; not applied to biases, norms and router noise."
+    )
+    betas: tuple[float, float] = change(OptimOptions, "betas", default=(0.9, 0.95))
+    grad_clip: float = change(OptimOptions, "grad_clip", flags=("--max_grad_norm",))
+    precision: Literal["fp32", "bf16", "fp16"] = change(EngineOptions, "precision", default="bf16")
+    micro_batch_size: int = change(EngineOptions, "micro_batch_size", flags=("--per_device_train_batch_size",))
+    accumulate: int = change(EngineOptions, "accumulate", flags=("--gradient_accumulation_steps",))
+    num_nodes: int | None = opt(None, "Machines of the run, for its plan; default: those of the launcher.", ge=1)
+    num_gpu_per_node: int | None = opt(None, "Processes per machine, for its plan; default: those of the launcher.", ge=1)
+
+    num_tokens: Count = opt(10**11, "Tokens to train on; whole updates are counted.", ge=1, flags=("--max_tokens",))
+    max_steps: int | None = opt(None, "Updates to make, in place of --num-tokens.", ge=1)
+    budget: str = change(
+        OutputOptions, "budget", default="", help="Replaces --num-tokens and --max-steps: for example 300 steps, or 2 hours."
+    )
+    seed: int = change(OutputOptions, "seed", default=1227)
+    overwrite: bool = change(OutputOptions, "overwrite", flags=("--overwrite_output_dir",))
+    save_every: str = change(OutputOptions, "save_every", flags=("--save_steps",))
+    keep_checkpoints: int = change(OutputOptions, "keep_checkpoints", default=1, flags=("--save_total_limit",))
+    eval_every: str = change(OutputOptions, "eval_every", flags=("--eval_steps",))
+    log_every: int = change(OutputOptions, "log_every", default=5, flags=("--logging_steps",))
+
+    def check(self) -> None:
+        given = explicit(self)
+        if self.from_dense == "none":
+            for name in CONVERSION:
+                if name in given:
+                    raise ConfigError(f"{name}: {getattr(self, name)} belongs to --from-dense; a checkpoint has its own, so leave it out")
+        elif self.num_selects is not None and self.num_selects > self.num_experts:
+            raise ConfigError(f"num_selects: {self.num_selects} of {self.num_experts} experts; use 1 to {self.num_experts}")
+        if self.max_steps is not None and "num_tokens" in given and self.max_steps != self.steps_of_tokens():
+            raise ConfigError(
+                f"max_steps: {self.max_steps}, but --num-tokens {self.num_tokens} makes {self.steps_of_tokens()} updates; drop one of them"
+            )
+        if self.budget and (clash := given & {"max_steps", "num_tokens"}):
+            raise ConfigError(f"{min(clash)}: --budget {self.budget!r} sets the length already; drop one of them")
+
+    def devices(self) -> int:
+        """Processes of the run: those named, else those of the launcher."""
+        if self.num_nodes is None and self.num_gpu_per_node is None:
+            return int(os.environ.get("WORLD_SIZE", self.num_processes))
+        return (self.num_nodes or 1) * (self.num_gpu_per_node or 1)
+
+    def tokens_per_batch(self) -> int:
+        return self.micro_batch_size * self.accumulate * self.devices() * self.max_length
+
+    def steps_of_tokens(self) -> int:
+        """Whole updates in `num_tokens`. Raises ConfigError when there is none."""
+        steps = steps_of_tokens(int(self.num_tokens), self.tokens_per_batch())
+        if steps == 0:
+            raise ConfigError(f"num_tokens: {self.num_tokens} is less than one batch of {self.tokens_per_batch()} tokens; give more")
+        return steps
+
+    def limits(self) -> Budget:
+        if self.budget:
+            return Budget.parse(self.budget)
+        return Budget({"steps": self.max_steps or self.steps_of_tokens()})
+
+    def plan(self) -> Plan:
+        """Updates and batch in numbers. Raises ConfigError for a budget that only the data or the clock turns into updates."""
+        limits = self.limits().limits
+        batch = self.tokens_per_batch() // self.max_length
+        per_step = {"steps": 1, "samples": batch, "tokens": self.tokens_per_batch()}
+        if unknown := limits.keys() - per_step.keys():
+            raise ConfigError(
+                f"budget: {self.budget!r} is not a number of updates before the run; use steps, samples or tokens, not {min(unknown)}"
+            )
+        steps = min(math.ceil(limit / per_step[unit]) for unit, limit in limits.items())
+        return Plan(steps, batch, self.tokens_per_batch())
+
+    def learning_rate(self, progress: Progress, size: Size, epoch_samples: int) -> float:
+        """core's shapes, and the clipped cosine."""
+        clipped = self.schedule == "cosine" and self.lr_floor_style == "clipped"
+        return learning_rate(self, self.limits(), progress, size, epoch_samples, clipped_cosine if clipped else None)
+
+
+def clipped_cosine(at: float, floor: float, warmup: float = 0.0) -> float:
+    """Half a cosine from 1 to 0, never below `floor`; 0.1 is reached at 0.7952.
+
+    >>> clipped_cosine(0.5, floor=0.1), clipped_cosine(0.8, floor=0.1)
+    (0.5, 0.1)
+    """
+    return max(floor, 0.5 * (1 + math.cos(math.pi * at)))

@@ -1,0 +1,152 @@
+"""A dense checkpoint and a split to a mixture of experts, tensor by tensor."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lm_core import counter
+from lm_core.errors import ConfigError
+from moe_cpt.hf.configuration_llama_moe import LlamaMoEConfig
+from moe_cpt.split import FILE, Split
+from moe_cpt.tensors import FFN, ModelTensors, ModelWriter, read_config, require_swiglu
+
+logger = logging.getLogger(__name__)
+
+GateInit = Literal["normal", "zeros"]
+_FFN_NAME = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)\.weight")
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "chat_template*")
+
+
+def convert(
+    model_path: Path,
+    split: Split,
+    save_path: Path,
+    *,
+    num_selects: int = 4,
+    score_scale_factor: float | list[float] | None = None,
+    gate_network: Literal["mlp", "linear"] = "mlp",
+    gate_init: GateInit = "normal",
+    use_softmax: bool = True,
+    multiply_gate_scores: bool = True,
+    add_noise: bool = True,
+    seed: int = 1227,
+    overwrite: bool = False,
+) -> LlamaMoEConfig:
+    """Write the mixture of the dense model in `model_path` into `save_path`; its config.
+
+    Tensors outside the feed-forward layers are copied bit for bit and keep their type. At most one output file and two layers
+    are in memory. `score_scale_factor` defaults to N / K. An interrupted conversion leaves nothing under `save_path`.
+    """
+    source = ModelTensors(model_path)
+    dense = read_config(model_path)
+    require_swiglu(dense, str(model_path))
+    split.require_model(source, dense, "the split")
+    if gate_init == "zeros" and not add_noise and num_selects < split.num_experts:
+        raise ConfigError("gate_init: zeros without noise sends every token to the same experts; use normal, or all experts")
+    config = moe_config(
+        dense,
+        num_experts=split.num_experts,
+        num_selects=num_selects,
+        num_shared_experts=split.num_shared_experts,
+        score_scale_factor=score_scale_factor,
+        gate_network=gate_network,
+        gate_use_softmax=use_softmax,
+        multiply_gate_scores=multiply_gate_scores,
+        gate_add_noise=add_noise,
+    )
+    if save_path.exists() and not overwrite:
+        raise ConfigError(f"save_path: {save_path} exists; add --overwrite, or choose another folder")
+    partial = save_path.with_name(save_path.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    writer = ModelWriter(partial)
+    for name, tensor in converted(source, split, config, initial_router(config, gate_init, seed)):
+        writer.add(name, tensor)
+    writer.close()
+    config.save_pretrained(partial)
+    split.save(partial / FILE)
+    for pattern in (*_TOKENIZER_FILES, "generation_config.json"):
+        for file in model_path.glob(pattern):
+            shutil.copy2(file, partial / file.name)
+    shutil.rmtree(save_path, ignore_errors=True)
+    partial.rename(save_path)
+    return config
+
+
+def moe_config(dense: Mapping[str, Any], *, score_scale_factor: float | list[float] | None = None, **changes: Any) -> LlamaMoEConfig:
+    """The dense config with the fields of a mixture. Raises ConfigError for those that do not fit."""
+    kept = {name: value for name, value in dense.items() if name not in ("model_type", "architectures", "transformers_version")}
+    scale = changes["num_experts"] / changes["num_selects"] if score_scale_factor is None else score_scale_factor
+    try:
+        return LlamaMoEConfig(**kept, **changes, score_scale_factor=scale, architectures=["LlamaMoEForCausalLM"])
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def converted(
+    source: ModelTensors, split: Split, config: LlamaMoEConfig, router: Callable[[int], Mapping[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of the mixture, in the order in which the dense ones are stored."""
+    waiting: dict[int, dict[str, Tensor]] = {}
+    for name in source:
+        match = _FFN_NAME.fullmatch(name)
+        if match is None:
+            yield name, source[name]
+            continue
+        layer = int(match[1])
+        parts = waiting.setdefault(layer, {})
+        parts[match[2]] = source[name]
+        if len(parts) == len(FFN):
+            prefix, dtype = f"model.layers.{layer}.mlp.", parts["gate_proj"].dtype
+            for inner, tensor in expert_tensors(**waiting.pop(layer), split=split.layer(layer), stored=config.stored_size).items():
+                yield prefix + inner, tensor
+            for inner, tensor in router(layer).items():
+                yield f"{prefix}router.{inner}", tensor.to(dtype)
+
+
+def expert_tensors(
+    gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor, *, split: tuple[Tensor, Tensor], stored: int
+) -> dict[str, Tensor]:
+    """The tensors of the experts of one layer; neurons beyond an expert's own are zero."""
+    routed, shared = split
+    experts, size = routed.shape
+    hidden = gate_proj.shape[1]
+    gate_up = gate_proj.new_zeros(experts, 2 * stored, hidden)
+    down = gate_proj.new_zeros(experts, hidden, stored)
+    gate_up[:, :size], gate_up[:, stored : stored + size] = gate_proj[routed], up_proj[routed]
+    down[:, :, :size] = down_proj.T[routed].transpose(1, 2)
+    tensors = {"experts.gate_up_proj": gate_up, "experts.down_proj": down}
+    if len(shared):
+        width = len(shared) // size * stored
+        wide, back = gate_proj.new_zeros(2 * width, hidden), gate_proj.new_zeros(hidden, width)
+        wide[: len(shared)], wide[width : width + len(shared)] = gate_proj[shared], up_proj[shared]
+        back[:, : len(shared)] = down_proj[:, shared]
+        tensors |= {"shared_experts.gate_up_proj.weight": wide, "shared_experts.down_proj.weight": back}
+    return tensors
+
+
+def initial_router(config: LlamaMoEConfig, init: GateInit, seed: int) -> Callable[[int], dict[str, Tensor]]:
+    """Router weights of a layer: normal with the config's initializer_range, or zero. Noise weights are zero."""
+
+    def weights(layer: int) -> dict[str, Tensor]:
+        shapes = {"proj.weight": (config.num_experts, config.hidden_size)}
+        if config.gate_network == "mlp":
+            shapes = {"fc1.weight": (config.num_experts, config.hidden_size), "fc2.weight": (config.num_experts, config.num_experts)}
+        std = 0.0 if init == "zeros" else config.initializer_range
+        made = {}
+        for number, (name, (rows, columns)) in enumerate(shapes.items()):
+            drawn = counter.normal(counter.derive(seed, "init", layer, number), "init", 0, rows * columns)
+            made[name] = std * drawn.view(rows, columns)
+        if config.gate_add_noise:
+            made["noise.weight"] = torch.zeros(config.num_experts, config.hidden_size)
+        return made
+
+    return weights

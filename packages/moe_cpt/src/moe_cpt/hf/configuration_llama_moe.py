@@ -1,0 +1,77 @@
+"""Configuration of a LLaMA whose feed-forward layers are mixtures of experts."""
+
+# transformers leaves its constructors without types
+# mypy: allow-untyped-calls
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import LlamaConfig
+
+
+class LlamaMoEConfig(LlamaConfig):  # transformers makes dataclasses of its configs by itself
+    """A LlamaConfig and how its feed-forward layers are split. `intermediate_size` is the width m of the dense layers.
+
+    N = `num_experts` routed experts, of which K = `num_selects` see a token, and S = `num_shared_experts` that always do; each
+    has m / (N + S) neurons.
+    """
+
+    model_type = "llama_moe"
+    # a dense LLaMA's plans name tensors that are not here
+    base_model_tp_plan = {}
+    base_model_pp_plan = {}
+
+    num_experts: int = 16
+    num_selects: int = 4
+    num_shared_experts: int = 0
+    shared_scale_factor: float = 1.0
+    gate_network: str = "mlp"
+    gate_use_softmax: bool = True
+    gate_use_balance: bool = True
+    gate_add_noise: bool = True
+    gate_balance_loss_weight: float = 1e-2
+    gate_noise_epsilon: float = 1e-2
+    multiply_gate_scores: bool = True
+    score_scale_factor: float | int | list[float] = 4.0
+    balance_scope: str = "micro"
+    experts_backend: str = "auto"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        experts = self.num_experts + self.num_shared_experts
+        if not 1 <= self.num_selects <= self.num_experts:
+            raise ValueError(f"num_selects: {self.num_selects} of {self.num_experts} experts; use 1 to {self.num_experts}")
+        if self.num_shared_experts < 0 or self.intermediate_size % experts:
+            raise ValueError(
+                f"num_experts: {experts} experts do not divide intermediate_size {self.intermediate_size}; use a divisor of it"
+            )
+        for name, allowed in (
+            ("gate_network", ("linear", "mlp")),
+            ("balance_scope", ("micro", "global")),
+            ("experts_backend", ("auto", "grouped_mm", "loop")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not known; use {' or '.join(allowed)}")
+        if isinstance(self.score_scale_factor, list) and len(self.score_scale_factor) != self.num_hidden_layers:
+            raise ValueError(
+                f"score_scale_factor: {len(self.score_scale_factor)} values for {self.num_hidden_layers} layers; give one number, or one per layer"
+            )
+
+    @property
+    def expert_size(self) -> int:
+        """Neurons of one expert."""
+        return self.intermediate_size // (self.num_experts + self.num_shared_experts)
+
+    @property
+    def stored_size(self) -> int:
+        """Neurons of one expert as stored: a multiple of 8, since grouped products want rows of 16 bytes; those added are zero."""
+        return -(-self.expert_size // 8) * 8
+
+    def scale_of(self, layer: int) -> float:
+        """Factor of the routed experts' output in one layer."""
+        scale = self.score_scale_factor
+        return float(scale[layer] if isinstance(scale, list) else scale)
+
+
+__all__ = ["LlamaMoEConfig"]

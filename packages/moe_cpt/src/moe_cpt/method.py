@@ -1,0 +1,202 @@
+"""Continued pre-training: next-token loss, and a balance loss that moves the routers but not the loss that is reported."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from kernels_cuda.head import linear_cross_entropy
+from lm_core import dist
+from lm_core.errors import ConfigError, RunFailed
+from lm_core.method import IGNORE, Batch, Loss, Method, Rule
+from lm_core.models import CausalLoss, checkpoint_activations, load_model, model_folder, quiet
+from moe_cpt.config import TrainConfig
+from moe_cpt.convert import convert, moe_config
+from moe_cpt.hf.configuration_llama_moe import LlamaMoEConfig
+from moe_cpt.model import LlamaMoEForCausalLM
+from moe_cpt.models import PRESETS
+from moe_cpt.plan import parameter_counts
+from moe_cpt.routing import Routing, balance_loss
+from moe_cpt.split import split_ffn
+from moe_cpt.tensors import read_config
+
+logger = logging.getLogger(__name__)
+
+# L layers, N experts
+
+
+class MoeCPT(Method):
+    """One model and one loss. The gates of all layers report through a `Routing` that travels with the batch."""
+
+    config: TrainConfig
+    # the budget in other words, the shape of the rest of the schedule, and what the plan only reports
+    resumable = frozenset({"num_tokens", "max_steps", "lr_floor_style", "num_nodes", "num_gpu_per_node", "experts_backend"})
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        self._step_so_far = StepSums()
+
+    def build(self) -> nn.Module:
+        config = self.config
+        if torch.get_default_device().type == "meta":
+            model = LlamaMoEForCausalLM(self.model_config()).train()
+        else:
+            with self.initial_model() as name:
+                loaded = load_model(name, presets=PRESETS, seed=config.seed)
+            model = cast(LlamaMoEForCausalLM, self.require_mixture(loaded))
+        self.override(model.config)
+        model.set_attn_implementation(config.attn_implementation)
+        module = CausalLoss(model, loss=linear_cross_entropy)
+        if config.gradient_checkpointing:
+            checkpoint_activations(module)
+        return module
+
+    def require_mixture(self, model: nn.Module) -> nn.Module:
+        if isinstance(model, LlamaMoEForCausalLM):
+            return model
+        raise ConfigError(
+            f"model: {self.config.model} is a {model.config.model_type} model, not a mixture of experts; add --from-dense random, or convert it"  # type: ignore[union-attr]
+        )
+
+    def model_config(self) -> LlamaMoEConfig:
+        """The mixture's config without its weights."""
+        name = self.config.model
+        stored = dict(PRESETS[name]) if name in PRESETS else read_config(model_folder(name))
+        if self.config.from_dense == "none":
+            return LlamaMoEConfig(**{key: value for key, value in stored.items() if key != "model_type"})
+        config = self.config
+        return moe_config(stored, num_experts=config.num_experts, num_selects=config.num_selects or 4, gate_network=config.gate_network)
+
+    @contextmanager
+    def initial_model(self) -> Iterator[str]:
+        """What the run starts from: --model, or the folder of its conversion, made unless the run is resumed. A dry run leaves nothing behind."""
+        config = self.config
+        if config.from_dense == "none":
+            yield config.model
+        elif config.dry_run:
+            temporary = dist.on_main(tempfile.mkdtemp)
+            try:
+                dist.on_main(self._convert, Path(temporary, "init"))
+                yield f"{temporary}/init"
+            finally:
+                dist.on_main(shutil.rmtree, temporary)
+        else:
+            folder = config.run_folder() / "init"
+            if config.resume == "none" or not dist.on_main(folder.exists):
+                dist.on_main(self._convert, folder)
+            yield str(folder)
+
+    def _convert(self, folder: Path) -> None:
+        config = self.config
+        with tempfile.TemporaryDirectory() as temporary:
+            if config.model in PRESETS:
+                source = Path(temporary)
+                with quiet():
+                    load_model(config.model, presets=PRESETS, seed=config.seed).save_pretrained(source)
+            else:
+                source = model_folder(config.model)
+            split = split_ffn(source, config.from_dense, num_experts=config.num_experts, seed=config.seed)
+            convert(
+                source,
+                split,
+                folder,
+                num_selects=config.num_selects or 4,
+                gate_network=config.gate_network,
+                seed=config.seed,
+                overwrite=True,
+            )
+
+    def override(self, model: LlamaMoEConfig) -> None:
+        """Routing options that were given win over the checkpoint's; says where each value comes from."""
+        config = self.config
+        for name in ("num_selects", "score_scale_factor", "gate_balance_loss_weight"):
+            given = getattr(config, name)
+            origin = "checkpoint" if given is None else "option"
+            if given is not None:
+                setattr(model, name, given)
+            logger.info("%s: %s (%s)", name, getattr(model, name), origin)
+        model.balance_scope, model.experts_backend = config.balance_scope, config.experts_backend
+        if model.num_selects > model.num_experts:
+            raise ConfigError(f"num_selects: {model.num_selects} of {model.num_experts} experts; use 1 to {model.num_experts}")
+        usual = model.num_experts / model.num_selects
+        if model.multiply_gate_scores and model.score_scale_factor != usual:
+            logger.warning(
+                "score_scale_factor: %s is not experts / selected experts = %g; give --score-scale-factor %g unless it was calibrated",
+                model.score_scale_factor, usual, usual,
+            )  # fmt: skip
+        if config.max_length > model.max_position_embeddings:
+            raise ConfigError(
+                f"max_length: {config.max_length} is beyond the {model.max_position_embeddings} positions of {config.model}; use at most {model.max_position_embeddings}"
+            )
+
+    def losses(self, model: nn.Module, batch: Batch) -> Iterator[Loss]:
+        """Sum of cross entropies plus b - stop_gradient(b): the value is that of the cross entropy, the gradient that of both."""
+        inputs = {name: batch[name] for name in ("input_ids", "labels", "attention_mask", "position_ids") if name in batch}
+        routing = Routing(index=batch.index, mask=batch.get("attention_mask"), seed=self.config.seed)
+        total = model(**inputs, routing=routing)
+        importance_LN = routing.sums("importance_N")
+        if not importance_LN.is_meta:
+            _require_finite(importance_LN, batch.step)
+        if not model.training:
+            yield Loss(total=total)
+            return
+        load_LN, targets = routing.sums("load_N"), (batch["labels"] != IGNORE).sum()
+        weight = self.mixture(model).gate_balance_loss_weight
+        scale = targets
+        if self.config.balance_scope == "global" and not importance_LN.is_meta:
+            importance_LN, load_LN, scale = self._step_so_far.add(batch, importance_LN, load_LN, targets)
+        balance = balance_loss(importance_LN, load_LN, weight)
+        moving = scale * balance
+        yield Loss(total=total + moving - moving.detach(), metrics={"moe/balance_loss": targets * balance.detach()})
+
+    def mixture(self, model: nn.Module) -> LlamaMoEConfig:
+        return cast(LlamaMoEConfig, self.hf_model(model).config)
+
+    def param_rules(self) -> list[Rule]:
+        frozen = [Rule(r"\.router\.", trained=False)] if self.config.freeze_router else []
+        return [*frozen, Rule(r"\.router\.noise\.", weight_decay=0.0)]
+
+    def flops_per_token(self, model: nn.Module) -> float:
+        """6 per active parameter, and 12 per layer, channel and position for attention."""
+        config = self.mixture(model)
+        active = parameter_counts(config.to_dict()).active
+        return float(6 * active + 12 * config.num_hidden_layers * config.hidden_size * self.config.max_length)
+
+
+class StepSums:
+    """Importance, load and targets of the micro-batches of the step so far, over all ranks."""
+
+    def __init__(self) -> None:
+        self._step, self._last_sample = -1, -1
+        self._sums: Tensor | None = None
+
+    def add(self, batch: Batch, importance_LN: Tensor, load_LN: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The three sums with this micro-batch; the parts of earlier micro-batches and other ranks are constants."""
+        first = int(batch.index[0])
+        # samples count up within a step, so one that does not starts a step anew
+        if batch.step != self._step or first <= self._last_sample:
+            self._sums = None
+        self._step, self._last_sample = batch.step, first
+        mine = torch.stack([importance_LN, load_LN]).detach()
+        flat = torch.cat([mine.flatten(), targets[None].to(mine.dtype)])
+        everyone = dist.all_sum(flat)
+        self._sums = everyone if self._sums is None else self._sums + everyone
+        others = self._sums[:-1].view(mine.shape) - mine
+        return importance_LN + others[0], load_LN + others[1], self._sums[-1]
+
+
+def _require_finite(importance_LN: Tensor, step: int) -> None:
+    finite = importance_LN.detach().isfinite().all(1)
+    if not bool(finite.all()):
+        layer = int((~finite).nonzero()[0])
+        raise RunFailed(
+            f"router: the logits of layer {layer} are not finite in step {step}; lower --lr, or resume from an earlier checkpoint"
+        )

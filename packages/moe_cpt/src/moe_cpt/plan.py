@@ -1,0 +1,62 @@
+"""What a run does, in numbers that need no model: updates, tokens, parameters. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters: of the dense model, of the mixture, and those of the mixture that one token passes through."""
+
+    dense: int
+    total: int
+    active: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Updates and sizes of a run."""
+
+    max_steps: int
+    global_batch: int
+    tokens_per_batch: int
+
+    @property
+    def header(self) -> str:
+        """The first three lines of a run's log; other tools read them."""
+        return f"max_steps: {self.max_steps}\nglobal batch size: {self.global_batch}\n#tokens/batch: {self.tokens_per_batch}"
+
+
+def steps_of_tokens(num_tokens: int, tokens_per_batch: int) -> int:
+    """Whole updates in a number of tokens, in exact integers.
+
+    >>> steps_of_tokens(10**11, 16 * 1 * 6 * 8 * 2048)
+    63578
+    """
+    return num_tokens // tokens_per_batch
+
+
+def parameter_counts(config: Mapping[str, Any]) -> Counts:
+    """By the fields of a LLaMA or LlamaMoE config (numbers as in its config.json). Zero neurons added for alignment do not count.
+
+    >>> llama_7b = {"vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 11008}
+    >>> parameter_counts({**llama_7b, "num_attention_heads": 32, "gate_add_noise": False, "num_experts": 16, "num_selects": 4}).active
+    3494129664
+    """
+    vocabulary, hidden, layers = config["vocab_size"], config["hidden_size"], config["num_hidden_layers"]
+    width, heads = config["intermediate_size"], config["num_attention_heads"]
+    head_dim = config.get("head_dim") or hidden // heads
+    attention = 2 * hidden * head_dim * (heads + (config.get("num_key_value_heads") or heads))
+    tables = 1 if config.get("tie_word_embeddings") else 2
+    dense = tables * vocabulary * hidden + hidden + layers * (attention + 3 * hidden * width + 2 * hidden)
+    if "num_experts" not in config:
+        return Counts(dense, dense, dense)
+    experts, shared = config["num_experts"], config.get("num_shared_experts", 0)
+    router = experts * hidden * (2 if config.get("gate_add_noise", True) else 1)
+    if config.get("gate_network", "mlp") == "mlp":
+        router += experts * experts
+    idle = width // (experts + shared) * (experts - config["num_selects"])
+    return Counts(dense, dense + layers * router, dense + layers * (router - 3 * hidden * idle))

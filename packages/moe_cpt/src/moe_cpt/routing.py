@@ -1,0 +1,141 @@
+"""Gates: which experts see a token and with what weight, and the loss that keeps the experts equally busy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lm_core import counter
+
+# B rows, T positions of a row, R tokens (B x T), D hidden size, N experts, K selected experts
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a gate says about R tokens. `score_RK` are coefficients before the scale factor.
+
+    `importance_N` and `load_N` are sums over real tokens and carry gradients; `count_N` are tokens per expert.
+    """
+
+    experts_RK: Tensor
+    score_RK: Tensor
+    importance_N: Tensor
+    load_N: Tensor
+    count_N: Tensor
+
+
+@dataclass
+class Routing:
+    """What a forward pass tells the gates of all layers, and by layer what they said.
+
+    An object and not a mapping, since engines that shard a model rebuild the mappings they pass on.
+    """
+
+    index: Tensor | None = None  # B, global sample numbers: the address of noise
+    mask: Tensor | None = None  # B x T, 1 for real tokens
+    seed: int = 0
+    gates: dict[int, Gate] = field(default_factory=dict)
+
+    def sums(self, name: str) -> Tensor:
+        """`importance_N`, `load_N` or `count_N` of all layers, L x N."""
+        return torch.stack([getattr(self.gates[layer], name) for layer in sorted(self.gates)])
+
+
+class Router(nn.Module):
+    """Logits of a token over the experts, and the spread of their noise, both at least in float32."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        hidden, experts = config.hidden_size, config.num_experts
+        if config.gate_network == "linear":
+            self.proj = nn.Linear(hidden, experts, bias=False)
+        else:
+            self.fc1 = nn.Linear(hidden, experts, bias=False)
+            self.fc2 = nn.Linear(experts, experts, bias=False)
+        self.mlp = config.gate_network == "mlp"
+        if config.gate_add_noise:
+            self.noise = nn.Linear(hidden, experts, bias=False)
+        self.epsilon = config.gate_noise_epsilon
+
+    def forward(self, x_RD: Tensor, noisy: bool) -> tuple[Tensor, Tensor | None]:
+        """Logits, and with `noisy` the standard deviations softplus(x W_noise^T) + epsilon, both R x N."""
+        with torch.autocast(x_RD.device.type, enabled=False):
+            x_RD = x_RD.to(torch.promote_types(x_RD.dtype, torch.float32))
+            if self.mlp:
+                logits = _linear(torch.tanh(_linear(x_RD, self.fc1)), self.fc2)
+            else:
+                logits = _linear(x_RD, self.proj)
+            return logits, F.softplus(_linear(x_RD, self.noise)) + self.epsilon if noisy else None
+
+
+def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    return F.linear(x, layer.weight.to(x.dtype))
+
+
+def noise(seed: int, layer: int, index_B: Tensor, length: int, experts: int) -> Tensor:
+    """Standard normals, (B * length) x N, addressed by (seed, layer, sample number, position)."""
+    drawn = counter.normal(counter.derive(seed, "gate", layer), "gate", index_B, length * experts)
+    return drawn.view(-1, experts)
+
+
+def gate(
+    logits_RN: Tensor,
+    k: int,
+    *,
+    sigma_RN: Tensor | None = None,
+    noise_RN: Tensor | None = None,
+    mask_R: Tensor | None = None,
+    softmax: bool = True,
+    multiply: bool = True,
+) -> Gate:
+    """The k largest (noisy) logits of every token, ties to the lower expert, with softmax over those k values.
+
+    Without `softmax` the scores are the logits; without `multiply` every selected expert has coefficient 1, and only the
+    importance keeps the scores. Tokens where `mask_R` is 0 are routed but count nothing.
+    """
+    noisy_RN = logits_RN if sigma_RN is None or noise_RN is None else logits_RN + noise_RN.to(logits_RN.dtype) * sigma_RN
+    # not topk, which promises no order among equals
+    ordered_RN, order_RN = torch.sort(noisy_RN, dim=-1, descending=True, stable=True)
+    experts_RK, top_RK = order_RN[:, :k], ordered_RN[:, :k]
+    score_RK = torch.softmax(top_RK, dim=-1) if softmax else top_RK
+    real_R1 = torch.ones_like(score_RK[:, :1]) if mask_R is None else mask_R[:, None].to(score_RK.dtype)
+    importance_N = torch.zeros_like(logits_RN).scatter(1, experts_RK, score_RK * real_R1).sum(0)
+    chosen_RN = torch.zeros_like(logits_RN).scatter(1, experts_RK, 1.0)
+    count_N = (chosen_RN * real_R1).sum(0).detach()
+    load_N = count_N
+    if sigma_RN is not None and k < logits_RN.shape[1]:
+        probability_RN = selection_probability(logits_RN, ordered_RN, chosen_RN, sigma_RN, k)
+        load_N = (probability_RN * real_R1).sum(0)
+    return Gate(experts_RK, score_RK if multiply else torch.ones_like(score_RK), importance_N, load_N, count_N)
+
+
+def selection_probability(logits_RN: Tensor, ordered_RN: Tensor, chosen_RN: Tensor, sigma_RN: Tensor, k: int) -> Tensor:
+    """Chance of each expert to be among the k largest if its own noise were drawn again, the others' staying.
+
+    Phi((l - tau) / sigma), where tau is the largest value it has to exceed: the (k+1)-th largest noisy logit for an expert
+    that is among the k, the k-th largest for the others (Shazeer et al. 2017, appendix A).
+    """
+    threshold_RN = torch.where(chosen_RN > 0, ordered_RN[:, k : k + 1], ordered_RN[:, k - 1 : k])
+    return torch.special.ndtr((logits_RN - threshold_RN) / sigma_RN)
+
+
+def cv_squared(values: Tensor) -> Tensor:
+    """Squared coefficient of variation along the last dimension: unbiased variance over squared mean, 0 for a single value.
+
+    >>> round(float(cv_squared(torch.tensor([1.0, 2, 3, 4]))), 5)
+    0.26667
+    """
+    if values.shape[-1] == 1:
+        return torch.zeros_like(values[..., 0])
+    ratio: Tensor = values.var(-1) / (values.mean(-1).square() + 1e-10)
+    return ratio
+
+
+def balance_loss(importance_LN: Tensor, load_LN: Tensor, weight: float) -> Tensor:
+    """weight * (CV^2(importance) + CV^2(load)), summed over layers."""
+    total: Tensor = weight * (cv_squared(importance_LN) + cv_squared(load_LN)).sum()
+    return total

@@ -120,7 +120,8 @@ def selection_probability(logits_RN: Tensor, ordered_RN: Tensor, chosen_RN: Tens
     that is among the k, the k-th largest for the others (Shazeer et al. 2017, appendix A).
     """
     threshold_RN = torch.where(chosen_RN > 0, ordered_RN[:, k : k + 1], ordered_RN[:, k - 1 : k])
-    return torch.special.ndtr((logits_RN - threshold_RN) / sigma_RN)
+    chance: Tensor = torch.special.ndtr((logits_RN - threshold_RN) / sigma_RN)
+    return chance
 
 
 def cv_squared(values: Tensor) -> Tensor:

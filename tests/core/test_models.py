@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from lm_core import models
 from lm_core.errors import ConfigError, InputError
 from lm_core.head import chunked_cross_entropy
-from lm_core.models import CausalLoss, decoder_layers, hf_model, load_model, load_tokenizer
+from lm_core.models import CausalLoss, decoder_layers, hf_model, load_classifier, load_model, load_tokenizer
 
 SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
 LLAMA_LIKE = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2}
@@ -388,3 +388,28 @@ def test_smollm2_reads_python_documentation() -> None:
     assert models.lora(load_model("smollm2-135m"), r=1).active_peft_config.base_model_name_or_path == "smollm2-135m"
     reply = model.generate(**tokenizer("The capital of France is", return_tensors="pt"), max_new_tokens=5, do_sample=False)
     assert "Paris" in tokenizer.decode(reply[0])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_classifier_takes_the_body_of_a_folder_and_a_random_head_by_seed(name: str, tmp_path: Path) -> None:
+    load_model(name, presets=PRESETS).save_pretrained(tmp_path)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first, again, other = (load_classifier(str(tmp_path), 3, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    body = load_model(str(tmp_path)).base_model.state_dict()
+    assert all(torch.equal(tensor, first.base_model.state_dict()[key]) for key, tensor in body.items())
+    assert first.score.weight.shape == (3, 32)
+    assert torch.equal(first.score.weight, again.score.weight)
+    assert not torch.equal(first.score.weight, other.score.weight)
+    assert first.config.pad_token_id is not None or name == "llama"
+    first.save_pretrained(tmp_path / "trained")
+    assert torch.equal(load_classifier(str(tmp_path / "trained"), 3, seed=9).score.weight, first.score.weight)
+
+
+def test_a_classifier_without_its_body_is_refused(tmp_path: Path) -> None:
+    model = load_classifier("llama", 2, presets=PRESETS)
+    state = {name: tensor for name, tensor in model.state_dict().items() if "layers.1.mlp" not in name}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(InputError, match="lacks 3 tensors of its body"):
+        load_classifier(str(tmp_path), 2)

@@ -12,7 +12,7 @@ from matplotlib import image
 from lm_core import sinks
 from lm_core.errors import InputError
 from lm_core.metrics import Metrics
-from lm_core.plot import COLOURS, plot_run, plot_runs
+from lm_core.plot import COLOURS, plot_against, plot_run, plot_runs
 from lm_core.progress import Progress, Size
 
 
@@ -52,6 +52,17 @@ def test_a_run_is_drawn_into_its_figures(tmp_path):
 def test_only_what_was_logged_is_drawn(tmp_path):
     assert [path.name for path in plot_run(log(tmp_path / "run"))] == ["loss.png", "lr.png", "grad_norm.png", "speed.png"]
     assert plot_run(tmp_path / "empty") == []
+
+
+def test_runs_are_drawn_against_steps_time_and_memory(tmp_path):
+    folders = [log(tmp_path / name) for name in ("adamw", "galore")]
+    # without a peak a run is missing from the third part only
+    path = plot_against(folders, tmp_path / "out.png", {folders[0]: 2.0})
+    assert all(has_colour(path, colour) for colour in COLOURS[:2])
+    again = plot_against(folders, tmp_path / "again.png", {folders[0]: 2.0})
+    assert path.read_bytes() == again.read_bytes()
+    with pytest.raises(InputError, match="empty has no records"):
+        plot_against([*folders, tmp_path / "empty"], tmp_path / "out.png", {})
 
 
 def test_the_same_records_give_the_same_bytes(tmp_path):

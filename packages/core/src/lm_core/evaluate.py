@@ -112,7 +112,7 @@ def _score(engine: Engine, method: Method, source: str, rows: Rows, micro_batch:
         targets=int(num_targets),
         tokens=int(num_tokens),
         samples=int(num_samples),
-        metrics={name: value / count for name, (value, count) in shares.reduce().items() if count > 0},
+        metrics=method.metrics({name: value / count for name, (value, count) in shares.reduce().items() if count > 0}),
     )
 
 

@@ -109,13 +109,13 @@ def _write(
 
 def _prove(partial: Path, model: PreTrainedModel, adapted: PeftModel | None, weights: dict[str, Tensor]) -> None:
     if _sharded(model):
-        saved = load_file(partial / "adapter_model.safetensors") if adapted else _read_back(partial, _dtype(weights)).state_dict()
+        saved = load_file(partial / "adapter_model.safetensors") if adapted else _read_back(partial, model, weights).state_dict()
         expected = _adapter_names(weights) if adapted else weights
         wrong = [name for name, tensor in expected.items() if name not in saved or not torch.equal(saved[name].cpu(), tensor.cpu())]
         if wrong:
             raise RunFailed(f"export: {len(wrong)} tensors differ after reading them back, first {wrong[0]}; nothing was written")
         return
-    read = _read_back(partial, _dtype(weights)) if adapted is None else _read_adapter(partial, model, weights)
+    read = _read_back(partial, model, weights) if adapted is None else _read_adapter(partial, model, weights)
     ours, theirs = _logits(model), _logits(read)
     difference = float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1e-30))
     # sums run in another order on another device
@@ -135,13 +135,17 @@ def _dtype(weights: dict[str, Tensor]) -> torch.dtype:
     return next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point())
 
 
-def _read_back(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    return cast("PreTrainedModel", AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
+def _read_back(folder: Path, model: PreTrainedModel, weights: dict[str, Tensor]) -> PreTrainedModel:
+    """As a language model is loaded everywhere; one with another head by its own class."""
+    causal = type(model).__name__.endswith("ForCausalLM") or model.get_output_embeddings() is not None  # type: ignore[no-untyped-call]
+    kind: Any = AutoModelForCausalLM if causal else type(model)
+    return cast("PreTrainedModel", kind.from_pretrained(folder, dtype=_dtype(weights)))
 
 
 def _read_adapter(folder: Path, model: PreTrainedModel, weights: dict[str, Tensor]) -> PreTrainedModel:
     """A fresh base model with the trained run's base weights, and the adapter as peft reads it."""
-    base: Any = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)  # type: ignore[no-untyped-call]
+    base: Any = type(model)(model.config)
+    base.to(model.dtype)
     plain = {name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor for name, tensor in weights.items()}
     base.load_state_dict(plain, strict=False)
     with using_peft() as peft:
@@ -161,7 +165,9 @@ def _logits(model: PreTrainedModel) -> Tensor:
     model.train(False)
     try:
         with torch.no_grad():
-            return cast(Tensor, model(input_ids=tokens.to(model.device), use_cache=False).logits.float().cpu())
+            # a cache would only cost memory; models without a decoder have none
+            cache = {} if model.config.is_encoder_decoder or not hasattr(model.config, "use_cache") else {"use_cache": False}
+            return cast(Tensor, model(input_ids=tokens.to(model.device), **cache).logits.float().cpu())
     finally:
         model.train(training)
 

@@ -125,6 +125,10 @@ class Method:
 
         return adamw(groups, self.config)
 
+    def metrics(self, means: dict[str, float]) -> dict[str, float]:
+        """What an evaluation of one source reports, from the means of the metrics that `losses` gave; called once, on every rank."""
+        return means
+
     def after_eval(self, scores: Scores, data: Loader) -> None:
         """Called after each evaluation; a method may move the source weights here."""
 

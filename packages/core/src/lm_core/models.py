@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lm_core import cache
@@ -71,6 +71,51 @@ def load_model(
     if loading["unexpected_keys"]:
         log.warning("model: %s holds tensors this architecture has no place for, first %s", name, sorted(loading["unexpected_keys"])[0])
     # an adapter writes down what its base is called: not a folder of this machine's cache
+    if name != source:
+        model.name_or_path = name
+    return cast(PreTrainedModel, model.train())
+
+
+def load_classifier(
+    name: str,
+    num_labels: int,
+    *,
+    presets: Presets | None = None,
+    init: Literal["pretrained", "random"] = "pretrained",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> PreTrainedModel:
+    """A classifier of whole sequences (1 label: regression) on the body that `name` stands for, as `load_model` finds it.
+
+    A head that the weights do not hold, or hold for another number of labels, starts random, by `seed` alone.
+
+    Raises InputError for a name that cannot be had, and for a body that is incomplete.
+    """
+    source = name
+    if presets and name in presets:
+        config, init = _preset_config(name, presets[name]), "random"
+    else:
+        source = _source(name, presets or {})
+        with _readable(name, presets):
+            config = AutoConfig.from_pretrained(source)
+    config.num_labels = num_labels
+    if config.pad_token_id is None:
+        # the last token that is not padding is what decoders classify by
+        eos = config.eos_token_id
+        config.pad_token_id = eos[0] if isinstance(eos, list) else eos
+    if init == "random" or torch.get_default_device().type == "meta":
+        return _initialise(config, seed, dtype, AutoModelForSequenceClassification)
+    with _readable(name, presets), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        place: dict[str, Any] = {"pretrained_model_name_or_path": source, "config": config, "dtype": dtype}
+        loaded: Any = AutoModelForSequenceClassification.from_pretrained(**place, output_loading_info=True, ignore_mismatched_sizes=True)
+    model, loading = loaded
+    absent = sorted(loading["missing_keys"]) + [key for key, *_ in loading["mismatched_keys"]]
+    body = f"{model.base_model_prefix}."
+    if missing := [key for key in absent if key.startswith(body)]:
+        raise InputError(f"model: {name} lacks {len(missing)} tensors of its body, first {missing[0]}; use complete weights")
+    if absent:
+        log.info("model: the head of %s starts random (%s)", name, ", ".join(absent))
     if name != source:
         model.name_or_path = name
     return cast(PreTrainedModel, model.train())
@@ -204,10 +249,10 @@ def _preset_config(name: str, values: Mapping[str, Any]) -> PretrainedConfig:
         raise ConfigError(f"model: preset {name} is not a transformers config ({error}); give model_type and its arguments") from error
 
 
-def _initialise(config: PretrainedConfig, seed: int, dtype: torch.dtype) -> PreTrainedModel:
+def _initialise(config: PretrainedConfig, seed: int, dtype: torch.dtype, kind: Any = AutoModelForCausalLM) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+        model = kind.from_config(config, dtype=dtype)
     return cast(PreTrainedModel, model.train())
 
 

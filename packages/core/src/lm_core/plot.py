@@ -73,6 +73,38 @@ def plot_runs(folders: Sequence[Path], out: Path) -> Path:
     return out
 
 
+def plot_against(folders: Sequence[Path], out: Path, peak_gib: Mapping[Path, float]) -> Path:
+    """Several runs in the picture `out`: training loss against steps, held-out loss against time, and the last held-out loss
+    against the peak of memory (`peak_gib` by folder), where a run stands lower and further left the better it is.
+
+    Raises InputError naming a folder without records.
+    """
+    with _figure(out, width=16) as figure:
+        by_step, by_time, by_memory = figure.subplots(1, 3)
+        for number, (name, folder) in enumerate(zip(_short_names(folders), folders)):
+            records = read(folder / "metrics.jsonl")
+            if not records:
+                raise InputError(f"runs: {folder} has no records in metrics.jsonl; give folders of runs that have logged at least once")
+            line = ("-", "--", ":")[number // len(COLOURS) % 3]
+            style = {"color": COLOURS[number % len(COLOURS)], "linestyle": line, "label": name}
+            marked = {**style, "marker": MARKERS[number % len(MARKERS)], "markersize": 5}
+            by_step.plot(*_curve(records, "train/loss", "step"), **style, linewidth=1.2)
+            held_out = _held_out(records, "seconds")
+            by_time.plot(*held_out, **marked)
+            if folder in peak_gib and held_out[1]:
+                by_memory.plot([peak_gib[folder]], held_out[1][-1:], **{**marked, "linestyle": "none", "markersize": 8})
+        for axes, across, title in (
+            (by_step, "steps", "training loss"),
+            (by_time, "seconds of training", "held-out loss"),
+            (by_memory, "peak of memory, GiB", "last held-out loss"),
+        ):
+            axes.set_ylabel(f"{title} (nats per target)")
+            _plain(axes)
+            axes.set_xlabel(across)
+        by_memory.legend(frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    return out
+
+
 @contextmanager
 def _figure(path: Path, width: float = 8.0) -> Iterator[Figure]:
     """A figure that is written to `path`. Neither the user's style nor the display plays a part."""
@@ -148,27 +180,31 @@ def _smoothed(axes: Axes, curve: Curve, colour: str, label: str) -> None:
 def _tokens(axes: Axes) -> None:
     axes.set_xlabel("tokens")
     axes.xaxis.set_major_formatter(lambda value, position: short(value))
+    _plain(axes)
+
+
+def _plain(axes: Axes) -> None:
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _curve(records: list[Record], name: str) -> Curve:
-    points = [(record["tokens"], record[name]) for record in records if name in record]
-    return [tokens for tokens, _ in points], [value for _, value in points]
+def _curve(records: list[Record], name: str, across: str = "tokens") -> Curve:
+    points = [(record[across], record[name]) for record in records if name in record]
+    return [at for at, _ in points], [value for _, value in points]
 
 
 def _finite(curve: Curve) -> bool:
     return any(math.isfinite(value) for value in curve[1])
 
 
-def _held_out(records: list[Record]) -> Curve:
-    tokens, means = [], []
+def _held_out(records: list[Record], across: str = "tokens") -> Curve:
+    places, means = [], []
     for record in records:
         losses = [value for name, value in record.items() if name.startswith("eval/") and name.endswith("/loss")]
         if losses:
-            tokens.append(record["tokens"])
+            places.append(record[across])
             means.append(math.fsum(losses) / len(losses))
-    return tokens, means
+    return places, means
 
 
 def _names(records: list[Record], start: str, end: str = "") -> list[str]:

@@ -192,15 +192,20 @@ class Replicated(Engine):
         state.write_tensors(folder / "optimizer.safetensors", tensors)
         state.write_json(folder / "optimizer.json", {**info, "scaler": None if self.scaler is None else asdict(self.scaler)})
 
-    def load(self, folder: Path) -> None:
+    def load_weights(self, folder: Path) -> None:
+        """Restore the weights alone of what `save` wrote: for evaluation and export."""
+
         def saved() -> Iterator[tuple[str, Tensor]]:
             yield from state.read_tensors(folder / "model.safetensors")
             if (folder / "outside.safetensors").exists():
                 yield from state.read_tensors(folder / "outside.safetensors")
 
+        state.load_weights(self.model, saved(), {hf_name: name for name, hf_name in self._hf_names().items()})
+
+    def load(self, folder: Path) -> None:
         info = json.loads((folder / "optimizer.json").read_text())
         state.check_optimizer(state.describe(self.optimizer, self.trained), info)
-        state.load_weights(self.model, saved(), {hf_name: name for name, hf_name in self._hf_names().items()})
+        self.load_weights(folder)
         state.load_optimizer(self.optimizer, self.trained, dict(state.read_tensors(folder / "optimizer.safetensors")), info)
         if self.scaler is not None and info["scaler"] is not None:
             self.scaler = Scaler(**info["scaler"])

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+import click
 
 from lm_core.cli import command_group, configured
 from lm_core.cli import main as run_cli
+from lowrank_opt.commands import CompareConfig, EvalConfig, ExportConfig, InspectConfig, PresetsConfig
 from lowrank_opt.config import TrainConfig, refuse_unused, resolved
 
 cli = command_group("Train language models in little memory: LoRA, GaLore and full-rank baselines.")
@@ -24,6 +28,69 @@ def train(config: TrainConfig) -> dict[str, Any]:
     from lowrank_opt.method import LowRank
 
     return run(config, LowRank(config))
+
+
+@cli.command()
+@configured(TrainConfig)
+def estimate(config: TrainConfig) -> dict[str, Any]:
+    """Print the memory that every optimizer would need, then what --dry-run of train prints.
+
+    Takes the options of train; without --data only the table is made.
+    """
+    refuse_unused(config)
+    from lowrank_opt import estimation
+
+    return estimation.run(resolved(config))
+
+
+@cli.command("eval")
+@configured(EvalConfig)
+def evaluate(config: EvalConfig) -> dict[str, Any]:
+    """Print the held-out loss of a checkpoint."""
+    from lowrank_opt import evaluation
+
+    return evaluation.run(config)
+
+
+@cli.command()
+@configured(ExportConfig)
+def export(config: ExportConfig) -> dict[str, Any]:
+    """Write a checkpoint as a folder that transformers or peft loads."""
+    from lowrank_opt import exporting
+
+    return exporting.run(config)
+
+
+@cli.command()
+@configured(InspectConfig)
+def inspect(config: InspectConfig) -> dict[str, Any]:
+    """List the optimizer state in a checkpoint: names, shapes, types, bytes and ages of bases."""
+    from lowrank_opt import inspection
+
+    return inspection.run(config)
+
+
+@cli.command()
+@configured(PresetsConfig)
+@click.argument("name", required=False)
+def presets(config: PresetsConfig, name: str | None) -> dict[str, Any]:
+    """List model sizes and shipped runs, or show the one called NAME."""
+    from lowrank_opt import listing
+
+    return listing.run(name)
+
+
+@cli.command()
+@configured(CompareConfig)
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+def compare(config: CompareConfig, runs: tuple[Path, ...]) -> dict[str, Any]:
+    """Print loss, memory and speed of several RUNS (their folders) side by side.
+
+    Example: lowrank-opt compare models/a models/b --out table.csv --picture runs.png
+    """
+    from lowrank_opt import comparison
+
+    return comparison.run(runs, config)
 
 
 def main() -> None:

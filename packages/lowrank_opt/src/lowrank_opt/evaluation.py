@@ -1,0 +1,36 @@
+"""`lowrank-opt eval`: held-out losses of a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lm_core.config import explicit
+from lm_core.evaluate import evaluate
+from lm_core.options import DataOptions
+from lowrank_opt import saved
+from lowrank_opt.commands import EvalConfig
+
+
+def run(config: EvalConfig) -> dict[str, Any]:
+    """Loss, perplexity and tokens by source, as training with these options would report them."""
+    checkpoint = saved.newest(config.checkpoint)
+    given = {name: getattr(config, name) for name in explicit(config) if name in DataOptions.__dataclass_fields__}
+    options = saved.options(checkpoint, {**given, "device": config.device})
+    engine, method = saved.load(checkpoint, options)
+    data = method.data(method.tokenizer())
+    scores = evaluate(engine, method, data.valid, micro_batch=config.micro_batch_size, tokens=int(config.eval_tokens))
+    found: dict[str, Any] = {"checkpoint": str(checkpoint), "step": saved.progress(checkpoint)["steps"], "sources": {}}
+    for source, score in scores.items():
+        more = "".join(f"  {name} {value:.4f}" for name, value in score.metrics.items())
+        print(
+            f"{source}  loss {score.loss:.4f} ± {score.standard_error:.4f}  perplexity {score.perplexity:.4g}  tokens {score.tokens:,}{more}"
+        )
+        found["sources"][source] = {
+            "loss": score.loss,
+            "standard_error": score.standard_error,
+            "perplexity": score.perplexity,
+            "tokens": score.tokens,
+            "targets": score.targets,
+            **score.metrics,
+        }
+    return found

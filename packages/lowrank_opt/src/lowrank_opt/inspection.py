@@ -1,0 +1,54 @@
+"""`lowrank-opt inspect`: what the optimizer state of a checkpoint consists of. Reads headers only."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from lm_core.errors import InputError
+from lowrank_opt import saved
+from lowrank_opt.commands import InspectConfig
+
+
+def header(path: Path) -> dict[str, dict[str, Any]]:
+    """Names, dtypes, shapes and places of the tensors in a safetensors file."""
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        entries: dict[str, dict[str, Any]] = json.loads(file.read(size))
+    entries.pop("__metadata__", None)
+    return entries
+
+
+def run(config: InspectConfig) -> dict[str, Any]:
+    """State tensors by parameter, their bytes, and for low-rank parameters side, refreshes and age of the basis."""
+    checkpoint = saved.newest(config.checkpoint)
+    if not (checkpoint / "optimizer.json").is_file():
+        raise InputError(f"checkpoint: {checkpoint} keeps no optimizer state (--keep-optimizer false); name a newer one")
+    info = json.loads((checkpoint / "optimizer.json").read_text())
+    parameters: dict[str, dict[str, Any]] = {
+        name: {"tensors": {}, "bytes": 0, **described(values)} for name, values in info["state"].items()
+    }
+    for path, entry in header(checkpoint / "optimizer.safetensors").items():
+        name, _, key = path.rpartition("/")
+        first, last = entry["data_offsets"]
+        parameters[name]["tensors"][key] = {"shape": entry["shape"], "dtype": entry["dtype"], "bytes": last - first}
+        parameters[name]["bytes"] += last - first
+    for name, values in parameters.items():
+        age = f"  side {values['side']}  refreshes {values['refreshes']}  age {values['age']}" if "side" in values else ""
+        print(f"{name}  {values['bytes']:,} bytes{age}")
+        for key, tensor in values["tensors"].items():
+            print(f"    {key:20} {tensor['dtype']:5} {'x'.join(map(str, tensor['shape']))}  {tensor['bytes']:,} bytes")
+    total = sum(values["bytes"] for values in parameters.values())
+    print(f"{info['class'].rpartition('.')[2]}: {len(parameters)} parameters, {total:,} bytes")
+    return {"checkpoint": str(checkpoint), "class": info["class"], "bytes": total, "parameters": parameters}
+
+
+def described(values: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of a parameter's state that say where it stands."""
+    found: dict[str, Any] = {"step": values.get("step")}
+    if "side" in values:
+        found |= {"side": values["side"], "refreshes": values["refreshes"], "age": values["step"] - values["refresh_step"]}
+        found |= {"next_refresh": values["next_refresh"], "gap": values["gap"]}
+    return found

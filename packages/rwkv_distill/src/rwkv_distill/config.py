@@ -1,0 +1,158 @@
+"""Options of `rwkv-distill train`: the flags of the original guide over the options that every command shares."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Literal
+
+from lm_core.config import Count, change, config, explicit, opt, section
+from lm_core.errors import ConfigError
+from lm_core.options import DataOptions, EngineOptions, ModelOptions, OptimOptions, OutputOptions, RunConfig
+from lm_core.progress import Budget, Progress, Size
+from lm_core.schedule import SHAPES
+from rwkv_distill.student_config import StudentConfig
+
+# a teacher of random weights, for tests and examples
+MODELS = {
+    "tiny": {
+        "model_type": "llama",
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+}
+BATCHING = {"pad": "document", "concat": "stream", "pack": "best-fit"}
+WARMUP_FLOOR = 0.01
+
+
+@config
+class TrainConfig(RunConfig):
+    """Distillation of a Transformer into a student with RWKV time mixing."""
+
+    model: str = change(ModelOptions, "model", help="Teacher: tiny (random weights), smollm2-135m, a folder, a .gguf file or a hub id.")
+    gradient_checkpointing: bool = change(ModelOptions, "gradient_checkpointing", default=True, flags=("-g", "--grad-cp"))
+    student: StudentConfig = section(StudentConfig)
+    gate_free: bool = opt(False, "Same as --gate none.", flags=("-e",))
+
+    data: list[str] = change(DataOptions, "data", flags=("-r", "--raw-data"))
+    max_length: int = change(DataOptions, "max_length", flags=("-m",))
+    packing: Literal["best-fit", "document", "stream"] = change(DataOptions, "packing", default="best-fit")
+    batching: Literal["pad", "concat", "pack"] | None = opt(
+        None, "Other words for --packing: pad is document, concat is stream, pack is best-fit."
+    )
+    need_to_pad: bool = opt(False, "Same as --batching concat.", flags=("-N",))
+
+    stage: Literal[1] = opt(1, "What is trained: 1 aligns each layer's output with the teacher's attention.", flags=("-s",))
+    align_loss: Literal["l2", "mse", "relative"] = opt("l2", "Distance between a mixer's output and the teacher's attention (stage 1).")
+    layer_local: bool = opt(True, "Free every layer's activations before the next layer runs (stage 1; memory does not grow with depth).")
+    calibrate: bool = opt(True, "Scale the copied output projections so that stage 1 starts at the least squared error.")
+
+    micro_batch_size: int = change(EngineOptions, "micro_batch_size", default=1, flags=("-b", "--micro-bsz"))
+    accumulate: int = change(EngineOptions, "accumulate", default=4, flags=("-a", "--accumulate-grad-batches"))
+    num_processes: int = change(EngineOptions, "num_processes", flags=("-G", "--gpus-per-node"))
+    num_nodes: int = opt(1, "Machines; more than 1 needs a launcher that starts every machine (launchers/slurm.sh).", flags=("-n",), ge=1)
+    zero_stage: Literal[0, 1, 2, 3] | None = change(EngineOptions, "zero_stage", flags=("-S", "--deepspeed-stage"))
+    deepspeed_offload: bool = opt(False, "Keep optimizer state (with ZeRO 3 weights, too) in host memory; ignored on a CPU.", flags=("-d",))
+    precision: Literal["fp32", "bf16", "fp16"] = change(
+        EngineOptions, "precision", flags=("--dtype",), help="Arithmetic; bf16 on a GPU unless given. Weights and states stay float32."
+    )
+
+    lr: float = change(OptimOptions, "lr", default=6e-4, flags=("--lr-init",))
+    lr_final: float = opt(1e-5, "Learning rate at the end.", flags=("-f",), ge=0)
+    warmup: Count = change(
+        OptimOptions, "warmup", default=50, flags=("-w", "--warmup-steps"), help="Warm-up: updates, or below 1 a fraction of the run."
+    )
+    # core's inverse-sqrt has no final rate to end at
+    schedule: Literal["exp", "cosine", "linear", "constant"] = opt(
+        "exp", "Shape of the learning rate between --lr and --lr-final.", flags=("--lr-schedule",)
+    )
+    betas: tuple[float, float] = change(OptimOptions, "betas", default=(0.9, 0.95))
+    eps: float = change(OptimOptions, "eps", flags=("--adam-eps",))
+
+    budget: str = change(OutputOptions, "budget", default="", help="Replaces -t and -X: for example 300 steps, or 10M tokens, 2 hours.")
+    max_trained_tokens: Count = opt(100_000_000, "Stop after so many tokens; padding does not count.", flags=("-t",), ge=1)
+    max_epochs: int = opt(1, "Stop after so many passes over the data.", flags=("-X",), ge=1)
+    stop_loss: float | None = change(OutputOptions, "stop_loss", default=0.01, flags=("-T", "--terminate-loss"))
+    wandb_project: str = change(OutputOptions, "wandb_project", default="rwkv_distill", flags=("-P",))
+    seed: int = change(OutputOptions, "seed", default=42)
+
+    def check(self) -> None:
+        chosen = explicit(self)
+        for name, instead in (("min_lr_ratio", "--lr-final"), ("cooldown", "--schedule linear")):
+            if name in chosen:
+                raise ConfigError(f"{name}: rwkv-distill has its own final rate and takes no --{name.replace('_', '-')}; use {instead}")
+        if self.batching is not None and self.need_to_pad and self.batching != "concat":
+            raise ConfigError(f"need_to_pad: -N 1 means --batching concat, not {self.batching}; drop one of them")
+        if "packing" in chosen and self.packing != self.row_packing():
+            raise ConfigError(f"batching: {self.batching or 'concat'} is not --packing {self.packing}; drop one of them")
+        if self.gate_free and self.student.gate not in (None, "none"):
+            raise ConfigError(f"gate_free: -e 1 means --gate none, not {self.student.gate}; drop one of them")
+        if self.num_nodes > 1 and "WORLD_SIZE" not in os.environ:
+            raise ConfigError(f"num_nodes: {self.num_nodes} machines need a launcher; use launchers/slurm.sh, or torchrun on each of them")
+        if self.deepspeed_offload and self.zero_stage == 0 and self.device != "cpu":
+            raise ConfigError("deepspeed_offload: -d 1 needs ZeRO stage 1 to 3, not -S 0; drop -S, or use -S 2")
+
+    def row_packing(self) -> str:
+        """--packing, or what its other spellings say."""
+        word = "concat" if self.need_to_pad else self.batching
+        return self.packing if word is None else BATCHING[word]
+
+    def limits(self) -> Budget:
+        """--budget, else -t and -X."""
+        return Budget.parse(self.budget) if self.budget else Budget({"tokens": self.max_trained_tokens, "epochs": self.max_epochs})
+
+    def learning_rate(self, progress: Progress, size: Size, epoch_samples: int) -> float:
+        """Between `lr` and `lr_final` over the steps that are left: see `rate`."""
+        fraction = self.limits().fraction(progress, None, epoch_samples) if progress.steps else 0.0
+        return rate(progress.steps, fraction, self.lr, self.lr_final, self.warmup, self.schedule)
+
+
+def rate(steps: int, fraction: float, first: float, final: float, warmup: float, shape: str) -> float:
+    """The rate of the update behind `steps` updates, which took `fraction` of the budget.
+
+    With w steps of warm-up and an estimated total of s / fraction, the shape is at q = (s - w) / (total - 1 - w), and warm-up
+    multiplies by 0.01 + 0.99 s / w. The last update of a run of equal steps has exactly the final rate; a warm-up that is longer
+    than the run ends with it.
+
+    >>> [round(rate(s, s / 4, 1.0, 0.1, 1, "linear"), 3) for s in range(4)]
+    [0.01, 1.0, 0.55, 0.1]
+    """
+    total = steps / fraction if fraction > 0 else float("inf")
+    length = warmup if warmup >= 1 else warmup * total if total < float("inf") else float("inf") if warmup else 0.0
+    length = min(length, max(total - 1, 0.0))
+    if steps < length:
+        return first * (WARMUP_FLOOR + (1 - WARMUP_FLOOR) * (steps / length if length < float("inf") else 0.0))
+    span = total - 1 - length
+    at = 0.0 if steps <= length or span == float("inf") else min(1.0, (steps - length) / span) if span > 0 else 1.0
+    # an exponential never reaches 0
+    name = "linear" if shape == "exp" and final == 0 else shape
+    return first * SHAPES[name](at, final / first, 0.0)
+
+
+def settle(config: TrainConfig) -> TrainConfig:
+    """`config` with what depends on the machine and with spellings of the guide resolved."""
+    import logging
+
+    import torch
+
+    log = logging.getLogger(__name__)
+    cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    changes: dict[str, object] = {"packing": config.row_packing()}
+    if cuda and "precision" not in explicit(config):
+        changes["precision"] = "bf16"
+    if config.gate_free:
+        changes["student"] = replace(config.student, gate="none")
+    if config.deepspeed_offload and not cuda:
+        log.warning("deepspeed_offload: there is no GPU to offload from; ignored")
+    elif config.deepspeed_offload:
+        stage = config.zero_stage or 3
+        changes |= {"zero_stage": stage, "offload": "all" if stage == 3 else "optimizer"}
+    if config.lr_final > config.lr:
+        log.warning("lr_final: %g is above --lr %g; the rate rises", config.lr_final, config.lr)
+    if config.schedule == "exp" and config.lr_final == 0:
+        log.warning("schedule: an exponential never reaches --lr-final 0; linear is used")
+    return replace(config, **changes)  # type: ignore[arg-type]

@@ -1,0 +1,106 @@
+"""Flags of the guide, the learning rate, and refusals before any training."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from lm_core.config import build
+from lm_core.errors import ConfigError
+from rwkv_distill.cli import cli
+from rwkv_distill.config import TrainConfig, rate, settle
+from rwkv_distill.student_config import PRESETS
+
+VALUES: dict[str, Any] = {"model": "tiny", "data": ["synthetic:markov"]}
+
+
+def invoke(line: str) -> Result:
+    return CliRunner().invoke(cli, shlex.split(f"train --model tiny --print-config {line}"))
+
+
+def test_flags_of_the_guide_parse() -> None:
+    line = "-l 0.0001 -f 0.00001 -m 2048 -b 2 -r data -o out -g 1 -d 1 -t 1000_000_000 -T 0.2 -R v7 -s 1 -M 1 -n 1 -G 1 -a 4 -w 50 -S 3 -e 0 -N 0 -X 2 -P p"
+    result = invoke(line)
+    assert result.exit_code == 0, result.output
+    found = yaml.safe_load(result.stdout)
+    assert (found["lr"], found["lr_final"], found["max_length"], found["micro_batch_size"]) == (1e-4, 1e-5, 2048, 2)
+    assert (found["data"], found["output_dir"], found["gradient_checkpointing"], found["deepspeed_offload"]) == (
+        ["data"],
+        "out",
+        True,
+        True,
+    )
+    assert (found["max_trained_tokens"], found["stop_loss"], found["stage"], found["student"]["group_norm"]) == (10**9, 0.2, 1, True)
+    assert (found["zero_stage"], found["gate_free"], found["max_epochs"], found["wandb_project"]) == (3, False, 2, "p")
+
+
+@pytest.mark.parametrize("word", ["0", "false", "off"])
+def test_zero_is_off(word: str) -> None:
+    assert yaml.safe_load(invoke(f"-g {word} -M {word}").stdout)["gradient_checkpointing"] is False
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("-N 1 --batching pack", "need_to_pad: -N 1 means --batching concat, not pack"),
+        ("--packing stream --batching pad", "batching: pad is not --packing stream"),
+        ("-e 1 --gate sigmoid", "gate_free: -e 1 means --gate none, not sigmoid"),
+        ("-n 2", "num_nodes: 2 machines need a launcher"),
+        ("-d 1 -S 0", "deepspeed_offload: -d 1 needs ZeRO stage 1 to 3"),
+        ("-m 1", "max_length: '1' is wrong"),
+        ("-l 0", "lr: '0' is wrong"),
+        ("--min-lr-ratio 0.1", "min_lr_ratio: rwkv-distill has its own final rate"),
+        ("-s 4", "stage: '4' is wrong"),
+    ],
+)
+def test_contradictions_are_refused(line: str, message: str) -> None:
+    result = invoke(line)
+    assert isinstance(result.exception, ConfigError) or result.exit_code == 2
+    assert message in str(result.exception) + result.output
+
+
+def test_other_spellings_settle_to_the_shared_options() -> None:
+    config = settle(build(TrainConfig, {**VALUES, "need_to_pad": True, "gate_free": True, "deepspeed_offload": True, "device": "cpu"}))
+    assert (config.packing, config.student.gate, config.offload) == ("stream", "none", "none")
+    assert settle(build(TrainConfig, {**VALUES, "batching": "pad", "device": "cpu"})).packing == "document"
+
+
+@pytest.mark.parametrize("shape", ["exp", "cosine", "linear"])
+def test_rate_goes_from_first_to_final(shape: str) -> None:
+    rates = [rate(s, s / 40, 6e-4, 1e-5, 10, shape) for s in range(40)]
+    assert rates[0] == pytest.approx(6e-6)
+    assert rates[10] == pytest.approx(6e-4)
+    assert rates[-1] == pytest.approx(1e-5)
+    assert rates[:11] == sorted(rates[:11])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_exponential_has_one_ratio() -> None:
+    rates = [rate(s, s / 10, 1.0, 0.01, 0, "exp") for s in range(10)]
+    assert all(b / a == pytest.approx(rates[1]) for a, b in pairwise(rates))
+
+
+def test_warmup_longer_than_the_run_ends_with_it() -> None:
+    rates = [rate(s, s / 5, 1.0, 0.1, 50, "exp") for s in range(5)]
+    assert rates == sorted(rates)
+    assert rates[-1] == pytest.approx(1.0)
+
+
+def test_budget_is_tokens_or_epochs_unless_it_is_given() -> None:
+    assert build(TrainConfig, {**VALUES, "max_trained_tokens": "20k"}).limits().limits == {"tokens": 20_000, "epochs": 1}
+    assert build(TrainConfig, {**VALUES, "budget": "3 steps"}).limits().limits == {"steps": 3}
+
+
+def test_both_presets_set_the_same_fields() -> None:
+    assert PRESETS["arwkv"].keys() == PRESETS["rad"].keys()
+
+
+def test_help_names_every_default() -> None:
+    output = CliRunner().invoke(cli, ["train", "--help"]).output
+    assert re.search(r"--lr-final NUMBER.*default: 1e-05", output, re.DOTALL)

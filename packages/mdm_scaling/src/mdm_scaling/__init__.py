@@ -1,0 +1,1 @@
+"""Masked diffusion and autoregressive pre-training under one roof, and the scaling laws of both."""

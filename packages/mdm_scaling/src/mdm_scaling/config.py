@@ -1,0 +1,343 @@
+"""Options of the commands: those that every training command shares, with the spellings and defaults of this package, and its own."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from lm_core.config import Count, change, config, explicit, opt
+from lm_core.errors import ConfigError
+from lm_core.options import DataOptions, EngineOptions, ModelOptions, OptimOptions, OutputOptions, RunConfig
+from lm_core.progress import Budget, Progress, Size
+from lm_core.schedule import learning_rate
+from mdm_scaling import planner, sizes
+from mdm_scaling.sizes import Shape
+
+LENGTHS = ("budget", "train_samples", "train_tokens", "flops", "epochs")
+SHAPE_OPTIONS = ("num_layers", "hidden_size", "num_attention_heads", "kv_channels", "num_key_value_heads", "ffn_hidden_size")
+DIFFUSION_ONLY = (
+    "mask_eps",
+    "t_sampling",
+    "mask_mode",
+    "loss_weight",
+    "max_loss_weight",
+    "low_noise_start",
+    "low_noise_iter",
+    "low_noise_ratio",
+)
+
+
+@config
+class ShapeOptions:
+    """Sizes of a new network; those that are given override the preset's."""
+
+    num_layers: int | None = opt(None, "Decoder layers.", ge=1)
+    hidden_size: int | None = opt(None, "Width of the residual stream.", ge=2)
+    num_attention_heads: int | None = opt(None, "Attention heads.", ge=1)
+    kv_channels: int | None = opt(None, "Width of one head.", ge=2, multiple_of=2)
+    num_key_value_heads: int | None = opt(None, "Key and value heads; default: as many as attention heads.", ge=1)
+    ffn_hidden_size: int | None = opt(
+        None, "Width of the SwiGLU layers; default: two thirds of four times the hidden size, down to a multiple of 64.", ge=1
+    )
+    max_position_embeddings: int | None = opt(None, "Positions of a new network; default: the sequence length.", ge=2)
+    rotary_theta: float = opt(10000.0, "Base of the rotary angles of a new network.", gt=0)
+    norm_eps: float = opt(1e-5, "Term in the denominator of a new network's norms.", gt=0)
+    untie_embeddings: bool = opt(False, "Give a new network an output head of its own.", flags=("--untie-embeddings-and-output-weights",))
+    init_std: float = opt(0.02, "Standard deviation of new weights.", gt=0, flags=("--init-method-std",))
+    make_vocab_size_divisible_by: int = opt(sizes.DIVISIBLE_BY, "Rows of the embedding are rounded up to a multiple of this.", ge=1)
+    restrict_logits: bool = opt(True, "Leave the mask and padding rows out of the softmax.")
+    attention_dropout: float = opt(0.1, "Chance to drop an attention weight, for both objectives.", ge=0, lt=1)
+    hidden_dropout: float = opt(
+        0.1, "Chance to drop an element of the embedding and of what a layer adds, for both objectives.", ge=0, lt=1
+    )
+
+
+@config
+class DiffusionOptions:
+    """How sequences are masked, and how masked tokens weigh; only with `--objective mdm`."""
+
+    mask_eps: float = opt(1e-3, "Smallest chance to mask a token.", gt=0, lt=1)
+    t_sampling: Literal["stratified", "shift", "iid"] = opt("stratified", "How noise levels are spread over the sequences of a step.")
+    mask_mode: Literal["bernoulli", "fixed-count"] = opt("bernoulli", "Mask every token by chance, or a fixed number of tokens.")
+    loss_weight: Literal["elbo", "uniform"] = opt("elbo", "Weigh masked tokens as the likelihood bound does, or all alike.")
+    max_loss_weight: float | None = opt(None, "Largest weight of a masked token; a clipped loss is no bound.", gt=0)
+    low_noise_start: bool = opt(False, "Begin with less noise.")
+    low_noise_iter: int = opt(1000, "Steps that begin with less noise.", ge=1)
+    low_noise_ratio: float = opt(0.5, "Factor of the noise level in those steps.", gt=0, le=1)
+
+
+@config
+class PretrainConfig(RunConfig, ShapeOptions, DiffusionOptions):
+    """Pre-training by masked diffusion or next-token prediction."""
+
+    objective: Literal["ar", "mdm"] = opt(help="Autoregressive, or masked diffusion.")
+    model: str = change(
+        ModelOptions,
+        "model",
+        default="",
+        flags=("--preset", "--init-from"),
+        help="A size of `presets list` (random weights), or a Llama-shaped model or run to go on from: a folder, smollm2-135m or a hub id.",
+    )
+    data: list[str] = change(
+        DataOptions,
+        "data",
+        flags=("--data-path",),
+        help="Training data, repeatable: a prefix of .bin and .idx files, or any data argument; @W gives a weight.",
+    )
+    train_data_path_file: Path | None = opt(None, 'File of quoted pairs "WEIGHT PREFIX", in place of --data.')
+    eval_data: list[str] = change(DataOptions, "eval_data", flags=("--valid-data-path",))
+    valid_data_path_file: Path | None = opt(None, "Such a file of held-out data.")
+    split: str | None = opt(
+        None,
+        "Shares of the documents, in their order, to train on, hold out and leave: A,B,C; default: 969,30,1 for .bin files, else --hold-out.",
+    )
+    text_column: str = change(DataOptions, "text_column", flags=("--json-key",))
+    max_length: int = change(DataOptions, "max_length", default=2048, flags=("--seq-length",))
+    unique_tokens: Count | None = opt(None, "Cut the training documents to their first so many tokens.", ge=2)
+    epoch_shuffle: Literal["pooled", "per-epoch"] = opt("pooled", "Shuffle the documents of all epochs together, or of each by itself.")
+    # a package may give an inherited option other choices, which a type checker takes for a broken promise
+    packing: Literal["stream", "fixed"] = opt(  # type: ignore[assignment]
+        "stream", "Join documents in a new order in each epoch, or cut the same samples every time."
+    )
+    shuffle: Literal[False] = opt(False, "Core's own permutation stays off: samples come in Megatron's order, which is shuffled.")
+    eod_mask_loss: bool = opt(False, "Do not predict end-of-document tokens.")
+    num_workers: int = change(DataOptions, "num_workers", default=2)
+    variable_length_ratio: float = opt(0.0, "Share of sequences that are cut to a random length.", ge=0, le=1)
+
+    global_batch_size: int = opt(256, "Sequences per update, over all processes; --accumulate follows from it.", ge=1)
+    budget: str = change(OutputOptions, "budget", default="", help="When to stop, such as 10M tokens; or use one of the options below.")
+    train_samples: Count | None = opt(None, "Sequences to train on.", ge=1)
+    train_tokens: Count | None = opt(None, "Tokens to train on.", ge=1)
+    flops: float | None = opt(None, "Training FLOPs, 6 N D with the nominal N.", gt=0)
+    epochs: float | None = opt(None, "Passes over the first --unique-tokens.", gt=0)
+
+    lr: float = change(OptimOptions, "lr", default=2e-4)
+    min_lr: float | None = opt(None, "Final learning rate, in place of --min-lr-ratio.", ge=0)
+    min_lr_ratio: float = change(OptimOptions, "min_lr_ratio", default=0.1)
+    schedule: Literal["cosine", "linear", "constant", "exp", "inverse-sqrt"] = change(OptimOptions, "schedule", flags=("--lr-decay-style",))
+    warmup: Count | None = opt(  # type: ignore[assignment]
+        None,
+        "Warm-up: samples (or the unit of --budget), or a fraction of the run below 1; default: a hundredth, at least 100 samples, at most half.",
+        flags=("--lr-warmup-samples", "--lr-warmup-fraction"),
+        ge=0,
+    )
+    lr_decay_samples: Count | None = opt(None, "Samples at which the decay ends; default: the length of the run.", ge=1)
+    weight_decay: float = change(OptimOptions, "weight_decay", default=0.1)
+    betas: tuple[float, float] = change(OptimOptions, "betas", default=(0.9, 0.95), flags=("--adam-betas",))
+    eps: float = change(OptimOptions, "eps", flags=("--adam-eps",))
+    grad_clip: float = change(OptimOptions, "grad_clip", flags=("--clip-grad",))
+
+    precision: Literal["fp32", "bf16", "fp16"] = change(EngineOptions, "precision", default="bf16")
+    nonfinite: Literal["stop", "drop"] = change(EngineOptions, "nonfinite", default="drop")
+    seed: int = change(OutputOptions, "seed", default=1234)
+    output_dir: Path | None = change(OutputOptions, "output_dir", flags=("--save",))
+    resume: str = change(OutputOptions, "resume", flags=("--load",))
+    save_every: str = change(OutputOptions, "save_every", flags=("--save-interval",))
+    keep_checkpoints: int = change(OutputOptions, "keep_checkpoints", flags=("--keep-last",))
+    eval_every: str = change(OutputOptions, "eval_every", default="1000", flags=("--eval-interval",))
+    eval_iters: int = opt(100, "Global batches of an evaluation, at most one pass; --eval-tokens wins.", ge=1)
+    log_every: int = change(OutputOptions, "log_every", flags=("--log-interval",))
+    kill_file: Path | None = change(OutputOptions, "kill_file", flags=("--kill-switch-file",))
+    num_mc: int = opt(1, "Draws of the noise per held-out sequence.", ge=1)
+    eval_seed: int = opt(4321, "Address of the noise of evaluations.", ge=0)
+
+    def check(self) -> None:
+        sized = [name for name in SHAPE_OPTIONS if getattr(self, name) is not None]
+        if sized and self.model and self.model not in sizes.ALL:
+            raise ConfigError(f"{sized[0]}: {self.model} brings its own sizes; drop --{sized[0].replace('_', '-')}, or name a preset")
+        _ = self.shape
+        if self.objective == "ar" and (wrong := [name for name in DIFFUSION_ONLY if name in explicit(self)]):
+            raise ConfigError(f"{wrong[0]}: only --objective mdm masks tokens; drop --{wrong[0].replace('_', '-')}")
+        if self.mask_mode == "fixed-count" and self.t_sampling == "shift":
+            raise ConfigError("t_sampling: shift gives every step the same counts under --mask-mode fixed-count; use stratified or iid")
+        if self.min_lr is not None and self.min_lr > self.lr:
+            raise ConfigError(f"min_lr: {self.min_lr:g} is above the peak {self.lr:g}; use a smaller value")
+        if self.max_position_embeddings is not None and self.max_length > self.max_position_embeddings:
+            raise ConfigError(
+                f"max_length: {self.max_length} is beyond the {self.max_position_embeddings} positions; use at most that many"
+            )
+        if self.data and self.train_data_path_file:
+            raise ConfigError("train_data_path_file: --data is given, too; use one of them")
+        if self.eval_data and self.valid_data_path_file:
+            raise ConfigError("valid_data_path_file: --eval-data is given, too; use one of them")
+        if self.split is not None:
+            planner.shares(self.split)
+
+    @property
+    def shape(self) -> Shape | None:
+        """The sizes of a new network; None where a model brings its own."""
+        if self.model and self.model not in sizes.ALL:
+            return None
+        base = sizes.ALL.get(self.model)
+        layers, hidden = self.num_layers or (base and base.layers), self.hidden_size or (base and base.hidden)
+        heads, head_size = self.num_attention_heads or (base and base.heads), self.kv_channels or (base and base.head_size)
+        if not (layers and hidden and heads and head_size):
+            raise ConfigError(
+                "model: no network; give --preset, --init-from, or --num-layers, --hidden-size, --num-attention-heads and --kv-channels"
+            )
+        ffn = self.ffn_hidden_size or (base.ffn if base and not self.hidden_size else None)
+        vocabulary = base.vocabulary if base else sizes.NOMINAL_VOCABULARY
+        return sizes.shape(layers, hidden, heads, head_size, ffn, self.num_key_value_heads, vocabulary)
+
+    @property
+    def count(self) -> int:
+        """N: the nominal count of a new network, the exact one of a model that brings its own sizes."""
+        return self.shape.nominal if self.shape else planner.count_of(self.model)
+
+    @property
+    def samples(self) -> int | None:
+        """Sequences of the run by the option that was chosen; None where `budget` says it in its own words."""
+        if self.train_samples:
+            return int(self.train_samples)
+        if self.train_tokens:
+            return round(int(self.train_tokens) / self.max_length)
+        if self.flops:
+            return round(planner.tokens_for(self.flops, self.count) / self.max_length)
+        if self.epochs:
+            assert self.unique_tokens
+            return int(self.unique_tokens * self.epochs // self.max_length)
+        return None
+
+    def limits(self) -> Budget:
+        given = [name for name in LENGTHS if getattr(self, name)]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise ConfigError(f"budget: {found} given; use exactly one of {', '.join('--' + name.replace('_', '-') for name in LENGTHS)}")
+        if self.epochs and not self.unique_tokens:
+            raise ConfigError("epochs: counts passes over --unique-tokens, which is not given; add it, or use --budget 'N epochs'")
+        samples = self.samples
+        if samples is None:
+            return Budget.parse(self.budget)
+        # whole updates only
+        whole = samples // self.global_batch_size * self.global_batch_size
+        if whole == 0:
+            raise ConfigError(f"budget: {samples} samples are less than one update of {self.global_batch_size}; lower --global-batch-size")
+        return Budget({"samples": whole})
+
+    def learning_rate(self, progress: Progress, size: Size, epoch_samples: int) -> float:
+        limits = self.limits()
+        length = limits.limits[limits.unit]
+        warmup = self.warmup
+        if warmup is None:
+            warmup = planner.warmup(int(length)) if limits.unit == "samples" else 0.01
+        if self.lr_decay_samples:
+            if limits.unit != "samples":
+                raise ConfigError(f"lr_decay_samples: the run is limited in {limits.unit}; give its length in samples, too")
+            warmup = warmup if warmup >= 1 else warmup * length
+            if warmup >= self.lr_decay_samples:
+                raise ConfigError(f"lr_decay_samples: {self.lr_decay_samples:g} is not beyond the warm-up of {warmup:g}; make it longer")
+            limits = Budget({"samples": self.lr_decay_samples})
+        ratio = self.min_lr_ratio if self.min_lr is None else self.min_lr / self.lr
+        return learning_rate(_Rates(self.lr, self.schedule, warmup, self.cooldown, ratio), limits, progress, size, epoch_samples)  # type: ignore[arg-type]
+
+    def run_folder(self) -> Path:
+        if self.output_dir is not None:
+            return self.output_dir
+        name = self.model.rstrip("/").rpartition("/")[2] or "model"
+        return Path("runs") / f"{name}_{self.objective}"
+
+
+class _Rates:
+    """What core's schedule asks of the options."""
+
+    def __init__(self, lr: float, schedule: str, warmup: float, cooldown: float, min_lr_ratio: float) -> None:
+        self.lr, self.schedule, self.warmup, self.cooldown, self.min_lr_ratio = lr, schedule, warmup, cooldown, min_lr_ratio
+
+
+def settled(options: PretrainConfig) -> PretrainConfig:
+    """`options` with what follows from others: the accumulation, the length of an evaluation, where to resume."""
+    options = _with_accumulation(options, int(os.environ.get("WORLD_SIZE") or options.num_processes))
+    if not options.eval_tokens:
+        options = replace(options, eval_tokens=options.eval_iters * options.global_batch_size * options.max_length)
+    if options.resume not in ("auto", "none") and Path(options.resume).resolve() == options.run_folder().resolve():
+        # Megatron's scripts give one folder for both
+        options = replace(options, resume="auto")
+    return options
+
+
+def _with_accumulation(options: PretrainConfig, world: int) -> PretrainConfig:
+    one = options.micro_batch_size * world
+    chosen, wanted = explicit(options), options.global_batch_size
+    if "accumulate" in chosen and one * options.accumulate != wanted:
+        if "global_batch_size" in chosen:
+            raise ConfigError(
+                f"global_batch_size: {wanted} is not {options.micro_batch_size} x {options.accumulate} on {world} processes; leave --accumulate out"
+            )
+        return replace(options, global_batch_size=one * options.accumulate)
+    if wanted % one:
+        raise ConfigError(
+            f"global_batch_size: {wanted} is not a multiple of {options.micro_batch_size} sequences on {world} processes; change --micro-batch-size"
+        )
+    return replace(options, accumulate=wanted // one)
+
+
+@config
+class TokenizeConfig:
+    """Text to tokens in Megatron's format."""
+
+    input: str = opt(help="Text: a data argument, such as corpus.jsonl.gz or builtin:python-docs.")
+    output_prefix: Path = opt(help="Files are called <prefix>_text_document.bin and .idx.")
+    tokenizer: str = opt(help="bytes, smollm2-135m, a folder or a hub id.")
+    append_eod: bool = opt(True, "End every document with the tokenizer's end token.")
+    workers: int = opt(1, "Processes that tokenise.", ge=1)
+    text_column: str = opt("text", "Column or key that holds the text.", flags=("--json-key",))
+    overwrite: bool = opt(False, "Replace files that are there.")
+
+
+@config
+class EvalConfig:
+    """The likelihood of a corpus under a model."""
+
+    checkpoint: str = opt(help="Model: a run folder, a model folder, smollm2-135m or a hub id.", flags=("--model",))
+    data: list[str] = opt(help="Data to score, repeatable; of built-in data the held-out part.", flags=("--data-path",), min_length=1)
+    text_column: str = opt("text", "Column or key that holds the text.", flags=("--json-key",))
+    estimator: Literal["stratified", "shift", "iid", "fixed-count", "exact", "chain"] = opt(
+        "stratified", "How the bound of a masked model is estimated; exact takes at most 14 positions."
+    )
+    num_mc: int = opt(32, "Draws of the noise per sequence.", ge=1)
+    mask_eps: float = opt(1e-3, "Smallest chance to mask a token.", gt=0, lt=1)
+    eval_seed: int = opt(4321, "Address of the noise.", ge=0)
+    max_length: int = opt(512, "Tokens per sequence.", flags=("--seq-length",), ge=2)
+    limit: int | None = opt(None, "Score only the first so many sequences.", ge=1)
+    micro_batch_size: int = opt(8, "Sequences in one forward pass.", ge=1)
+
+    def check(self) -> None:
+        if self.estimator == "exact" and self.max_length > 14:
+            raise ConfigError(f"estimator: exact runs 2^S forward passes, too many for S = {self.max_length}; use --seq-length 14 or less")
+
+
+@config
+class GenerateConfig:
+    """Text from a model."""
+
+    checkpoint: str = opt(help="Model: a run folder, a model folder, smollm2-135m or a hub id.", flags=("--model",))
+    prompt: list[str] = opt(help="Text to continue, repeatable.", factory=list)
+    prompts_file: Path | None = opt(None, "File with one prompt per line.")
+    num_samples: int = opt(1, "Continuations of each prompt.", ge=1)
+    max_new_tokens: int = opt(128, "Tokens to write.", ge=1)
+    temperature: float = opt(0.0, "Divides the logits; 0 takes the likeliest token.", ge=0)
+    top_p: float = opt(1.0, "Draw from the likeliest tokens that together have this probability.", gt=0, le=1)
+    top_k: int = opt(0, "Draw from this many likeliest tokens; 0 from all.", ge=0)
+    seed: int = opt(1234, "Address of the draws.", ge=0)
+    out: Path | None = opt(None, "Write one JSON object per sample to this file.")
+
+    def check(self) -> None:
+        if bool(self.prompt) == bool(self.prompts_file):
+            raise ConfigError("prompt: give --prompt or --prompts-file, one of the two")
+
+    def prompts(self) -> list[str]:
+        """The prompts, one per line of the file where there is one."""
+        if self.prompts_file is None:
+            return self.prompt
+        try:
+            return self.prompts_file.read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"prompts_file: {self.prompts_file} cannot be read ({error}); name a text file") from None
+
+
+def to_json(value: object) -> str:
+    """One line of JSON."""
+    return json.dumps(value, ensure_ascii=False)

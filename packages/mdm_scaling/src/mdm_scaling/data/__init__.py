@@ -1,0 +1,1 @@
+"""Corpora in Megatron's format, and the order in which a run reads them."""

@@ -1,0 +1,50 @@
+"""Text to Megatron's indexed files."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from lm_core.data.sources import parse, resolve
+from lm_core.data.tokenize import open_corpus
+from lm_core.data.vocab import build_tokenizer
+from lm_core.errors import ConfigError
+from mdm_scaling.config import TokenizeConfig
+from mdm_scaling.data.indexed import Writer, token_type
+
+logger = logging.getLogger(__name__)
+
+
+def tokenize(config: TokenizeConfig) -> dict[str, Any]:
+    """Write `<prefix>_text_document.{bin,idx}`: one sequence per document, in order, the same bytes for any number of workers.
+
+    Tokens come from core's shards, which an interrupted command goes on from; empty documents are left out and counted there.
+    """
+    prefix = Path(f"{config.output_prefix}_text_document")
+    if Path(f"{prefix}.bin").exists() and not config.overwrite:
+        raise ConfigError(f"output_prefix: {prefix}.bin is there already; add --overwrite, or choose another prefix")
+    tokenizer = build_tokenizer(
+        SimpleNamespace(
+            tokenizer=config.tokenizer, model="", data=[config.input], eval_data=[], text_column=config.text_column, hold_out=0.0
+        )
+    )
+    source = open_corpus(resolve(parse(config.input)), tokenizer, text_column=config.text_column, workers=config.workers)
+    samples = parse(config.input).samples
+    if samples is not None:
+        source = source.take(samples)
+    end = tokenizer.eos_token_id
+    if config.append_eod and end is None:
+        raise ConfigError(f"append_eod: the tokenizer {config.tokenizer} has no end token; add --no-append-eod")
+    dtype = token_type(len(tokenizer))
+    tokens = documents = 0
+    with Writer(prefix, dtype) as writer:
+        for document in source:
+            # shards end every document with the end token
+            kept = document if config.append_eod or document[-1] != end else document[:-1]
+            if len(kept):
+                writer.add(kept)
+                tokens, documents = tokens + len(kept), documents + 1
+    print(f"{prefix}.bin: {documents} documents, {tokens} tokens of {dtype.itemsize * 8} bits")
+    return {"prefix": str(prefix), "documents": documents, "tokens": tokens, "vocabulary": len(tokenizer), "dtype": str(dtype)}

@@ -1,0 +1,104 @@
+"""Likelihood of a corpus: next-token loss of a causal model, bounds of a masked one, each with its standard error."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lm_core.errors import InputError
+from lm_core.models import load_tokenizer
+from mdm_scaling import losses
+from mdm_scaling.config import EvalConfig
+from mdm_scaling.data.corpus import open_held_out
+from mdm_scaling.data.tokens import Part
+from mdm_scaling.model import Scorer, checkpoint_folder, load_network, objective_of, vocabulary_of
+from mdm_scaling.noise import Noise
+
+logger = logging.getLogger(__name__)
+
+
+def corpus_loss(config: EvalConfig) -> dict[str, Any]:
+    """Loss per token by source: mean, standard error over sequences, tokens, estimator, perplexity."""
+    model = load_network(config.checkpoint)
+    objective = objective_of(model)
+    tokenizer = load_tokenizer(checkpoint_folder(config.checkpoint))
+    positions = int(model.config.max_position_embeddings)
+    if config.max_length > positions:
+        raise InputError(
+            f"max_length: {config.max_length} is beyond the {positions} positions of {config.checkpoint}; use at most {positions}"
+        )
+    parts = open_held_out(config.data, tokenizer, text_column=config.text_column)
+    scorer = Scorer(model).eval()
+    results: dict[str, Any] = {}
+    for part in parts:
+        rows = windows(part, config.max_length, config.limit)
+        if not len(rows):
+            raise InputError(
+                f"data: {part.name} has {part.tokens} tokens, too few for one sequence of {config.max_length} and its successor"
+            )
+        if objective == "ar":
+            sums = ar_sums(scorer, rows, config.micro_batch_size)
+            name = "ar"
+        else:
+            noise = Noise(mode="fixed-count" if config.estimator == "fixed-count" else "bernoulli", eps=config.mask_eps)
+            sums = losses.bounds(
+                scorer, rows[:, :-1], config.estimator, num_mc=config.num_mc, seed=config.eval_seed, noise=noise,
+                mask_id=vocabulary_of(model), micro_batch=config.micro_batch_size,
+            )  # fmt: skip
+            name = config.estimator
+        results[part.name] = summary(
+            sums / config.max_length, len(rows) * config.max_length, name, config.num_mc if name in losses.SAMPLED else 1
+        )
+        print(line(part.name, results[part.name], bound=objective == "mdm" and name != "chain"))
+    return {"objective": objective, "checkpoint": config.checkpoint, "max_length": config.max_length, "sources": results}
+
+
+def windows(part: Part, size: int, limit: int | None) -> Tensor:
+    """The first sequences of a corpus in file order (R x size + 1): neighbours share one token."""
+    count = (part.tokens - 1) // size
+    count = count if limit is None else min(limit, count)
+    ends = np.cumsum(part.length)
+    rows = [part.gather(None, ends, k * size, k * size + size + 1) for k in range(count)]
+    return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, size + 1, dtype=torch.int64)
+
+
+def ar_sums(scorer: Scorer, rows: Tensor, micro_batch: int) -> Tensor:
+    """Negative log-likelihood of each sequence's last S tokens given what stands before them (R, float64)."""
+    sums = []
+    with torch.no_grad():
+        for batch in chunks(rows, micro_batch):
+            nll = scorer(batch[:, :-1], batch[:, 1:].flatten(), reduction="none")
+            sums.append(nll.double().view(len(batch), -1).sum(1))
+    return torch.cat(sums)
+
+
+def chunks(rows: Tensor, size: int) -> Iterator[Tensor]:
+    return (rows[first : first + size] for first in range(0, len(rows), size))
+
+
+def summary(means: Tensor, tokens: int, estimator: str, num_mc: int) -> dict[str, Any]:
+    """Mean and standard error of per-sequence losses; no error for a single one."""
+    loss = float(means.mean())
+    error = float(means.std() / math.sqrt(len(means))) if len(means) > 1 else math.nan
+    return {
+        "loss": loss,
+        "standard_error": error,
+        "ppl": math.exp(min(20.0, loss)),
+        "tokens": tokens,
+        "sequences": len(means),
+        "estimator": estimator,
+        "num_mc": num_mc,
+    }
+
+
+def line(name: str, result: dict[str, Any], *, bound: bool) -> str:
+    """One result for people."""
+    error = "" if math.isnan(result["standard_error"]) else f" ± {result['standard_error']:.4f}"
+    kind = f"upper bound ({result['estimator']}, mc={result['num_mc']})" if bound else result["estimator"]
+    return f"{name}  loss {result['loss']:.4f}{error} nats/token  ppl {result['ppl']:.2f}  {kind}  {result['sequences']} sequences, {result['tokens']} tokens"

@@ -1,0 +1,1 @@
+"""The modelling code that travels with exported masked diffusion models."""

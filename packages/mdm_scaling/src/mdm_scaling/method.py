@@ -1,0 +1,153 @@
+"""Both objectives as one Method of core's loop: the network and the loop are the same, masks and targets differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lm_core import dist
+from lm_core.errors import ConfigError
+from lm_core.method import IGNORE, Batch, Loss, Method
+from lm_core.models import checkpoint_activations, load_tokenizer
+from mdm_scaling import losses, sizes
+from mdm_scaling.config import PretrainConfig
+from mdm_scaling.data import rows
+from mdm_scaling.model import Scorer, checkpoint_folder, fresh, load_network, warm
+from mdm_scaling.noise import Noise, lengths, levels, masks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lm_core.data import Data
+
+# B sequences, S positions
+
+
+class Pretrain(Method):
+    """Masked diffusion or next-token prediction with one network."""
+
+    config: PretrainConfig
+    # where evaluations draw, and options that only say in other words how long the run is
+    resumable = frozenset({"num_mc", "eval_seed", "eval_iters", "split"})
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.config.tokenizer is None and self.config.shape is None:
+            return load_tokenizer(checkpoint_folder(self.config.model))
+        if self.config.tokenizer is None:
+            raise ConfigError("tokenizer: a new network brings none; give --tokenizer bytes, bpe:N (trained from the data), or a folder")
+        return super().tokenizer()
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """Entries of the tokenizer."""
+        return len(self.tokenizer())
+
+    def data(self, tokenizer: PreTrainedTokenizerBase) -> Data:
+        self.vocabulary = len(tokenizer)
+        return rows.build(self.config, tokenizer)
+
+    def network(self) -> PreTrainedModel:
+        """The model to train: fresh by its sizes, or with the weights of another."""
+        config, shape = self.config, self.config.shape
+        divisible_by, restrict = config.make_vocab_size_divisible_by, config.restrict_logits
+        if shape is None:
+            source = load_network(config.model)
+            positions = int(source.config.max_position_embeddings)
+            if config.max_length > positions:
+                raise ConfigError(
+                    f"max_length: {config.max_length} is beyond the {positions} positions of {config.model}; use at most {positions}"
+                )
+            model = warm(
+                config.objective, source, std=config.init_std, divisible_by=divisible_by, restrict_logits=restrict, seed=config.seed
+            )
+        else:
+            model = fresh(
+                config.objective, shape, self.vocabulary, tied=not config.untie_embeddings,
+                positions=config.max_position_embeddings or config.max_length, theta=config.rotary_theta, eps=config.norm_eps,
+                std=config.init_std, divisible_by=divisible_by, restrict_logits=restrict, seed=config.seed,
+            )  # fmt: skip
+        if self.vocabulary > model.config.real_vocab_size:
+            raise ConfigError(
+                f"tokenizer: has {self.vocabulary} entries, but {config.model} {model.config.real_vocab_size}; use the model's own"
+            )
+        return model
+
+    def build(self) -> nn.Module:
+        model = self.network()
+        module = Scorer(model, attention_dropout=self.config.attention_dropout, hidden_dropout=self.config.hidden_dropout)
+        if self.config.gradient_checkpointing:
+            checkpoint_activations(module)
+        self.mask_id = int(model.config.mask_token_id)
+        return module
+
+    # --- what a batch is scored on ---
+
+    def losses(self, model: nn.Module, batch: Batch) -> Iterator[Loss]:
+        ids, labels, attention = self.cut(batch)
+        if self.config.objective == "ar":
+            yield Loss(total=model(ids, labels.flatten(), attention_mask=attention))
+            return
+        for masked, weight, share in self.masks(batch, labels != IGNORE):
+            total = losses.masked_total(model, ids, masked, weight * share, self.mask_id, attention_mask=attention)
+            counts = torch.stack([masked.sum(), (labels != IGNORE).sum()]).double()
+            yield Loss(total=total, metrics=self.measures(batch, total, counts))
+
+    def measures(self, batch: Batch, total: Tensor, counts: Tensor) -> dict[str, Tensor]:
+        """The share of masked tokens; of an evaluation the name of its estimate, since an MDM's loss is a bound."""
+        if "t" not in batch:
+            return {"mask_ratio": counts}
+        return {f"mdm_bound[stratified,mc={batch['t'].shape[1]}]": total}
+
+    def targets(self, batch: Batch) -> int:
+        _, labels, _ = self.cut(batch)
+        if self.config.objective == "mdm" and self.config.loss_weight == "uniform" and "t" not in batch:
+            return int(sum(int(masked.sum()) for masked, _, _ in self.masks(batch, labels != IGNORE)))
+        return int((labels != IGNORE).sum())
+
+    def tokens(self, batch: Batch) -> int:
+        ids, _, attention = self.cut(batch)
+        real = batch.index >= 0
+        return int(real.sum()) * ids.shape[1] if attention is None else int(attention[real].sum())
+
+    def cut(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(input ids, labels, attention mask) with the sequences that `--variable-length-ratio` shortens cut there."""
+        ids, labels = batch["input_ids"], batch["labels"]
+        if self.config.variable_length_ratio == 0 or "t" in batch:
+            return ids, labels, None
+        end_B = lengths(self.config.variable_length_ratio, self.config.seed, "noise", batch.index, ids.shape[1])
+        seen_BS = torch.arange(ids.shape[1], device=ids.device) < end_B[:, None]
+        return ids, labels.masked_fill(~seen_BS, IGNORE), seen_BS.long()
+
+    def masks(self, batch: Batch, eligible_BS: Tensor) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """(masked, weight, share in the loss) of each draw: one in training, those of the rows in an evaluation."""
+        config = self.config
+        noise = Noise(config.mask_mode, config.mask_eps, config.loss_weight, config.max_loss_weight)
+        if "t" in batch:
+            count = batch["t"].shape[1]
+            for draw in range(count):
+                slot = batch.index * count + draw
+                plain = Noise(eps=config.mask_eps)
+                yield *masks(plain, batch["t"][:, draw], eligible_BS, config.eval_seed, "eval", slot), 1 / count
+            return
+        size = config.micro_batch_size * config.accumulate * dist.world()
+        t_B = levels(config.t_sampling, config.seed, "noise", batch.step, batch.index % size, batch.index, size)
+        if config.low_noise_start and batch.step < config.low_noise_iter:
+            t_B = t_B * config.low_noise_ratio
+        yield *masks(noise, t_B, eligible_BS, config.seed, "noise", batch.index), 1.0
+
+
+def describe(config: PretrainConfig) -> str:
+    """One line about the run, printed before it begins."""
+    shape = config.shape
+    what = config.model or "own sizes"
+    size = f"N {shape.nominal:,}" if shape else "sizes of the model"
+    length = "" if config.samples is None else f"  samples {config.samples:,}"
+    where = " (a preset)" if config.model in sizes.ALL else ""
+    return (
+        f"{config.objective}  {what}{where}  {size}{length}  batch {config.global_batch_size} x {config.max_length}  "
+        f"attention dropout {config.attention_dropout:g}  hidden dropout {config.hidden_dropout:g}"
+    )

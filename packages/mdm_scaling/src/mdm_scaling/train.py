@@ -1,0 +1,113 @@
+"""A run of `pretrain`: core's, with what this package adds to its result."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from lm_core import dist
+from lm_core.cache import key_of
+from lm_core.config import to_dict
+from lm_core.engine.state import write_json
+from lm_core.run import run
+from lm_core.sinks import read
+from mdm_scaling.config import PretrainConfig
+from mdm_scaling.method import Pretrain, describe
+
+logger = logging.getLogger(__name__)
+STATUS = {"budget": "done", "loss": "done", "killed": "killed", "interrupted": "preempted", "failed": "failed"}
+# options that say where a run is written or how it is watched, not what it is
+_ELSEWHERE = ("output_dir", "resume", "overwrite", "wandb", "tensorboard", "dry_run", "num_processes", "accumulate", "micro_batch_size")
+
+
+def pretrain(config: PretrainConfig) -> dict[str, Any]:
+    """Train, and write beside core's entries of `result.json` what tables and fits need."""
+    logger.info(describe(config))
+    if config.kill_file is not None and config.kill_file.exists():
+        logger.warning("kill_file: %s exists, so nothing is trained", config.kill_file)
+        return {"status": "killed", "steps": 0}
+    method = Pretrain(config)
+    if config.dry_run:
+        return run(config, method)
+    try:
+        run(config, method)
+    finally:
+        if dist.rank() == 0:
+            extend(config.run_folder(), config)
+    return json.loads((config.run_folder() / "result.json").read_text())  # type: ignore[no-any-return]
+
+
+def extend(folder: Path, config: PretrainConfig) -> None:
+    """Add the section `scaling` to a result, if the run got far enough to have one."""
+    path = folder / "result.json"
+    if not path.exists():
+        return
+    result = json.loads(path.read_text())
+    progress = result["progress"]
+    losses = evaluations(folder)
+    steps = sorted({step for curve in losses.values() for step in curve})
+    means = {step: sum(curve[step] for curve in losses.values()) / len(losses) for step in steps}
+    best = min(means, key=lambda step: means[step], default=None)
+    tokens = progress["samples"] * config.max_length
+    per_epoch = config.unique_tokens or _unique(folder)
+    write_json(
+        path,
+        {
+            **result,
+            "id": run_id(config),
+            "status": STATUS.get(result["reason"]["kind"], "failed"),
+            "scaling": {
+                "objective": config.objective,
+                "preset": config.model,
+                "N": config.count,
+                "D": tokens,
+                "U": per_epoch,
+                "epochs": tokens / per_epoch if per_epoch else None,
+                "C": 6 * config.count * tokens,
+                "real_flops": progress["flops"],
+                "estimator": "ar" if config.objective == "ar" else f"stratified,mc={config.num_mc}",
+                "loss": means[best] if best is not None else None,
+                "best_loss": means[best] if best is not None else None,
+                "best_step": best,
+                "final_loss": means[steps[-1]] if steps else None,
+                "loss_se": error(folder, best) if best is not None else None,
+                "seed": config.seed,
+                "knobs": {"attention_dropout": config.attention_dropout, "hidden_dropout": config.hidden_dropout},
+            },
+        },
+    )
+
+
+def run_id(config: PretrainConfig) -> str:
+    """A short name of what decides the outcome of a run."""
+    return key_of({name: value for name, value in to_dict(config).items() if name not in _ELSEWHERE})
+
+
+def evaluations(folder: Path) -> dict[str, dict[int, float]]:
+    """Held-out losses by source and step, as metrics.jsonl has them."""
+    found: dict[str, dict[int, float]] = {}
+    for record in read(folder / "metrics.jsonl"):
+        for name, value in record.items():
+            if name.startswith("eval/") and name.endswith("/loss"):
+                found.setdefault(name, {})[int(record["step"])] = value
+    return found
+
+
+def error(folder: Path, step: int) -> float | None:
+    """Standard error of the mean over sources at one step."""
+    for record in read(folder / "metrics.jsonl"):
+        if int(record["step"]) == step:
+            errors = [value for name, value in record.items() if name.startswith("eval/") and name.endswith("/standard_error")]
+            if errors and all(value == value for value in errors):
+                return float(sum(value**2 for value in errors) ** 0.5 / len(errors))
+    return None
+
+
+def _unique(folder: Path) -> int | None:
+    """Tokens of one epoch, as the run found them."""
+    for record in read(folder / "metrics.jsonl"):
+        if record.get("epoch") and record["samples"]:
+            return round(record["tokens"] / record["epoch"])
+    return None

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lm_core.config import build, leaves
+from lm_core.errors import ConfigError
+from lm_core.progress import Progress, Size
+from mdm_scaling.config import PretrainConfig, settled
+
+BASE: dict[str, Any] = {"objective": "mdm", "model": "117M", "data": ["x"]}
+
+
+def made(given: dict[str, Any] | None = None, **options: Any) -> PretrainConfig:
+    return build(PretrainConfig, {**BASE, **options}, given=[given or {}])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "budget: none given; use exactly one of"),
+        ({"train_samples": 10, "flops": 1e18}, "train_samples and flops given"),
+        ({"epochs": 2}, "epochs: counts passes over --unique-tokens"),
+        ({"train_samples": 100}, "budget: 100 samples are less than one update of 256"),
+        ({"budget": "1 steps", "model": "smollm2-135m", "num_layers": 3}, "num_layers: smollm2-135m brings its own sizes"),
+        ({"budget": "1 steps", "model": "", "num_layers": 3}, "model: no network"),
+        ({"budget": "1 steps", "min_lr": 1.0}, "min_lr: 1 is above the peak"),
+        ({"budget": "1 steps", "max_position_embeddings": 64}, "max_length: 2048 is beyond the 64 positions"),
+        ({"budget": "1 steps", "objective": "ar", "mask_eps": 0.01}, "mask_eps: only --objective mdm masks tokens"),
+        ({"budget": "1 steps", "mask_mode": "fixed-count", "t_sampling": "shift"}, "t_sampling: shift"),
+        ({"budget": "1 steps", "mask_eps": 1.0}, "mask_eps"),
+        ({"budget": "1 steps", "variable_length_ratio": 1.5}, "variable_length_ratio"),
+        ({"budget": "1 steps", "split": "1,2"}, "split: '1,2' is not three shares"),
+        ({"budget": "1 steps", "num_mc": 0}, "num_mc"),
+        ({"budget": "1 steps", "train_data_path_file": "paths.txt"}, "train_data_path_file: --data is given, too"),
+        ({"train_samples": 1024, "lr_decay_samples": 50, "warmup": 100}, "lr_decay_samples: 50 is not beyond the warm-up"),
+        ({"budget": "1 steps", "precision": "fp31"}, "precision"),
+    ],
+)
+def test_bad_options_are_refused_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        made(**options)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "samples"),
+    [
+        ({"train_samples": 1000}, 1000),
+        ({"train_tokens": "2.1M"}, 1025),
+        ({"flops": 1e19, "objective": "ar", "model": "217M"}, 3_741_565),
+        ({"flops": 1e19}, 6_584_834),
+        ({"unique_tokens": "1M", "epochs": 4}, 1953),
+    ],
+)
+def test_length_of_a_run(options: dict[str, Any], samples: int) -> None:
+    config = made(**options)
+    assert config.samples == samples
+    assert dict(config.limits().limits) == {"samples": samples // 256 * 256}
+
+
+def test_sizes_override_the_preset() -> None:
+    config = made(budget="1 steps", num_layers=3, hidden_size=96)
+    assert config.shape is not None
+    assert (config.shape.layers, config.shape.hidden, config.shape.heads, config.shape.ffn) == (3, 96, 12, 256)
+    own = made(budget="1 steps", model="", num_layers=2, hidden_size=64, num_attention_heads=4, kv_channels=16, num_key_value_heads=2)
+    assert own.shape is not None
+    assert own.shape.key_value_heads == 2
+
+
+def rate(config: PretrainConfig, samples: int) -> float:
+    """The rate of the step that ends at so many samples."""
+    return config.learning_rate(Progress(samples=samples - 256), Size(samples=256), 1)
+
+
+def test_schedule_is_the_closed_form() -> None:
+    import math
+
+    total, warmup, peak, low = 256 * 1000, 2560, 2e-4, 2e-5
+    config = made(train_samples=total)
+    assert rate(config, 256) == pytest.approx(peak * 256 / warmup)
+    assert rate(config, warmup) == pytest.approx(peak)
+    for x in (5120, 100 * 256, total // 256 * 256):
+        r = (x - warmup) / (total - warmup)
+        assert rate(config, x) == pytest.approx(low + (peak - low) / 2 * (1 + math.cos(math.pi * r)))
+    linear = made(train_samples=total, schedule="linear")
+    assert rate(linear, 100 * 256) == pytest.approx(peak - (peak - low) * (25600 - warmup) / (total - warmup))
+    root = made(train_samples=total, schedule="inverse-sqrt")
+    assert rate(root, 100 * 256) == pytest.approx(max(low, peak * math.sqrt(warmup / 25600)))
+    decayed = made(train_samples=total, lr_decay_samples=total // 2, min_lr=1e-6)
+    assert rate(decayed, total) == pytest.approx(1e-6)
+
+
+def test_accumulation_follows_from_the_global_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settled(made(budget="1 steps")).accumulate == 32
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert settled(made(budget="1 steps", micro_batch_size=2)).accumulate == 32
+    with pytest.raises(ConfigError, match="global_batch_size: 256 is not a multiple of 6 sequences on 4 processes"):
+        settled(made(budget="1 steps", micro_batch_size=6))
+    assert settled(made({"accumulate": 2}, budget="1 steps")).global_batch_size == 64
+    with pytest.raises(ConfigError, match="leave --accumulate out"):
+        settled(made({"accumulate": 2}, budget="1 steps", global_batch_size=32))
+
+
+def test_load_of_the_same_folder_means_go_on(tmp_path: Path) -> None:
+    assert settled(made(budget="1 steps", output_dir=tmp_path, resume=str(tmp_path))).resume == "auto"
+    assert settled(made(budget="1 steps", output_dir=tmp_path, resume=str(tmp_path / "other"))).resume != "auto"
+
+
+def test_spellings_of_megatron_are_accepted() -> None:
+    flags = {flag for leaf in leaves(PretrainConfig) for flag in (leaf.flag, *leaf.flags)}
+    assert flags >= {
+        "--preset", "--init-from", "--seq-length", "--global-batch-size", "--train-samples", "--lr-decay-style", "--lr-warmup-samples", "--lr-warmup-fraction",
+        "--min-lr", "--clip-grad", "--adam-eps", "--save", "--load", "--save-interval", "--eval-interval", "--eval-iters", "--log-interval", "--data-path",
+        "--train-data-path-file", "--valid-data-path-file", "--kill-switch-file", "--kv-channels", "--ffn-hidden-size", "--eod-mask-loss",
+    }  # fmt: skip
+    chosen = build(
+        PretrainConfig,
+        {"objective": "ar", "preset": "117M", "seq-length": 128, "lr-decay-style": "linear", "save": "x", "budget": "1 steps"},
+    )
+    assert (chosen.model, chosen.max_length, chosen.schedule, str(chosen.output_dir)) == ("117M", 128, "linear", "x")

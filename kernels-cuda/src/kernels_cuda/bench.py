@@ -48,10 +48,13 @@ class Measured:
     spread: float = 0.0  # (largest - smallest) time / median
 
 
-def measure(function: Callable[[], Any]) -> Measured:
-    """Time and peak memory of one call on the CPU."""
-    # pages that an earlier call left in the allocator would not count; glibc only
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+def measure(function: Callable[[], Any], *, fresh: bool = True) -> Measured:
+    """Time and peak memory of one call on the CPU.
+
+    fresh: pages that earlier calls left in the allocator go back first (glibc only), so that they count again, in memory and in
+    the time it takes to get them.
+    """
+    if fresh and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
     # peak counting starts anew; Linux only, elsewhere the peak is that of the whole process
     clear = Path("/proc/self/clear_refs")
@@ -84,25 +87,30 @@ def measure_gpu(function: Callable[[], Any]) -> Measured:
 
 
 def paired(shape: Shape, repeats: int, device: str = "cpu") -> tuple[Measured, Measured]:
-    """Medians of the op and of its baseline, run in turns on the same input after one run of each that does not count."""
+    """Medians of the op and of its baseline, run in turns on the same input, after one run of each that does not count and one from
+    which the peak of memory is taken."""
     arguments = testing.moved(shape.make(), device=device)
     leaves = [value for value in arguments.values() if isinstance(value, Tensor) and value.requires_grad]
-    take = measure if device == "cpu" else measure_gpu
 
-    def run(function: Callable[..., Any]) -> Measured:
-        if not leaves:
-            return take(lambda: function(**arguments))
-        return take(lambda: torch.autograd.grad(function(**arguments) / 1024, leaves))
+    def run(function: Callable[..., Any], fresh: bool) -> Measured:
+        def call() -> Any:
+            return torch.autograd.grad(function(**arguments) / 1024, leaves) if leaves else function(**arguments)
 
-    runs = [(run(shape.function), run(shape.baseline)) for _ in range(repeats + 1)][1:]
-    ours, theirs = zip(*runs, strict=True)
-    return _middle(ours), _middle(theirs)
+        return measure(call, fresh=fresh) if device == "cpu" else measure_gpu(call)
+
+    both = shape.function, shape.baseline
+    for function in both:
+        run(function, False)
+    peaks = [run(function, True).peak_bytes for function in both]
+    runs = [[run(function, False) for function in both] for _ in range(repeats)]
+    ours, theirs = (_middle(each, peak) for each, peak in zip(zip(*runs, strict=True), peaks, strict=True))
+    return ours, theirs
 
 
-def _middle(runs: Sequence[Measured]) -> Measured:
+def _middle(runs: Sequence[Measured], peak_bytes: int) -> Measured:
     seconds = [run.cpu_seconds for run in runs]
     middle = median(seconds)
-    return Measured(middle, max(run.peak_bytes for run in runs), (max(seconds) - min(seconds)) / middle)
+    return Measured(middle, peak_bytes, (max(seconds) - min(seconds)) / middle)
 
 
 def ceilings(dtype: torch.dtype, device: str = "cpu") -> tuple[float, float]:

@@ -277,7 +277,8 @@ def _(h_s: tuple[int, int], W_s: Any, teacher: Sequence[tuple[int, ...]], *rest:
     """From shapes: one product, one for each gradient, and one for a teacher that is a head."""
     vocabulary, *_settings, hidden_gradient, weight_gradient = rest[2:]
     widths = h_s[1] * (1 + hidden_gradient + weight_gradient) + (teacher[0][1] if len(teacher) == 2 else 0)
-    return 2 * h_s[0] * widths * int(vocabulary)
+    flops: int = 2 * h_s[0] * widths * vocabulary
+    return flops
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

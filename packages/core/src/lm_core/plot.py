@@ -42,7 +42,7 @@ def plot_run(folder: Path) -> list[Path]:
         draw["weights"] = lambda axes: _weights(axes, records, weights)
     paths = []
     for name, curve in draw.items():
-        with _figure(folder / "figures" / f"{name}.png") as figure:
+        with drawing(folder / "figures" / f"{name}.png") as figure:
             axes = figure.subplots()
             curve(axes)
             _tokens(axes)
@@ -59,7 +59,7 @@ def plot_runs(folders: Sequence[Path], out: Path) -> Path:
     for folder, records in zip(folders, runs.values()):
         if not records:
             raise InputError(f"runs: {folder} has no records in metrics.jsonl; give folders of runs that have logged at least once")
-    with _figure(out, width=12) as figure:
+    with drawing(out, width=12) as figure:
         left, right = figure.subplots(1, 2)
         for number, (name, records) in enumerate(runs.items()):
             colour = COLOURS[number % len(COLOURS)]
@@ -106,7 +106,7 @@ def plot_against(folders: Sequence[Path], out: Path, peak_gib: Mapping[Path, flo
 
 
 @contextmanager
-def _figure(path: Path, width: float = 8.0) -> Iterator[Figure]:
+def drawing(path: Path, width: float = 8.0) -> Iterator[Figure]:
     """A figure that is written to `path`. Neither the user's style nor the display plays a part."""
     import matplotlib.style
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -17,6 +17,7 @@ from moe_cpt.plan import Plan, steps_of_tokens
 GateNetwork = Literal["mlp", "linear"]
 # options that only a conversion uses: a checkpoint's router and experts have their shape already
 CONVERSION = ("num_experts", "gate_network")
+DYNAMIC = ("dynamic_eta", "dynamic_smoothing", "dynamic_min_weight", "dynamic_max_weight")
 SAVE_PATH = "Folder to write; an existing one needs --overwrite."
 
 
@@ -103,6 +104,35 @@ class TrainConfig(RunConfig):
     freeze_router: bool = opt(False, "Do not train the routers.", flags=("--freeze_gate",))
     attn_implementation: Literal["sdpa", "eager"] = opt("sdpa", "Implementation of attention.")
 
+    data: list[str] = change(
+        DataOptions,
+        "data",
+        help="Training data, repeatable or a comma list: a folder with one folder per source, builtin:python-docs, builtin:stdlib, synthetic:NAME, "
+        "a file, a folder or a hub id; add [N] for N samples, @W for a weight.",
+        flags=("--dataset_dir",),
+    )
+    eval_data: list[str] = change(
+        DataOptions,
+        "eval_data",
+        help="Held-out data, written like --data, or a folder with one file per source; default: the held-out split of --data.",
+        flags=("--validation_dir",),
+    )
+    prob_map: str | None = opt(
+        None,
+        "Shares of the sources: llama, sheared_llama, uniform, a JSON or YAML file, or inline JSON; "
+        "default: llama for a folder of sources, else the weights of --data, else equal.",
+    )
+    dynamic_data_selection: Literal["none", "sheared_llama", "sheared_llama_paper"] = opt(
+        "none", "After each evaluation, move the shares towards sources whose loss exceeds its reference most."
+    )
+    reference_loss: Path | None = opt(
+        None, "JSON file of losses by source, as written by moe-cpt ref-loss; default: LLaMA-2-7B on SlimPajama."
+    )
+    dynamic_eta: float = opt(1.0, "Step size of the shares' update.", gt=0)
+    dynamic_smoothing: float = opt(1e-4, "Part of all shares that is spread evenly at each update.", ge=0, le=1)
+    dynamic_min_weight: float = opt(0.0, "Least share of a source.", ge=0, le=1)
+    dynamic_max_weight: float = opt(1.0, "Largest share of a source.", gt=0, le=1)
+
     max_length: int = change(DataOptions, "max_length", default=2048, flags=("--block_size",))
     lr: float = change(OptimOptions, "lr", default=2e-4)
     lr_floor_style: Literal["clipped", "scaled"] = opt(
@@ -120,6 +150,7 @@ class TrainConfig(RunConfig):
     accumulate: int = change(EngineOptions, "accumulate", flags=("--gradient_accumulation_steps",))
     num_nodes: int | None = opt(None, "Machines of the run, for its plan; default: those of the launcher.", ge=1)
     num_gpu_per_node: int | None = opt(None, "Processes per machine, for its plan; default: those of the launcher.", ge=1)
+    flops_per_device: float = opt(312e12, "Peak FLOP/s of one device, for speed/mfu; 312e12 is an A100 in bfloat16, 989e12 an H200.", gt=0)
 
     num_tokens: Count = opt(10**11, "Tokens to train on; whole updates are counted.", ge=1, flags=("--max_tokens",))
     max_steps: int | None = opt(None, "Updates to make, in place of --num-tokens.", ge=1)
@@ -132,6 +163,8 @@ class TrainConfig(RunConfig):
     keep_checkpoints: int = change(OutputOptions, "keep_checkpoints", default=1, flags=("--save_total_limit",))
     eval_every: str = change(OutputOptions, "eval_every", flags=("--eval_steps",))
     log_every: int = change(OutputOptions, "log_every", default=5, flags=("--logging_steps",))
+    comment: str = opt("", "What the run is for; kept in its record.")
+    require_checklist: bool = opt(False, "Print the checklist and stop, before anything is loaded, when an item fails.")
 
     def check(self) -> None:
         given = explicit(self)
@@ -147,6 +180,19 @@ class TrainConfig(RunConfig):
             )
         if self.budget and (clash := given & {"max_steps", "num_tokens"}):
             raise ConfigError(f"{min(clash)}: --budget {self.budget!r} sets the length already; drop one of them")
+
+        if self.dynamic_data_selection == "none":
+            for name in sorted(given):
+                if name == "reference_loss" or name in DYNAMIC:
+                    raise ConfigError(
+                        f"{name}: {getattr(self, name)} is used by --dynamic-data-selection only; choose a rule, or leave it out"
+                    )
+        elif self.eval_every == "never":
+            raise ConfigError("eval_every: never, but --dynamic-data-selection moves shares after evaluations; give an interval")
+        if self.dynamic_min_weight > self.dynamic_max_weight:
+            raise ConfigError(
+                f"dynamic_min_weight: {self.dynamic_min_weight} is above --dynamic-max-weight {self.dynamic_max_weight}; exchange them"
+            )
 
     def devices(self) -> int:
         """Processes of the run: those named, else those of the launcher."""

@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from kernels_cuda.head import linear_cross_entropy
 from lm_core import dist
-from lm_core.errors import ConfigError, RunFailed
+from lm_core.errors import ConfigError, ResumeRefused, RunFailed
 from lm_core.method import IGNORE, Batch, Loss, Method, Rule
 from lm_core.models import CausalLoss, checkpoint_activations, load_model, model_folder, quiet
 from moe_cpt.config import TrainConfig
 from moe_cpt.convert import convert, moe_config
+from moe_cpt.data import weighted_sources
 from moe_cpt.hf.configuration_llama_moe import LlamaMoEConfig
 from moe_cpt.model import LlamaMoEForCausalLM
 from moe_cpt.models import PRESETS
 from moe_cpt.plan import parameter_counts
+from moe_cpt.report import Meter, RouterSink
 from moe_cpt.routing import Routing, balance_loss
 from moe_cpt.split import split_ffn
 from moe_cpt.tensors import read_config
+from moe_cpt.weights import read_reference, update_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lm_core.data import Data
+    from lm_core.data.loader import Loader
+    from lm_core.evaluate import Scores
+    from lm_core.sinks import Sink
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +55,11 @@ class MoeCPT(Method):
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
         self._step_so_far = StepSums()
+        self._meter = Meter()
+        self._sources: list[str] = []
+        self._flops_per_token = 0.0
+        self._reference: dict[str, float] = {}
+        self._updates = 0
 
     def build(self) -> nn.Module:
         config = self.config
@@ -146,8 +163,11 @@ class MoeCPT(Method):
         if not importance_LN.is_meta:
             _require_finite(importance_LN, batch.step)
         if not model.training:
+            self._meter.pause()
             yield Loss(total=total)
             return
+        if not importance_LN.is_meta:
+            self._meter.add(batch, self.tokens(batch), routing, len(self._sources))
         load_LN, targets = routing.sums("load_N"), (batch["labels"] != IGNORE).sum()
         weight = self.mixture(model).gate_balance_loss_weight
         scale = targets
@@ -156,6 +176,62 @@ class MoeCPT(Method):
         balance = balance_loss(importance_LN, load_LN, weight)
         moving = scale * balance
         yield Loss(total=total + moving - moving.detach(), metrics={"moe/balance_loss": targets * balance.detach()})
+
+    def data(self, tokenizer: PreTrainedTokenizerBase) -> Data:
+        """The weighted sources. Raises ConfigError when shares are to follow losses that some source has not."""
+        data = weighted_sources(self.config, tokenizer)
+        self._sources = list(data.train)
+        if self.config.dynamic_data_selection != "none":
+            if unscored := [name for name in data.train if name not in data.valid]:
+                raise ConfigError(f"eval_data: source {unscored[0]} has no held-out data to move its share by; add some under that name")
+            self._reference = read_reference(self.config.reference_loss, data.train)
+            # below 1 / n each source has its bound, above it none could
+            if not self.config.dynamic_min_weight * len(data.train) <= 1 <= self.config.dynamic_max_weight * len(data.train):
+                raise ConfigError(
+                    f"dynamic_min_weight: shares of {len(data.train)} sources within {self.config.dynamic_min_weight} and "
+                    f"{self.config.dynamic_max_weight} cannot sum to 1; widen the bounds"
+                )
+        return data
+
+    def after_eval(self, scores: Scores, data: Loader) -> None:
+        """Move the source weights by their excess loss; a loss that is not finite leaves them as they are."""
+        config = self.config
+        if config.dynamic_data_selection == "none":
+            return
+        losses = {name: scores[name].loss for name in data.weights}
+        if not all(math.isfinite(loss) for loss in losses.values()):
+            logger.warning("source weights kept: a held-out loss is not finite (%s)", losses)
+            return
+        weights = update_weights(
+            data.weights,
+            losses,
+            self._reference,
+            config.dynamic_data_selection,
+            config.dynamic_eta,
+            config.dynamic_smoothing,
+            config.dynamic_min_weight,
+            config.dynamic_max_weight,
+        )
+        for name, weight in weights.items():
+            if weight in (config.dynamic_min_weight, config.dynamic_max_weight):
+                logger.info("source %s is held at %g", name, weight)
+        data.set_weights(weights)
+        self._updates += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """How often the source weights moved, and by which losses; the weights themselves are the loader's."""
+        return {"updates": self._updates, "reference": self._reference}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["reference"] != self._reference:
+            raise ResumeRefused("reference_loss: other losses than those of the checkpoint; give the same file, or start a new run")
+        self._updates = state["updates"]
+
+    def measured(self) -> dict[str, float]:
+        return self._meter.flush(self._sources, self._flops_per_token, self.config.flops_per_device)
+
+    def sinks(self, folder: Path) -> list[Sink]:
+        return [RouterSink(self._meter, folder)]
 
     def mixture(self, model: nn.Module) -> LlamaMoEConfig:
         return cast(LlamaMoEConfig, self.hf_model(model).config)
@@ -168,7 +244,8 @@ class MoeCPT(Method):
         """6 per active parameter, and 12 per layer, channel and position for attention."""
         config = self.mixture(model)
         active = parameter_counts(config.to_dict()).active
-        return float(6 * active + 12 * config.num_hidden_layers * config.hidden_size * self.config.max_length)
+        self._flops_per_token = float(6 * active + 12 * config.num_hidden_layers * config.hidden_size * self.config.max_length)
+        return self._flops_per_token
 
 
 class StepSums:

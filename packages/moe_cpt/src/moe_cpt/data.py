@@ -1,0 +1,66 @@
+"""Source folders and data arguments to the mixture that a run trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_core.data import Data, build_data
+from lm_core.data.shards import is_shards
+from lm_core.data.sources import parse
+from lm_core.errors import InputError
+from moe_cpt.weights import normalised_shares, read_shares
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from moe_cpt.config import TrainConfig
+
+TEXT = (".jsonl", ".jsonl.gz", ".json", ".txt", ".csv", ".parquet")
+
+
+def expanded(arguments: Sequence[str]) -> list[str]:
+    """Data arguments one by one: comma lists are taken apart, and a folder of sources gives its parts."""
+    parts = [part for argument in arguments for part in ([argument] if Path(argument).exists() else argument.split(","))]
+    return [source for part in parts for source in (sources_in(Path(part)) if is_root(part) else [part])]
+
+
+def is_root(argument: str) -> bool:
+    """Whether an argument is a folder of sources: of folders, or of one file per source."""
+    path = Path(argument).expanduser()
+    if not path.is_dir() or is_shards(path) or (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        return False
+    return any(child.is_dir() for child in path.iterdir()) or len(_files(path)) > 1
+
+
+def sources_in(root: Path) -> list[str]:
+    """The sources of a folder: its folders, or its files. Raises InputError for an empty one."""
+    folders = sorted(child for child in root.expanduser().iterdir() if child.is_dir())
+    for folder in folders:
+        if not is_shards(folder) and not _files(folder):
+            raise InputError(f"dataset_dir: source {folder} is empty; add .jsonl files or shards, or remove the folder")
+    return [str(path) for path in folders or _files(root.expanduser())]
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.name.endswith(TEXT))
+
+
+def weighted_sources(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """The data of a run: sources drawn independently by sample number, with the shares of --prob-map.
+
+    Without --prob-map a folder of sources takes those of LLaMA; other sources the weights they carry, else equal ones.
+    """
+    arguments = expanded(config.data)
+    changed: Any = replace(config, data=arguments, eval_data=expanded(config.eval_data))
+    data = build_data(changed, tokenizer)
+    prob_map = config.prob_map or ("llama" if any(is_root(argument) for argument in config.data) else None)
+    if prob_map is not None:
+        shares = normalised_shares(read_shares(prob_map), data.train)
+    elif any(parse(argument).weight is not None for argument in arguments):
+        shares = dict(data.weights)
+    else:
+        shares = dict.fromkeys(data.train, 1 / len(data.train))
+    return replace(data, weights=shares, draw="keyed")

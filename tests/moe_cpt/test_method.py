@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,15 @@ from lm_core.config import build
 from lm_core.data.loader import Loader
 from lm_core.engine import Engine
 from lm_core.errors import ConfigError, RunFailed
-from lm_core.method import Method
+from lm_core.evaluate import Score, Scores
+from lm_core.method import Batch, Method
 from lm_core.options import RunConfig
 from lm_core.run import run
 from lm_core.testing import Conformance, spawn
+from lm_core.train import train_step
 from moe_cpt.config import TrainConfig
-from moe_cpt.method import MoeCPT
+from moe_cpt.method import MoeCPT, StepSums
+from moe_cpt.routing import Routing, balance_loss
 from tests.moe_cpt.small import dense_folder, mixture_folder
 
 TINY: dict[str, Any] = {
@@ -45,6 +50,70 @@ class TestConformance(Conformance):
     def method(self, config: RunConfig) -> Method:
         assert isinstance(config, TrainConfig)
         return MoeCPT(config)
+
+
+class Dynamic(TestConformance):
+    """Two sources whose shares move at every second step."""
+
+    def configure(self, **options: Any) -> RunConfig:
+        reference = Path(tempfile.gettempdir()) / "moe_cpt_reference.json"
+        reference.write_text(json.dumps({"markov": 0.5, "copy": 3.5}))
+        changed = {"data": ["synthetic:markov,synthetic:copy"], "dynamic_data_selection": "sheared_llama", "reference_loss": reference}
+        return super().configure(**{**options, **changed, "eval_every": "2"})
+
+
+@pytest.mark.slow
+def test_resume_and_processes_change_nothing_while_the_shares_move(tmp_path: Path) -> None:
+    suite = Dynamic()
+    suite.test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path)
+    suite.test_two_processes_equal_one(tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    shares = [record["data/weight/markov"] for record in records if "data/weight/markov" in record]
+    assert shares[:2] == [0.5, 0.5]
+    assert len(set(shares)) == 4
+    halves = [json.loads(line) for line in (tmp_path / "half" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["data/weight/markov"] for record in halves if "data/weight/markov" in record] == shares
+
+
+def test_a_loss_that_is_not_finite_leaves_the_shares(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    suite = Dynamic()
+    method, _, loader = suite.assemble(suite.options(tmp_path))
+    before = loader.weights
+    score = Score(loss=math.nan, standard_error=0.0, targets=1, tokens=1, samples=1)
+    method.after_eval(Scores({"markov": score, "copy": score}), loader)
+    assert loader.weights == before
+    assert "source weights kept" in caplog.text
+
+
+def test_dead_experts_are_counted_and_estimates_are_not(tmp_path: Path) -> None:
+    method, engine, loader = assembled(tmp_path, num_selects=1)
+    named = dict(engine.model.named_parameters())
+    with torch.no_grad():
+        for layer in range(2):
+            named[f"model.model.layers.{layer}.mlp.router.noise.weight"].fill_(0.0)
+            # every token prefers expert 3 by far more than the noise
+            router = method.hf_model(engine.model).model.layers[layer].mlp.router
+            router.fc2.weight.zero_()
+            router.register_forward_hook(lambda module, inputs, output: (output[0] + 100 * (torch.arange(8) == 3), output[1]))
+    batches = next(loader)
+    for _ in range(2):  # the first time stands for the estimate
+        engine.accumulate(method, batches, 1)
+    values = method.measured()
+    assert values["moe/dead_experts"] == 14
+    assert values["moe/layer_0/load"] == 8.0
+    assert method._meter.last_load[1][3] == 4 * 64  # type: ignore[attr-defined]
+    assert method.measured() == {}
+
+
+def test_a_run_draws_its_routers(tmp_path: Path) -> None:
+    config = build(
+        TrainConfig, {**TINY, "budget": "2 steps", "log_every": 1, "output_dir": tmp_path, "eval_every": "never", "tensorboard": False}
+    )
+    run(config, MoeCPT(config))
+    assert (tmp_path / "figures" / "router.png").stat().st_size > 5000
+    assert len(json.loads((tmp_path / "router.json").read_text())["load"]) == 2
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert records[1]["speed/mfu"] == pytest.approx(records[1]["speed/tokens_per_gpu_second"] * (6 * 55_936 + 12 * 2 * 64 * 64) / 312e12)
 
 
 def assembled(folder: Path, **options: Any) -> tuple[Method, Engine, Loader]:
@@ -78,8 +147,6 @@ def test_the_gradient_is_that_of_cross_entropy_plus_balance(scope: str, tmp_path
     ours = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
     model.zero_grad()
     # the model's own loss is a mean, with the same noise
-    from moe_cpt.routing import Routing, balance_loss
-
     batch = batches[0]
     routing = Routing(index=batch.index, seed=method.config.seed)
     logits = model.model(batch["input_ids"], routing=routing).last_hidden_state @ model.lm_head.weight.T
@@ -92,9 +159,6 @@ def test_the_gradient_is_that_of_cross_entropy_plus_balance(scope: str, tmp_path
 
 def test_global_balance_sums_over_the_micro_batches_of_a_step(tmp_path: Path) -> None:
     """With the earlier part constant, the last micro-batch sees the importance of the whole step."""
-    from lm_core.method import Batch
-    from moe_cpt.method import StepSums
-
     sums = StepSums()
     parts = [torch.rand(2, 1, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
 
@@ -113,8 +177,6 @@ def test_global_balance_sums_over_the_micro_batches_of_a_step(tmp_path: Path) ->
 
 
 def _norms(folder: Path, micro_batch: int, scope: str) -> float:
-    from lm_core.train import train_step
-
     method, engine, loader = assembled(folder, micro_batch_size=micro_batch, balance_scope=scope, gate_balance_loss_weight=1.0)
     return train_step(engine, method, next(loader), 1e-3).grad_norm
 

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from lm_core.cli import command_group, configured
 from lm_core.cli import main as run_cli
-from lm_core.errors import ConfigError
-from moe_cpt.config import ConvertConfig, EvalConfig, SplitConfig, TrainConfig
+from lm_core.errors import ConfigError, InputError, RunFailed
+from moe_cpt.config import (
+    ConvertConfig,
+    EvalConfig,
+    FilterConfig,
+    PackConfig,
+    PlanConfig,
+    ReferenceConfig,
+    ScaleConfig,
+    SplitConfig,
+    TokenizeConfig,
+    TrainConfig,
+)
 
 cli = command_group("Dense LLaMA models into mixtures of experts, and their continued pre-training.")
 
@@ -37,16 +52,19 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
     Example: moe-cpt convert --model_path smollm2-135m --split_file_path split.safetensors --num_selects 4 --save_path moe-4of16
     """
     from lm_core.models import model_folder
+    from moe_cpt.calibrate import read_scales
     from moe_cpt.convert import convert as write
     from moe_cpt.plan import parameter_counts
     from moe_cpt.split import Split
 
+    chosen = Split.load(config.split_file_path)
+    file = config.score_scale_factor_file_path
     made = write(
         model_folder(config.model_path),
-        Split.load(config.split_file_path),
+        chosen,
         config.save_path,
         num_selects=config.num_selects,
-        score_scale_factor=config.score_scale_factor,
+        score_scale_factor=config.score_scale_factor if file is None else read_scales(file, len(chosen.indices)),
         gate_network=config.gate_network,
         gate_init=config.gate_init,
         use_softmax=config.use_softmax,
@@ -55,7 +73,7 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
         overwrite=config.overwrite,
     )
     counts = parameter_counts(made.to_dict())
-    print(f"{config.save_path}: {made.num_selects} of {made.num_experts} experts, scale factor {made.score_scale_factor:g}")
+    print(f"{config.save_path}: {made.num_selects} of {made.num_experts} experts, scale factor {made.score_scale_factor}")
     print(f"parameters  dense {counts.dense:,}  total {counts.total:,}  active {counts.active:,}")
     return {"save_path": str(config.save_path), "dense": counts.dense, "total": counts.total, "active": counts.active}
 
@@ -68,8 +86,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
     Example: moe-cpt train --model smollm2-135m --from_dense random --data builtin:python-docs --block_size 256 --max_steps 20 --warmup 2
     """
     require_launched(config)
+    if config.require_checklist:
+        _require(config)
     if not config.limits().limits.keys() & {"epochs", "hours", "targets"} and os.environ.get("RANK", "0") == "0":
-        print(config.plan().header, file=sys.stderr)
+        plan = config.plan()
+        print(plan.header, *plan.lines(config.warmup, config.eval_steps()), sep="\n", file=sys.stderr)
     from lm_core.run import run
     from moe_cpt.method import MoeCPT
 
@@ -83,6 +104,144 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
     Example: moe-cpt eval --model smollm2-135m --eval-data builtin:python-docs --block_size 512
     """
+    return _evaluate(config)
+
+
+@cli.command(name="ref-loss")
+@configured(ReferenceConfig)
+def ref_loss(config: ReferenceConfig) -> dict[str, Any]:
+    """Write the held-out losses of a model as the reference of a dynamic data selection.
+
+    Example: moe-cpt ref-loss --model smollm2-135m --validation_dir builtin:python-docs,builtin:stdlib -o ref.json
+    """
+    found = _evaluate(config)
+    config.output.write_text(json.dumps({source: values["loss"] for source, values in found.items()}, indent=1) + "\n")
+    return found
+
+
+@cli.command()
+@configured(PlanConfig)
+def plan(config: PlanConfig) -> dict[str, Any]:
+    """Print what a run would do: updates, samples, parameters, and its hours where a speed is given.
+
+    Example: moe-cpt plan --model smollm2-135m --from_dense random --num_tokens 1B --seconds_per_step 2
+    """
+    from lm_core.config import to_dict
+    from moe_cpt.method import MoeCPT
+    from moe_cpt.plan import hours_of, parameter_counts
+
+    made, model = config.plan(), MoeCPT(config).model_config()
+    counts = parameter_counts(model.to_dict())
+    seconds = config.seconds_per_step if config.logdir is None else seconds_per_step(config.logdir)
+    lines = [made.header, *made.lines(config.warmup, config.eval_steps())]
+    lines.append(f"parameters: active {counts.active}, total {counts.total}, dense {counts.dense}")
+    lines += [] if seconds is None else [hours_of(made.max_steps, seconds)]
+    print(*lines, f"launch: {json.dumps(to_dict(config), default=str)}", sep="\n")
+    return {
+        "max_steps": made.max_steps,
+        "global_batch_size": made.global_batch,
+        "tokens_per_batch": made.tokens_per_batch,
+        "parameters": {"active": counts.active, "total": counts.total, "dense": counts.dense},
+        "hours": None if seconds is None else made.max_steps * seconds / 3600,
+    }
+
+
+@cli.command()
+@configured(TrainConfig)
+def checklist(config: TrainConfig) -> dict[str, Any]:
+    """Print the values of a run that are worth a look before it starts, and mark those that look wrong.
+
+    Example: moe-cpt checklist --model smollm2-135m --from_dense random --data builtin:python-docs --num_tokens 1M --comment "first try"
+    """
+    from moe_cpt.checklist import checklist as items_of
+
+    items = items_of(config)
+    print(*items, sep="\n")
+    return {"items": [{"name": item.name, "value": item.value, "problem": item.problem} for item in items]}
+
+
+@cli.command(name="calibrate-scale")
+@configured(ScaleConfig)
+def calibrate_scale(config: ScaleConfig) -> dict[str, Any]:
+    """Write score scale factors measured against the dense model.
+
+    Example: moe-cpt calibrate-scale --model_path moe-4of16 --dense_path smollm2-135m --data builtin:python-docs --mode lsq -o scales.json
+    """
+    from moe_cpt.calibrate import calibrate
+
+    scales = calibrate(config)
+    config.save_path.write_text(json.dumps(scales) + "\n")
+    print(f"{config.save_path}: {config.mode} factors from {min(scales):.4g} to {max(scales):.4g}")
+    return {"save_path": str(config.save_path), "scales": scales}
+
+
+@cli.command()
+@configured(TokenizeConfig)
+def tokenize(config: TokenizeConfig) -> dict[str, Any]:
+    """Text to lines of token ids, file by file.
+
+    Example: moe-cpt tokenize -i raw/ -o tokenised/ -t smollm2-135m -f jsonl -p 4
+    """
+    from moe_cpt.corpus import tokenize as run
+
+    return _counted(run(config))
+
+
+@cli.command()
+@configured(PackConfig)
+def pack(config: PackConfig) -> dict[str, Any]:
+    """Tokenised documents to memory-mapped shards, source by source.
+
+    Example: moe-cpt pack -i tokenised/ -o packed/ -t smollm2-135m
+    """
+    from moe_cpt.corpus import pack as run
+
+    return _counted(run(config))
+
+
+@cli.command(name="filter")
+@configured(FilterConfig)
+def keep(config: FilterConfig) -> dict[str, Any]:
+    """Keep the records whose number lies within bounds, both included.
+
+    Example: moe-cpt filter -i raw/ -o fluent/ --column fluency --min 0.7 --report kept.json
+    """
+    from moe_cpt.corpus import keep_between
+
+    counts = _counted(keep_between(config))
+    if config.report is not None:
+        config.report.write_text(json.dumps(counts, indent=1) + "\n")
+    return counts
+
+
+@cli.group()
+def data() -> None:
+    """Look at training data."""
+
+
+@data.command()
+@configured(TrainConfig)
+def check(config: TrainConfig) -> dict[str, Any]:
+    """Read the data as train would, and print documents, tokens, samples and shares by source.
+
+    Example: moe-cpt data check --model smollm2-135m --dataset_dir packed/ --validation_dir val/ --prob_map uniform
+    """
+    from lm_core.data.vocab import build_tokenizer
+    from moe_cpt.data import described
+
+    found = described(config, build_tokenizer(config))
+    for source, facts in found.items():
+        print(f"{source}:", ", ".join(f"{name} {value:,.6g}" for name, value in facts.items()))
+    return found
+
+
+def _counted(counts: Mapping[str, Any]) -> dict[str, Any]:
+    for name, count in counts.items():
+        print(f"{name}: kept {count.kept:,}, left out {count.dropped:,}" + (f", tokens {count.tokens:,}" if count.tokens else ""))
+    return {name: asdict(count) for name, count in counts.items()}
+
+
+def _evaluate(config: EvalConfig) -> dict[str, Any]:
     from moe_cpt.evaluate import score
 
     scores = score(config)
@@ -92,6 +251,25 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         source: {"loss": found.loss, "standard_error": found.standard_error, "perplexity": found.perplexity, "tokens": found.tokens}
         for source, found in scores.items()
     }
+
+
+def _require(config: TrainConfig) -> None:
+    """Print the checklist; raise RunFailed when an item fails."""
+    from moe_cpt.checklist import checklist as items_of
+
+    items = items_of(config)
+    print(*items, sep="\n", file=sys.stderr)
+    if wrong := [item.name for item in items if item.problem]:
+        raise RunFailed(f"require_checklist: {', '.join(wrong)} should be looked at again; correct them, or leave out --require-checklist")
+
+
+def seconds_per_step(logdir: Path) -> float:
+    """Mean seconds of an update in an earlier run."""
+    path = logdir / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    if not rows or not rows[-1]["step"]:
+        raise InputError(f"logdir: {logdir} holds no metrics of a run with steps; name a run folder, or give --seconds-per-step")
+    return float(rows[-1]["seconds"] / rows[-1]["step"])
 
 
 def require_launched(config: TrainConfig) -> None:

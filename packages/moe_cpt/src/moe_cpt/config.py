@@ -10,7 +10,7 @@ from typing import Literal
 from lm_core.config import Count, change, config, explicit, opt
 from lm_core.errors import ConfigError
 from lm_core.options import DataOptions, EngineOptions, ModelOptions, OptimOptions, OutputOptions, RunConfig
-from lm_core.progress import Budget, Progress, Size
+from lm_core.progress import Budget, Every, Progress, Size
 from lm_core.schedule import learning_rate
 from moe_cpt.plan import Plan, steps_of_tokens
 
@@ -40,6 +40,7 @@ class ConvertConfig:
     split_file_path: Path = opt(help="Split of that model, as written by moe-cpt split.")
     save_path: Path = opt(help=SAVE_PATH, flags=("-o",))
     num_selects: int = opt(4, "Experts that see a token.", ge=1)
+    score_scale_factor_file_path: Path | None = opt(None, "JSON list with one factor per layer, as written by moe-cpt calibrate-scale.")
     score_scale_factor: float | None = opt(
         None,
         "Factor of the routed experts' output; default: experts over selected experts.",
@@ -53,6 +54,55 @@ class ConvertConfig:
     seed: int = opt(1227, "Address of all randomness.", ge=0)
     overwrite: bool = opt(False, "Replace what is at --save-path.")
 
+    def check(self) -> None:
+        if self.score_scale_factor is not None and self.score_scale_factor_file_path is not None:
+            raise ConfigError(f"score_scale_factor: {self.score_scale_factor} and a file of factors are both given; drop one of them")
+
+
+@config
+class TokenizeConfig:
+    """Text to tokenised documents."""
+
+    input: Path = opt(help="File or folder of raw text.", flags=("-i",))
+    output: Path = opt(help="Folder to write; its files are named like those of --input.", flags=("-o",))
+    tokenizer: str = opt(help="Tokenizer: bytes, a folder, smollm2-135m or a hub id.", flags=("-t",))
+    format: Literal["jsonl", "txt"] = opt(help="One JSON object per line, or one document per line.", flags=("-f",))
+    content_column: str = opt("content", "Key that holds the text.", flags=("-c",))
+    src_tokenizer: str | None = opt(None, "The column holds ids of this tokenizer, which are decoded first.", flags=("-s",))
+    num_proc: int = opt(1, "Files that are worked on at a time.", ge=1, flags=("-p",))
+    append_eos: bool = opt(True, "End every document with the end token.")
+    on_bad_line: Literal["error", "skip"] = opt("error", "What to do with a line that holds no text.")
+    overwrite: bool = opt(False, "Write into a folder that exists.")
+
+
+@config
+class PackConfig:
+    """Tokenised documents to memory-mapped shards, source by source."""
+
+    input: Path = opt(help="Folder with one folder of tokenised .jsonl files per source.", flags=("-i",))
+    output: Path = opt(help="Folder to write, with one folder of shards per source.", flags=("-o",))
+    tokenizer: str = opt(help="Tokenizer that made the ids: bytes, a folder, smollm2-135m or a hub id.", flags=("-t",))
+    text_column: str = opt("content", "Key of text, in rows that are not tokenised.")
+    shard_tokens: Count = opt(10**9, "Tokens in one shard.", ge=1)
+    overwrite: bool = opt(False, "Write into a folder that exists.")
+
+
+@config
+class FilterConfig:
+    """Keep the records of a corpus whose numeric column lies within bounds."""
+
+    input: Path = opt(help="File or folder of .jsonl files.", flags=("-i",))
+    output: Path = opt(help="Folder to write; its files are named like those of --input.", flags=("-o",))
+    column: str = opt(help="Key of the number, for example a fluency score.")
+    min: float | None = opt(None, "Least value that is kept.")
+    max: float | None = opt(None, "Largest value that is kept.")
+    report: Path | None = opt(None, "JSON file for the counts by source.")
+    overwrite: bool = opt(False, "Write into a folder that exists.")
+
+    def check(self) -> None:
+        if self.min is None and self.max is None:
+            raise ConfigError("min: neither --min nor --max is given, so nothing would be left out; give one of them")
+
 
 @config
 class EvalConfig:
@@ -63,14 +113,42 @@ class EvalConfig:
         None, "Tokenizer: bytes, a folder or a hub id; default: the model's own.", flags=("--tokenizer_name_or_path",)
     )
     eval_data: list[str] = opt(
-        help="Held-out data, repeatable: builtin:python-docs, builtin:stdlib, synthetic:NAME, a file, a folder or a hub id.", min_length=1
+        help="Held-out data, repeatable or a comma list: a folder with one file per source, builtin:python-docs, builtin:stdlib, synthetic:NAME, "
+        "a file, a folder or a hub id.",
+        flags=("--validation_dir",),
+        min_length=1,
     )
     text_column: str = opt("text", "Column or key that holds the text.")
+    packing: Literal["stream", "best-fit", "document"] = opt("stream", "How documents share a sample.")
     max_length: int = opt(2048, "Tokens per sample.", ge=2, flags=("--block_size",))
     micro_batch_size: int = opt(8, "Samples in one forward pass.", ge=1, flags=("--per_device_eval_batch_size",))
     eval_tokens: Count = opt(0, "Held-out tokens per source; 0 uses all.", ge=0)
     precision: Literal["fp32", "bf16"] = opt("fp32", "Arithmetic of the forward pass.")
     device: Literal["auto", "cpu", "cuda"] = opt("auto", "Device to run on.")
+
+
+@config
+class ReferenceConfig(EvalConfig):
+    """Held-out loss by source as the reference of a dynamic data selection."""
+
+    output: Path = opt(help="JSON file to write.", flags=("-o",))
+
+
+@config
+class ScaleConfig:
+    """Measure score scale factors on the inputs that the dense model's feed-forward layers see."""
+
+    model_path: str = opt(help="Mixture written by moe-cpt convert.")
+    dense_path: str = opt(help="Dense model it was made from: a folder, a .gguf file, smollm2-135m or a hub id.")
+    data: list[str] = opt(help="Text to calibrate on, written like --data of train.", min_length=1)
+    text_column: str = opt("text", "Column or key that holds the text.")
+    mode: Literal["ratio", "lsq", "rms", "unbiased"] = opt(
+        "ratio", "N / K; or with the layer's output u at factor 1 and the dense f: <u,f>/<u,u>, |f|/|u|, or <f,f>/<u,f>."
+    )
+    layerwise: bool = opt(False, "One factor per layer instead of one for all.")
+    max_tokens: Count = opt(65536, "Tokens to calibrate on.", ge=1)
+    max_length: int = opt(512, "Tokens per sample.", ge=2, flags=("--block_size",))
+    save_path: Path = opt(help="JSON file to write: a list with one factor per layer.", flags=("-o",))
 
 
 @config
@@ -227,6 +305,11 @@ class TrainConfig(RunConfig):
         steps = min(math.ceil(limit / per_step[unit]) for unit, limit in limits.items())
         return Plan(steps, batch, self.tokens_per_batch())
 
+    def eval_steps(self) -> int | None:
+        """Steps between evaluations, None for never or an interval in epochs."""
+        every = Every.parse(self.eval_every, "eval_every")
+        return every.steps or (max(1, round(every.fraction * self.plan().max_steps)) if every.fraction else None)
+
     def learning_rate(self, progress: Progress, size: Size, epoch_samples: int) -> float:
         """core's shapes, and the clipped cosine."""
         clipped = self.schedule == "cosine" and self.lr_floor_style == "clipped"
@@ -240,3 +323,15 @@ def clipped_cosine(at: float, floor: float, warmup: float = 0.0) -> float:
     (0.5, 0.1)
     """
     return max(floor, 0.5 * (1 + math.cos(math.pi * at)))
+
+
+@config
+class PlanConfig(TrainConfig):
+    """What a run would do, before it starts."""
+
+    seconds_per_step: float | None = opt(None, "Seconds of one update, to tell the hours of the run.", gt=0)
+    logdir: Path | None = opt(None, "Folder of an earlier run of the same kind, whose speed tells the hours of this one.")
+
+    def check(self) -> None:
+        if self.seconds_per_step is not None and self.logdir is not None:
+            raise ConfigError(f"logdir: {self.logdir} and --seconds-per-step {self.seconds_per_step} both tell the speed; drop one of them")

@@ -11,6 +11,7 @@ from lm_core.data import Data, build_data
 from lm_core.data.shards import is_shards
 from lm_core.data.sources import parse
 from lm_core.errors import InputError
+from moe_cpt.plan import comma_separated
 from moe_cpt.weights import normalised_shares, read_shares
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ TEXT = (".jsonl", ".jsonl.gz", ".json", ".txt", ".csv", ".parquet")
 
 def expanded(arguments: Sequence[str]) -> list[str]:
     """Data arguments one by one: comma lists are taken apart, and a folder of sources gives its parts."""
-    parts = [part for argument in arguments for part in ([argument] if Path(argument).exists() else argument.split(","))]
+    parts = comma_separated(arguments)
     return [source for part in parts for source in (sources_in(Path(part)) if is_root(part) else [part])]
 
 
@@ -46,6 +47,18 @@ def sources_in(root: Path) -> list[str]:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name.endswith(TEXT))
+
+
+def described(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, float]]:
+    """Documents, tokens, samples and share of every source, and its held-out tokens."""
+    data = weighted_sources(config, tokenizer)
+    found = {}
+    for name, rows in data.train.items():
+        source: Any = rows
+        facts = {"documents": len(source.source), "tokens": source.source.tokens, "samples": len(rows), "share": data.weights[name]}
+        held: Any = data.valid.get(name)
+        found[name] = facts | {"held_out_tokens": 0 if held is None else held.source.tokens}
+    return found
 
 
 def weighted_sources(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Data:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +19,7 @@ from lm_core.method import Batch, Loss, Method
 from lm_core.models import CausalLoss, load_model, load_tokenizer
 from moe_cpt import model as _registers_the_mixture  # noqa: F401
 from moe_cpt.config import EvalConfig
+from moe_cpt.data import expanded
 from moe_cpt.models import PRESETS
 
 
@@ -45,6 +48,7 @@ def score(config: EvalConfig) -> Scores:
 
     device = dist.init(config.device)
     tokenizer = byte_tokenizer() if config.tokenizer == "bytes" else load_tokenizer(config.tokenizer or config.model)
-    rows = eval_rows(config, tokenizer)
+    changed: Any = replace(config, eval_data=expanded(config.eval_data))
+    rows = eval_rows(changed, tokenizer)
     engine = Inference(CausalLoss(load_model(config.model, presets=PRESETS), loss=linear_cross_entropy), device, config.precision)
     return evaluate(engine, NextToken(config), rows, micro_batch=config.micro_batch_size, tokens=int(config.eval_tokens))  # type: ignore[arg-type]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 
@@ -24,10 +26,32 @@ class Plan:
     global_batch: int
     tokens_per_batch: int
 
+    def lines(self, warmup: float, eval_steps: int | None) -> list[str]:
+        """Samples, warm-up and evaluation interval in steps and tokens. A `warmup` below 1 is a fraction of the run."""
+        steps = round(warmup * self.max_steps) if warmup < 1 else int(warmup)
+        held_out = "never" if eval_steps is None else f"every {eval_steps} steps ({eval_steps * self.tokens_per_batch} tokens)"
+        return [
+            f"max_train_samples: {self.max_steps * self.global_batch}",
+            f"warmup: {steps} steps ({steps * self.tokens_per_batch} tokens)",
+            f"evaluation: {held_out}",
+        ]
+
     @property
     def header(self) -> str:
         """The first three lines of a run's log; other tools read them."""
         return f"max_steps: {self.max_steps}\nglobal batch size: {self.global_batch}\n#tokens/batch: {self.tokens_per_batch}"
+
+
+def comma_separated(arguments: Sequence[str]) -> list[str]:
+    """Data arguments one by one: a comma list is taken apart unless it is a path."""
+    return [part for argument in arguments for part in ([argument] if Path(argument).exists() else argument.split(","))]
+
+
+def hours_of(steps: int, seconds_per_step: float) -> str:
+    """Hours of a run, and when it would end if it began now."""
+    seconds = steps * seconds_per_step
+    finish = datetime.now().astimezone() + timedelta(seconds=seconds)
+    return f"hours: {seconds / 3600:.2f}, until {finish:%Y-%m-%d %H:%M %Z}"
 
 
 def steps_of_tokens(num_tokens: int, tokens_per_batch: int) -> int:

@@ -69,7 +69,10 @@ def build_data(config: Any, tokenizer: PreTrainedTokenizerBase) -> Data:
 
 
 def eval_rows(config: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Packed]:
-    """Samples of `config.eval_data` by source: the held-out part of what has one, else all of it."""
+    """Samples of `config.eval_data` by source: the held-out part of what has one, else all of it.
+
+    Of `config`, only `eval_data`, `text_column`, `packing` and `max_length` are read.
+    """
     rows: dict[str, Packed] = {}
     for name, argument in _named(config.eval_data, "eval_data").items():
         first, second = _parts(argument, config, tokenizer, hold_out=0.0)
@@ -88,7 +91,9 @@ def pack_rows(source: Source, config: Any, tokenizer: PreTrainedTokenizerBase, *
         return BestFit(source, config.max_length, pad)
     if config.packing == "document":
         return OneDocument(source, config.max_length, pad, name=name if train else f"held-out {name}")
-    return Stream(source, config.max_length, pad, keep_tail=not train, shuffle=train and config.shuffle, seed=config.seed, number=number)
+    if not train:
+        return Stream(source, config.max_length, pad, keep_tail=True)
+    return Stream(source, config.max_length, pad, shuffle=config.shuffle, seed=config.seed, number=number)
 
 
 def _parts(argument: Argument, config: Any, tokenizer: PreTrainedTokenizerBase, hold_out: float) -> tuple[Source, Source | None]:

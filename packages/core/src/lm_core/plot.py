@@ -79,7 +79,7 @@ def plot_against(folders: Sequence[Path], out: Path, peak_gib: Mapping[Path, flo
 
     Raises InputError naming a folder without records.
     """
-    with _figure(out, width=16) as figure:
+    with drawing(out, width=16) as figure:
         by_step, by_time, by_memory = figure.subplots(1, 3)
         for number, (name, folder) in enumerate(zip(_short_names(folders), folders)):
             records = read(folder / "metrics.jsonl")

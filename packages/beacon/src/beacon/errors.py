@@ -1,0 +1,13 @@
+"""Mistakes that only this package knows."""
+
+from __future__ import annotations
+
+from lm_core.errors import UserError
+
+
+class CacheError(UserError):
+    """A memory of another model, or an operation that would cut into memory."""
+
+
+class CapacityError(UserError):
+    """A text that needs more positions or more memory than there are."""

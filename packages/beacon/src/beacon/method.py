@@ -1,0 +1,121 @@
+"""Training of beacons: a frozen backbone reads text through memory and learns what to keep of each window."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from beacon.attach import attach_beacon, set_beacon
+from beacon.config import BeaconConfig
+from beacon.data.rows import teaching
+from beacon.io import model_folder, tokenizer_name
+from beacon.losses import BeaconLoss
+from beacon.modeling.causal_lm import BeaconMixin, RatioRule, is_beacon
+from beacon.options import TrainConfig, settings
+from beacon.plan import first_counted
+from beacon.ratios import Rule, choose, training_ratios
+from beacon.sizes import PRESETS
+from lm_core.data import Data, build_data
+from lm_core.data.vocab import build_tokenizer
+from lm_core.method import IGNORE, Batch, Loss, Method
+from lm_core.method import Rule as Training
+from lm_core.models import checkpoint_activations, load_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+
+class Beacon(Method):
+    """One model, one loss; ratios are drawn per step and compaction."""
+
+    config: TrainConfig
+    # the budget in other words, and how the same numbers are computed
+    resumable = frozenset({"max_steps", "num_train_epochs", "beacon_engine", "eval_beacon_ratio", "eval_beacon_ratio_mix", "save_format"})
+    module: BeaconLoss
+    model: Any  # inside the module
+    settings: BeaconConfig
+    warned = False
+
+    def build(self) -> nn.Module:
+        model: Any = load_model(model_folder(self.config.model), presets=PRESETS, seed=self.config.seed)
+        if isinstance(model, BeaconMixin):
+            set_beacon(model, settings(self.config, model.beacon))
+        else:
+            model = attach_beacon(model, settings(self.config, None))
+        self.settings = model.beacon
+        # fails here, before any data, when no ratio can teach
+        training_ratios(self.settings, 0, 0, 2, model.positions)
+        model.save_format = (self.config.save_format, self.config.model)
+        if not self.config.only_train_beacon:
+            last = {id(parameter) for parameter in model.trainable_parameters()}
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(not is_beacon(name) or id(parameter) in last)
+        self.model, self.module = model, BeaconLoss(model)
+        if self.config.gradient_checkpointing:
+            checkpoint_activations(self.module)
+        return self.module
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.config.tokenizer is None and self.config.model not in PRESETS:
+            from lm_core.models import load_tokenizer
+
+            return load_tokenizer(tokenizer_name(self.config.model))
+        return build_tokenizer(self.config)
+
+    def data(self, tokenizer: PreTrainedTokenizerBase) -> Data:
+        return teaching(build_data(self.config, tokenizer), self._known_settings(), self.config.min_length, tokenizer.eos_token_id)
+
+    def _known_settings(self) -> BeaconConfig:
+        """The settings before the model is built: data comes first."""
+        import json
+        from pathlib import Path
+
+        path = Path(model_folder(self.config.model)) / "config.json"
+        stored = json.loads(path.read_text()).get("beacon") if path.is_file() else None
+        return settings(self.config, None if stored is None else BeaconConfig.from_dict(stored))
+
+    def param_rules(self) -> list[Training]:
+        last = self.model.config.num_hidden_layers - 1
+        return [
+            Training(rf"layers\.{last}\.self_attn\.beacon_[qo]_proj\.", trained=False),
+            Training(r"\.beacon_"),
+            *([Training("", trained=False)] if self.config.only_train_beacon else []),
+        ]
+
+    def rule(self, step: int) -> RatioRule:
+        """Ratios of a row by its length, in training and in evaluation."""
+        positions = self.model.positions
+        if self.module.training:
+            return lambda length: Rule("list", tuple(training_ratios(self.settings, self.config.seed, step, length, positions)))
+        changes = {"ratio": self.config.eval_beacon_ratio, "inference_ratio_mix": self.config.eval_beacon_ratio_mix}
+        config = self.settings.changed({name: value for name, value in changes.items() if value})
+        return lambda length: choose(config, config.inference_ratio_mix, self.config.seed, length, length, positions)
+
+    def targets(self, batch: Batch) -> int:
+        labels = batch["labels"]
+        mask = batch.get("attention_mask")
+        lengths = [labels.shape[1]] * len(labels) if mask is None else (mask != 0).sum(1).tolist()
+        rule, training, total = self.rule(batch.step), self.module.training, 0
+        for row, length in zip(labels, lengths):
+            ratios = [rule(length)(i) for i in range(self.settings.compactions(length, training))]
+            first = first_counted(self.settings, length, ratios, training)
+            total += int((row[first + 1 : length] != IGNORE).sum())
+        return total
+
+    def losses(self, model: nn.Module, batch: Batch) -> Iterator[Loss]:
+        known = sorted(set(self.settings.usable())) if self.module.training else []
+        total, metrics = model(
+            batch["input_ids"], batch["labels"], batch.get("attention_mask"), self.rule(batch.step), self.config.beacon_engine, tuple(known)
+        )
+        if not self.warned and bool(metrics["beacon/over_capacity"][0] > 0):
+            self.warned = True
+            log.warning(
+                "some rows reach positions beyond the %d that the model was made for; train on shorter rows or with higher ratios",
+                self.model.positions,
+            )
+        yield Loss(total=total, metrics=metrics)

@@ -1,0 +1,68 @@
+"""Attention of a block: queries of each segment over its open window and the memory of its row, one softmax over both."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from beacon.modeling.block import Rotation
+
+# B rows, R segments, T queries, K keys of the open window, M memory entries, H query heads, G key heads, N tokens, d head size
+
+
+def gather(tokens_BNGd: Tensor, index: Tensor) -> Tensor:
+    """Rows of `tokens` by place: index B x ... (or 1 x ..., the same for all rows) -> B x ... x G x d."""
+    if index.shape[0] == 1:
+        picked = tokens_BNGd.index_select(1, index.flatten())
+        return picked.view(len(picked), *index.shape[1:], *picked.shape[2:])
+    flat = index.flatten(1)[..., None, None].expand(-1, -1, *tokens_BNGd.shape[2:])
+    picked = tokens_BNGd.gather(1, flat)
+    return picked.view(len(picked), *index.shape[1:], *picked.shape[2:])
+
+
+def rotate(x: Tensor, rotation: Rotation, heads: int = -2) -> Tensor:
+    """Rotate pairs (j, j + d/2) of `x`; `heads` is the dimension of x that the rotation does not have. Angles keep their precision."""
+    cos, sin = rotation.cos.unsqueeze(heads), rotation.sin.unsqueeze(heads)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def attend(
+    q_BRTHd: Tensor,
+    k_BRKGd: Tensor,
+    v_BRKGd: Tensor,
+    local_BRTK: Tensor | None,
+    memory: tuple[Tensor, Tensor] | None,
+    memory_BRTM: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """B x R x T x (H d): softmax over the open window and, where there is one, the memory (k, v: B x G x M x d).
+
+    Scores of the two parts are joined, keys and values never are, so a step that reads a long memory copies none of it.
+    """
+    B, R, T, H, d = q_BRTHd.shape
+    K, G = k_BRKGd.shape[2:4]
+    h = H // G
+    q_BRGhTd = q_BRTHd.unflatten(3, (G, h)).permute(0, 1, 3, 4, 2, 5) * scale
+    keys_BRGdK = k_BRKGd.permute(0, 1, 3, 4, 2)
+    local = (q_BRGhTd.reshape(B, R, G, h * T, d) @ keys_BRGdK).view(B, R, G, h, T, K)
+    if local_BRTK is not None:
+        local = local.masked_fill(~local_BRTK[:, :, None, None], float("-inf"))
+    scores, M = local, 0
+    if memory is not None:
+        k_BGMd, _ = memory
+        M = k_BGMd.shape[2]
+        q_BGQd = q_BRGhTd.permute(0, 2, 1, 3, 4, 5).reshape(B, G, R * h * T, d)
+        far = (q_BGQd @ k_BGMd.transpose(2, 3)).view(B, G, R, h, T, M).permute(0, 2, 1, 3, 4, 5)
+        if memory_BRTM is not None:
+            far = far.masked_fill(~memory_BRTM[:, :, None, None], float("-inf"))
+        scores = torch.cat((far, local), dim=-1)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(q_BRTHd.dtype)
+    near = weights[..., M:].reshape(B, R, G, h * T, K)
+    out = (near @ v_BRKGd.permute(0, 1, 3, 2, 4)).view(B, R, G, h, T, d)
+    if memory is not None:
+        _, v_BGMd = memory
+        far_weights = weights[..., :M].permute(0, 2, 1, 3, 4, 5).reshape(B, G, R * h * T, M)
+        out = out + (far_weights @ v_BGMd).view(B, G, R, h, T, d).permute(0, 2, 1, 3, 4, 5)
+    joined: Tensor = out.permute(0, 1, 4, 2, 3, 5).reshape(B, R, T, H * d)
+    return joined

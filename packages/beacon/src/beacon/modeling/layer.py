@@ -1,0 +1,99 @@
+"""A decoder layer that also carries beacons, out of the parts of the stock layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beacon.modeling.attention import attend, gather, rotate
+from beacon.modeling.block import Block, Queries
+
+# B rows, N tokens (raw, then beacons), D hidden size, G key heads, M memory entries, K open window, d head size
+Pair = tuple[Tensor, Tensor]
+
+
+def beacon_layer(
+    layer: Any, raw_BND: Tensor, beacon_BND: Tensor, block: Block, last: bool, open_window: Pair | None, memory: Pair | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states of raw tokens and beacons after the layer, and the unrotated keys and values (B x N x G x d) of both.
+
+    `open_window` is B x K x G x d, unrotated, `memory` B x G x M x d, rotated. In the last layer only the tokens that are
+    asked for go on, and beacons stop at their keys and values.
+    """
+    attn = layer.self_attn
+    raw_in, beacon_in = (normed(layer.input_layernorm, part) for part in (raw_BND, beacon_BND))
+    k, v = (_project(attn, letter, raw_in, beacon_in) for letter in "kv")
+    queries = block.last if last else block.main
+    if queries is None:
+        return raw_BND[:, :0], beacon_BND, k, v
+    if queries.raw is not None:
+        raw_in, raw_BND = (_rows(part, queries.raw) for part in (raw_in, raw_BND))
+    if not queries.beacons:
+        beacon_in = beacon_in[:, :0]
+    q = _project(attn, "q", raw_in, beacon_in)
+    out = _attention(attn, q, k, v, block, queries, open_window, memory)
+    num_raw = raw_BND.shape[1]
+    raw_BND = _finish(layer, raw_BND, attn.o_proj(out[:, :num_raw]))
+    if queries.beacons:
+        project = getattr(attn, "beacon_o_proj", attn.o_proj)
+        beacon_BND = _finish(layer, beacon_BND, project(out[:, num_raw:]))
+    return raw_BND, beacon_BND, k, v
+
+
+def _project(attn: Any, letter: str, raw_BND: Tensor, beacon_BND: Tensor) -> Tensor:
+    """Queries, keys or values of raw tokens and beacons, B x N x heads x d, each kind by its own weight."""
+    project: nn.Module = getattr(attn, f"{letter}_proj")
+    out = project(raw_BND)
+    if beacon_BND.shape[1]:
+        out = torch.cat((out, getattr(attn, f"beacon_{letter}_proj", project)(beacon_BND)), dim=1)
+    heads: Tensor = out.view(*out.shape[:2], -1, attn.head_dim)
+    return heads
+
+
+def _rows(hidden_BND: Tensor, index: Tensor) -> Tensor:
+    return gather(hidden_BND[:, :, None], index)[:, :, 0]
+
+
+def _finish(layer: Any, hidden_BND: Tensor, attended_BND: Tensor) -> Tensor:
+    hidden_BND = hidden_BND + attended_BND
+    out: Tensor = hidden_BND + layer.mlp(normed(layer.post_attention_layernorm, hidden_BND))
+    return out
+
+
+def _attention(
+    attn: Any, q_BNHd: Tensor, k_BNGd: Tensor, v_BNGd: Tensor, block: Block, queries: Queries, open_window: Pair | None, memory: Pair | None
+) -> Tensor:
+    """What every query gets, B x N x (H d)."""
+    q = q_BNHd[:, None] if queries.index_BRT is None else gather(q_BNHd, queries.index_BRT)
+    q = rotate(q, queries.rotation)
+    k, v = joined(open_window, k_BNGd, v_BNGd)
+    far = memory
+    if block.memory_BM is not None and block.memory_rotation is not None:
+        fresh_k = rotate(gather(k, block.memory_BM), block.memory_rotation).transpose(1, 2)
+        fresh_v = gather(v, block.memory_BM).transpose(1, 2)
+        far = (fresh_k, fresh_v) if memory is None else (torch.cat((memory[0], fresh_k), dim=2), torch.cat((memory[1], fresh_v), dim=2))
+    near_k, near_v = (x[:, None] if block.keys_BRK is None else gather(x, block.keys_BRK) for x in (k, v))
+    near_k = rotate(near_k, block.key_rotation)
+    out = attend(q, near_k, near_v, queries.local_BRTK, far, queries.memory_BRTM, attn.scaling)
+    if queries.back_BN is None:
+        return out[:, 0]
+    return gather(out.flatten(1, 2)[:, :, None], queries.back_BN)[:, :, 0]
+
+
+def normed(norm: Any, hidden_BND: Tensor) -> Tensor:
+    """RMS norm; in float64 for float64, where transformers would round to float32 in between."""
+    if hidden_BND.dtype != torch.float64:
+        out: Tensor = norm(hidden_BND)
+        return out
+    scale = torch.rsqrt(hidden_BND.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+    weight: Tensor = norm.weight
+    return hidden_BND * scale * weight
+
+
+def joined(open_window: Pair | None, k_BNGd: Tensor, v_BNGd: Tensor) -> Pair:
+    """Keys and values of the open window, then of the block."""
+    if open_window is None:
+        return k_BNGd, v_BNGd
+    return torch.cat((open_window[0], k_BNGd), dim=1), torch.cat((open_window[1], v_BNGd), dim=1)

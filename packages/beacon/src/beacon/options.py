@@ -1,0 +1,132 @@
+"""Options of `beacon train` and its relatives. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from beacon.config import BeaconConfig
+from lm_core.config import change, config, opt
+from lm_core.errors import ConfigError
+from lm_core.options import DataOptions, EngineOptions, ModelOptions, OptimOptions, OutputOptions, RunConfig
+from lm_core.progress import Budget
+
+
+@config
+class BeaconOptions:
+    """The settings of a beacon model; what is not given comes from the model, or from the defaults of a new one."""
+
+    beacon_window: int | None = opt(None, "Raw tokens of a window; a new model's default is 1024.", ge=1)
+    beacon_stride: int | None = opt(None, "Raw tokens between the starts of two windows; default: the window.", ge=1)
+    beacon_ratio: list[int] = opt(help="Compression ratios to choose from; 0 keeps a window raw; default: 2 4 8 16 32.", factory=list, ge=0)
+    beacon_ratio_mix: str | None = opt(
+        None, "How a ratio is chosen in training: step-random (default), instance-random, mix-random, sequence or adapt-X."
+    )
+    beacon_inference_ratio_mix: str | None = opt(None, "How a ratio is chosen outside training; default: adapt-1024.")
+    beacon_attn: Literal["step-expansion", "segmentation", "full-coverage"] | None = opt(
+        None, "What a beacon sees of its window; default: step-expansion."
+    )
+    beacon_attend_prev: bool | None = opt(None, "Whether a beacon sees the earlier beacons of its window; default: true.")
+    beacon_sink_size: int | None = opt(None, "First tokens whose keys and values stay in memory; default: 0.", ge=0)
+    beacon_param: list[str] = opt(help="Projections of which beacons have their own copy; default: q k v o.", factory=list)
+    beacon_pos: Literal["append", "interleave"] | None = opt(None, "Beacons after their window (default), or one after every unit.")
+    beacon_embed_init: Literal["eos", "bos"] | None = opt(None, "Token whose embedding the beacon starts from; default: eos.")
+
+    def chosen(self) -> dict[str, Any]:
+        """Given settings, under the names of BeaconConfig."""
+        names = [name for name in BeaconConfig.__dataclass_fields__ if name != "format_version"]
+        fields = {name: getattr(self, f"beacon_{name}") for name in names}
+        return {name: value for name, value in fields.items() if value not in (None, [])}
+
+
+def settings(options: Any, stored: BeaconConfig | None) -> BeaconConfig:
+    """The settings of a run: given ones over those of the model, or over the defaults."""
+    chosen: Mapping[str, Any] = options.chosen()
+    if stored is not None:
+        return stored.changed(dict(chosen))
+    return BeaconConfig.from_dict({"stride": chosen.get("window", 1024), **chosen})
+
+
+@config
+class TrainConfig(RunConfig, BeaconOptions):
+    """Beacons on a frozen language model, trained by next-token prediction."""
+
+    model: str = change(ModelOptions, "model", flags=("--model-name-or-path",))
+    data: list[str] = change(DataOptions, "data", flags=("--train-data",))
+    max_length: int = change(DataOptions, "max_length", default=4096)
+    min_length: int = opt(0, "Shortest document in tokens; shorter ones are left out.", ge=0)
+    packing: Literal["document", "stream", "best-fit"] = change(
+        DataOptions, "packing", default="document", help="One document per sample, or documents back to back."
+    )
+    micro_batch_size: int = change(EngineOptions, "micro_batch_size", default=1, flags=("--per-device-train-batch-size",))
+    accumulate: int = change(EngineOptions, "accumulate", flags=("--gradient-accumulation-steps",))
+    lr: float = change(OptimOptions, "lr", default=5e-5)
+    schedule: Literal["cosine", "linear", "constant", "exp", "inverse-sqrt"] = change(
+        OptimOptions, "schedule", default="linear", flags=("--lr-scheduler-type",)
+    )
+    budget: str = change(OutputOptions, "budget", default="", help="Replaces --num-train-epochs and --max-steps: for example 1M tokens.")
+    num_train_epochs: int = opt(3, "Passes over the training data.", ge=1)
+    max_steps: int = opt(-1, "Replaces the budget by this many updates; -1 leaves it to the epochs.", ge=-1)
+    grad_clip: float = change(OptimOptions, "grad_clip", flags=("--max-grad-norm",))
+    save_every: str = change(OutputOptions, "save_every", default="500")
+    seed: int = change(OutputOptions, "seed", default=42)
+    only_train_beacon: bool = opt(True, "Train the beacon weights only; false trains the backbone, too.")
+    beacon_engine: Literal["auto", "loop", "parallel"] = opt(
+        "auto", "All windows in one pass (parallel), or one after the other (loop); auto trains in parallel."
+    )
+    save_format: Literal["full", "adapter"] = opt("full", "What final/ holds: the whole model, or the beacon weights alone.")
+    eval_beacon_ratio: list[int] = opt(help="Compression ratios of evaluations; default: those of training.", factory=list, ge=0)
+    eval_beacon_ratio_mix: str | None = opt(None, "How a ratio is chosen in evaluations; default: as in inference.")
+
+    def check(self) -> None:
+        if self.budget and self.max_steps > 0:
+            raise ConfigError(f"max_steps: {self.max_steps} and --budget {self.budget!r} both set the length; drop one of them")
+        if self.max_steps == 0:
+            raise ConfigError("max_steps: 0 would train nothing; give a number of updates, or -1 for --num-train-epochs")
+        if self.min_length > self.max_length:
+            raise ConfigError(f"min_length: {self.min_length} is larger than max_length ({self.max_length}); use at most {self.max_length}")
+        if self.save_format == "adapter" and not self.only_train_beacon:
+            raise ConfigError("save_format: adapter would lose the trained backbone; use full")
+        if self.packing == "best-fit":
+            raise ConfigError("packing: best-fit joins documents that would see each other; use document or stream")
+
+    def limits(self) -> Budget:
+        if self.budget:
+            return Budget.parse(self.budget)
+        return Budget({"steps": self.max_steps} if self.max_steps > 0 else {"epochs": self.num_train_epochs})
+
+
+@config
+class ReadOptions(BeaconOptions):
+    """A trained model and how it reads."""
+
+    model: str = change(ModelOptions, "model", flags=("--model-name-or-path",), help="A run folder, or a folder with beacon weights.")
+    device: Literal["auto", "cpu", "cuda"] = change(EngineOptions, "device", help="Device to run on.")
+    seed: int = change(OutputOptions, "seed", default=42)
+
+
+@config
+class LmConfig(ReadOptions):
+    """Perplexity by context length."""
+
+    eval_data: list[str] = opt(help="Text: a data argument such as builtin:python-docs, of which the held-out part is read.", factory=list)
+    text_column: str = change(DataOptions, "text_column")
+    packing: Literal["document", "stream"] = opt("document", "One document at a time, or documents back to back.")
+    max_length: int = opt(32768, "Tokens of context at most.", ge=2)
+    min_length: int = opt(0, "Shortest document in tokens; shorter ones are left out.", ge=0)
+    stride: int = opt(2048, "Tokens that are newly scored per pass over a longer document; 0 makes one pass.", ge=0)
+    max_sample_num: int = opt(100, "Documents at most.", ge=1)
+    baseline: list[Literal["full", "truncate"]] = opt(
+        help="Also score the base model with full attention, or with only the tokens of the open window.", factory=list
+    )
+    output_dir: Path | None = opt(None, "Folder for result.json, items.jsonl, items.csv and figures/.", flags=("-o",))
+    overwrite: bool = opt(False, "Score again what output_dir already holds.")
+
+    def check(self) -> None:
+        if not self.eval_data:
+            raise ConfigError("eval_data: nothing to read; give for example --eval-data builtin:python-docs")
+        if self.stride > self.max_length:
+            raise ConfigError(
+                f"stride: {self.stride} is larger than max_length ({self.max_length}) and would skip tokens; use at most that"
+            )

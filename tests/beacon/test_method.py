@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from beacon.method import Beacon
+from beacon.options import TrainConfig
+from beacon.plan import build_plan
+from lm_core.config import build
+from lm_core.errors import ConfigError, InputError
+from lm_core.method import Batch, Method
+from lm_core.options import RunConfig
+from lm_core.run import run
+from lm_core.testing import Conformance
+
+
+class BeaconConformance(Conformance):
+    more: dict[str, Any] = {}
+
+    def configure(self, **options: Any) -> RunConfig:
+        values: dict[str, Any] = {
+            "model": "llama_tiny",
+            "tokenizer": "bytes",
+            "data": ["synthetic:markov"],
+            "packing": "stream",
+            "max_length": 41,
+            "beacon_window": 8,
+            "beacon_ratio": [2, 4],
+            "beacon_sink_size": 1,
+            "lr": 5e-3,
+            **self.more,
+            **options,
+        }
+        return build(TrainConfig, values)
+
+    def method(self, config: RunConfig) -> Method:
+        assert isinstance(config, TrainConfig)
+        return Beacon(config)
+
+
+@pytest.mark.slow
+class TestBeacon(BeaconConformance):
+    """Only beacons are trained, in one pass over all windows."""
+
+
+@pytest.mark.slow
+class TestWholeModel(BeaconConformance):
+    """The window-by-window engine, the backbone trained too, rows of unequal length."""
+
+    more = {
+        "beacon_engine": "loop",
+        "only_train_beacon": False,
+        "packing": "document",
+        "max_length": 60,
+        "beacon_stride": 4,
+        "eval_tokens": 256,
+    }
+
+
+def method(**options: Any) -> Beacon:
+    made = BeaconConformance().method(BeaconConformance().options(**options))
+    assert isinstance(made, Beacon)
+    made.build()
+    return made
+
+
+def batch(lengths: list[int], step: int = 0) -> Batch:
+    width = max(lengths)
+    rows = torch.arange(len(lengths) * width).view(len(lengths), width) % 250
+    mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+    labels = rows.masked_fill(mask == 0, -100)
+    return Batch({"input_ids": rows, "labels": labels, "attention_mask": mask}, index=torch.arange(len(lengths)), step=step)
+
+
+@pytest.mark.parametrize("options", [{}, {"beacon_stride": 4}, {"beacon_ratio": [0, 2]}, {"beacon_pos": "interleave"}])
+def test_targets_are_known_before_the_forward(options: dict[str, Any]) -> None:
+    made = method(**options)
+    for step in range(4):
+        rows = batch([41, 30, 9, 8], step)
+        expected = 0
+        for length in (41, 30, 9, 8):
+            ratios = [made.rule(step)(length)(i) for i in range(made.settings.compactions(length, training=True))]
+            expected += int(build_plan(length, made.settings, ratios, training=True).label_mask.sum())
+        assert made.targets(rows) == expected
+        (loss,) = made.losses(made.module, rows)
+        by_ratio = [value for name, value in loss.metrics.items() if name.startswith("loss_ratio/")]
+        if made.settings.pos == "append":
+            assert sum(int(value[1]) for value in by_ratio) == expected
+            assert sum(float(value[0]) for value in by_ratio) == pytest.approx(float(loss.total.detach()), rel=1e-5)
+    made.module.eval()
+    assert made.targets(batch([41, 30, 9, 8])) == 40 + 29 + 8 + 7
+
+
+def test_a_batch_without_targets_has_loss_0_and_no_gradient() -> None:
+    made = method()
+    (loss,) = made.losses(made.module, batch([8, 5]))
+    loss.total.backward()
+    assert float(loss.total.detach()) == 0
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in made.module.parameters())
+
+
+def test_training_leaves_the_base_bits_as_they_were(tmp_path: Path) -> None:
+    suite = BeaconConformance()
+    before = {name: tensor.clone() for name, tensor in method().model.state_dict().items()}
+    suite.run(tmp_path, budget="3 steps", eval_every="never")
+    after = load_file(tmp_path / "final" / "model.safetensors")
+    frozen = re.compile(r"layers\.1\.self_attn\.beacon_[qo]_proj")
+    for name, tensor in after.items():
+        same = "beacon_" not in name or frozen.search(name) is not None
+        assert torch.equal(tensor, before[name]) == same, name
+
+
+def test_both_forms_load_through_the_auto_classes(tmp_path: Path) -> None:
+    suite = BeaconConformance()
+    suite.run(tmp_path / "full", budget="2 steps", eval_every="never")
+    assert AutoConfig.from_pretrained(tmp_path / "full" / "final").model_type == "beacon_llama"
+    full = AutoModelForCausalLM.from_pretrained(tmp_path / "full" / "final").eval()
+    suite.run(tmp_path / "adapter", budget="2 steps", eval_every="never", model=str(tmp_path / "full"), tokenizer="bytes", beacon_ratio=[4])
+    continued = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter" / "final")
+    assert continued.beacon.ratio == [4]
+    assert continued.beacon.window == 8
+    rows = batch([30])["input_ids"]
+    assert not torch.equal(continued(rows).logits, full(rows).logits)
+
+
+def test_an_adapter_finds_its_base_and_refuses_another(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from beacon.sizes import PRESETS
+
+    for seed, name in ((0, "base"), (1, "other")):
+        torch.manual_seed(seed)
+        LlamaForCausalLM(
+            LlamaConfig(**{key: value for key, value in PRESETS["llama_tiny"].items() if key != "model_type"})
+        ).save_pretrained(tmp_path / name)
+    suite = BeaconConformance()
+    suite.run(tmp_path / "run", budget="2 steps", eval_every="never", model=str(tmp_path / "base"), save_format="adapter")
+    final = tmp_path / "run" / "final"
+    assert not (final / "model.safetensors").exists()
+    loaded = AutoModelForCausalLM.from_pretrained(final)
+    assert json.loads((final / "beacon_adapter.json").read_text())["base"] == str(tmp_path / "base")
+    given = AutoModelForCausalLM.from_pretrained(final, base_model=LlamaForCausalLM.from_pretrained(tmp_path / "base"))
+    rows = batch([30])["input_ids"]
+    assert torch.equal(loaded(rows).logits, given(rows).logits)
+    with pytest.raises(InputError, match="was trained on other weights"):
+        AutoModelForCausalLM.from_pretrained(final, base_model=LlamaForCausalLM.from_pretrained(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"beacon_window": 4, "beacon_stride": 8}, ConfigError, "stride: 8 is larger than the window"),
+        ({"beacon_window": 64}, InputError, "data: markov keeps none of its .* without a target behind a window of 64"),
+        ({"min_length": 99}, ConfigError, "min_length: 99 is larger than max_length"),
+        ({"save_format": "adapter", "only_train_beacon": False}, ConfigError, "save_format: adapter would lose"),
+        ({"model": "llama_tiny", "budget": "2 steps", "max_steps": 3}, ConfigError, "max_steps: 3 and --budget"),
+    ],
+)
+def test_mistakes_are_named_before_any_training(options: dict[str, Any], kind: type[Exception], message: str, tmp_path: Path) -> None:
+    with pytest.raises(kind, match=message):
+        BeaconConformance().run(tmp_path, **options)
+
+
+def real(folder: Path, **options: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "model": "smollm2-135m", "data": ["builtin:python-docs"], "beacon_window": 64, "beacon_ratio": [2, 4, 8], "max_length": 256,
+        "min_length": 256, "eval_every": "never", "tensorboard": False, "log_every": 1, "lr": 1e-3, "schedule": "constant",
+        "output_dir": folder, **options,
+    }  # fmt: skip
+    config = build(TrainConfig, values)
+    return run(config, Beacon(config))
+
+
+def training_losses(folder: Path) -> list[float]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record["train/loss"] for record in records if "train/loss" in record]
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_a_real_model_learns_resumes_and_is_read_back(tmp_path: Path) -> None:
+    real(tmp_path, max_steps=2, save_every="2")
+    real(tmp_path, max_steps=5, resume="auto", save_format="adapter", save_every="never")
+    losses = training_losses(tmp_path)
+    assert len(losses) == 5
+    assert min(losses[3:]) < losses[0]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    assert model.beacon.window == 64
+    assert model(torch.arange(150)[None]).logits.shape == (1, 150, model.config.vocab_size)

@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from beacon.config import BeaconConfig
+from beacon.plan import build_plan
+from lm_core.errors import ConfigError, InputError
+from lm_core.models import checkpoint_activations
+from tests.beacon.small import beacon_model, dense, ids, stock
+
+CLOSE = {"rtol": 1e-12, "atol": 1e-12}
+MODES: list[dict[str, Any]] = [
+    *({"attn": attn, "attend_prev": prev} for attn in ("step-expansion", "segmentation", "full-coverage") for prev in (True, False)),
+    {"pos": "interleave"},
+    {"pos": "interleave", "attend_prev": False},
+    {"pos": "interleave", "attend_prev": False, "attn": "segmentation"},
+]
+STRIDES = [(mode, stride) for mode in MODES for stride in ((8,) if "pos" in mode else (8, 4, 2))]
+each_mode = pytest.mark.parametrize(
+    ("mode", "stride"), STRIDES, ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value)
+)
+
+
+@each_mode
+@pytest.mark.parametrize("documents", [False, True])
+def test_engines_equal_one_dense_attention_over_the_plan(mode: dict[str, Any], stride: int, documents: bool) -> None:
+    model = beacon_model(stride=stride, ratio=[2, 1, 0], sink_size=1, **mode)
+    row, ratios = ids(1, 27), [2, 1, 2, 0, 2, 1, 2, 2, 2, 1, 2, 2]
+    doc = torch.tensor([[0] * 5 + [1] * 12 + [2] * 3 + [3] * 7]) if documents else None
+    for training in (False, True):
+        model.train(training)
+        plan = build_plan(27, model.beacon, ratios, None if doc is None else doc[0], training)
+        expected = dense(model, row[0], plan)
+        for engine in ("loop", "parallel"):
+            out = model(row, ratios=ratios, doc_ids=doc, engine=engine, labels=row)
+            torch.testing.assert_close(out.logits[0], expected, **CLOSE)
+            assert int(out.token_count) == int(plan.label_mask.sum())
+
+
+@each_mode
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_parallel_and_loop_engines_agree_in_every_gradient(mode: dict[str, Any], stride: int, checkpointing: bool) -> None:
+    model = beacon_model(stride=stride, ratio=[2, 1], sink_size=1, **mode).train()
+    if checkpointing:
+        checkpoint_activations(model)
+    model.requires_grad_(True)
+    rows = ids(2, 27)
+    mask = torch.ones_like(rows)
+    mask[1, 21:] = 0
+    found = []
+    for engine in ("loop", "parallel"):
+        model.zero_grad()
+        out = model(
+            rows, attention_mask=mask, labels=rows.masked_fill(mask == 0, -100), ratios=[2, 1, 2, 2, 1, 2, 1, 2, 2, 2, 1, 2], engine=engine
+        )
+        out.loss.backward()
+        found.append((out.loss, {name: parameter.grad for name, parameter in model.named_parameters()}))
+    torch.testing.assert_close(found[0][0], found[1][0], **CLOSE)
+    last = [name for name, gradient in found[0][1].items() if gradient is None or not gradient.any()]
+    assert last == [f"model.layers.2.self_attn.beacon_{letter}_proj.{kind}" for letter in "qo" for kind in ("weight", "bias")]
+    for name, gradient in found[0][1].items():
+        if gradient is not None:
+            torch.testing.assert_close(found[1][1][name], gradient, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# --- stock transformers as oracle ---
+
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+    {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+    {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 256}},
+    {
+        "rope_parameters": {
+            "rope_type": "llama3", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 64,
+            "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        }
+    },
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("base", KINDS, ids=lambda base: base.get("rope_parameters", {}).get("rope_type", "default"))
+@pytest.mark.parametrize(("pos", "sinks"), [("append", 0), ("append", 2), ("interleave", 1)])
+def test_a_text_shorter_than_the_window_is_read_as_by_the_stock_model(base: dict[str, Any], pos: str, sinks: int) -> None:
+    plain, rows = stock(torch.float32, **base), ids(2, 15)
+    expected = plain(rows).logits
+    model = beacon_model(torch.float32, base=base, window=16, stride=16, pos=pos, attend_prev=pos == "append", sink_size=sinks)
+    torch.testing.assert_close(model(rows).logits, expected, rtol=1e-5, atol=1e-5)
+    cache, steps = None, []
+    for t in range(15):
+        out = model(rows[:, t : t + 1], past_key_values=cache)
+        cache = out.past_key_values
+        steps.append(out.logits)
+    torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("stride", [8, 4, 2])
+def test_ratio_0_is_full_attention(stride: int) -> None:
+    rows = ids(2, 70)
+    model = beacon_model(torch.float32, stride=stride, ratio=[0])
+    for engine in ("loop", "parallel"):
+        torch.testing.assert_close(model(rows, engine=engine).logits, stock(torch.float32)(rows).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_fresh_beacon_over_a_whole_window_is_an_eos_token_behind_it() -> None:
+    w, n = 8, 15
+    rows, plain = ids(1, n), stock(torch.float32)
+    model = beacon_model(torch.float32, shaken=False, window=w, stride=w, ratio=[w], attend_prev=True)
+    # [window, eos, tail]; the tail sees the eos, not the window
+    inputs = torch.cat([rows[:, :w], torch.full((1, 1), 3), rows[:, w:]], dim=1)
+    seen = torch.ones(n + 1, n + 1).tril().bool()
+    seen[w + 1 :, :w] = False
+    mask = torch.zeros(1, 1, n + 1, n + 1).masked_fill(~seen, torch.finfo(torch.float32).min)
+    # in memory the beacon's key sits at 0 instead of w: the tail's positions are w + 1 .. n there and 1 .. in ours
+    expected = plain(inputs, attention_mask=mask, position_ids=torch.arange(n + 1)[None]).logits
+    ours = model(rows).logits
+    torch.testing.assert_close(ours[:, :w], expected[:, :w], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours[:, w:], expected[:, w + 1 :], rtol=1e-4, atol=1e-5)
+
+
+def test_disabled_beacons_leave_the_stock_model_bit_for_bit() -> None:
+    rows = ids(2, 40)
+    model = beacon_model(torch.float32)
+    with model.beacon_disabled():
+        assert torch.equal(model(rows).logits, stock(torch.float32)(rows).logits)
+    names = set(stock().state_dict())
+    assert {name for name in model.state_dict() if "beacon_" not in name} == names
+    for name, tensor in stock(torch.float32).state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor)
+
+
+# --- streaming, batches, documents ---
+
+
+@each_mode
+def test_any_splitting_into_calls_equals_one_shot(mode: dict[str, Any], stride: int) -> None:
+    model = beacon_model(stride=stride, ratio=[2, 1, 0], sink_size=1, inference_ratio_mix="sequence", **mode)
+    rows = ids(2, 37)
+    whole = model(rows)
+    for pieces in ((1,) * 37, (5, 9, 1, 22), (8, 8, 8, 8, 5)):
+        cache, at, logits = None, 0, []
+        for size in pieces:
+            out = model(rows[:, at : at + size], past_key_values=cache)
+            cache, at = out.past_key_values, at + size
+            logits.append(out.logits)
+        torch.testing.assert_close(torch.cat(logits, 1), whole.logits, **CLOSE)
+        assert cache.lengths() == whole.past_key_values.lengths()
+
+
+@each_mode
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("engine", ["loop", "parallel"])
+def test_ragged_rows_equal_single_ones(mode: dict[str, Any], stride: int, side: str, engine: str) -> None:
+    model = beacon_model(stride=stride, ratio=[2, 1], sink_size=1, inference_ratio_mix="sequence", **mode)
+    lengths, width = [30, 8, 3, 17], 30
+    texts = [ids(1, n, seed=n) for n in lengths]
+    rows, mask = torch.zeros(4, width, dtype=torch.long), torch.zeros(4, width, dtype=torch.long)
+    spans = [(width - n, width) if side == "left" else (0, n) for n in lengths]
+    for b, (first, last) in enumerate(spans):
+        rows[b, first:last], mask[b, first:last] = texts[b][0], 1
+    out = model(rows, attention_mask=mask, engine=engine)
+    more = ids(4, 11, seed=9)
+    after = model(more, past_key_values=out.past_key_values, engine=engine)
+    for b, (first, last) in enumerate(spans):
+        alone = model(texts[b])
+        torch.testing.assert_close(out.logits[b, first:last], alone.logits[0], **CLOSE)
+        torch.testing.assert_close(after.logits[b], model(more[b : b + 1], past_key_values=alone.past_key_values).logits[0], **CLOSE)
+
+
+def test_logits_to_keep_are_the_last_ones() -> None:
+    model = beacon_model()
+    rows = ids(2, 37)
+    for engine, kept in itertools.product(("loop", "parallel"), (1, 3, 12)):
+        torch.testing.assert_close(model(rows, engine=engine, logits_to_keep=kept).logits, model(rows).logits[:, -kept:], **CLOSE)
+
+
+@pytest.mark.parametrize("engine", ["loop", "parallel"])
+def test_documents_do_not_see_each_other(engine: str) -> None:
+    model = beacon_model(stride=4, ratio=[2, 4], sink_size=1).train()
+    row, doc = ids(1, 40), torch.tensor([[0] * 13 + [1] * 20 + [2] * 7])
+    ratios = [2, 4] * 5
+    changed = row.clone()
+    changed[0, 13:33] = (changed[0, 13:33] + 1) % 61
+    one, two = (model(x, doc_ids=doc, ratios=ratios, engine=engine).logits[0] for x in (row, changed))
+    assert torch.equal(one[:13], two[:13])
+    assert torch.equal(one[33:], two[33:])
+    assert not torch.equal(one[13:33], two[13:33])
+    same = model(row, doc_ids=torch.full_like(doc, 4), ratios=ratios, engine=engine).logits
+    assert torch.equal(same, model(row, ratios=ratios, engine=engine).logits)
+
+
+def test_the_loss_of_a_document_has_no_gradient_in_another() -> None:
+    model = beacon_model(sink_size=1).train()
+    row, doc = ids(1, 40), torch.tensor([[0] * 13 + [1] * 27])
+    held = []
+    model.model.embed_tokens.register_forward_hook(lambda module, inputs, out: held.append(out.requires_grad_()) or held[-1])
+    logits = model(row, doc_ids=doc, ratios=[2]).logits
+    (gradient,) = torch.autograd.grad(logits[0, 20:].sum(), held[0])
+    assert not gradient[0, :13].any()
+    assert gradient[0, 13:].any()
+
+
+def test_an_aligned_document_is_read_as_if_alone() -> None:
+    model = beacon_model(stride=4, ratio=[2, 4], sink_size=2).eval()
+    row, doc = ids(1, 40), torch.tensor([[0] * 12 + [1] * 28])
+    ratios = [2, 4, 2, 4, 2, 2, 4, 4, 2]
+    packed = model(row, doc_ids=doc, ratios=ratios, engine="loop").logits[:, 12:]
+    alone = model(row[:, 12:], ratios=ratios[3:], engine="loop").logits
+    torch.testing.assert_close(packed, alone, rtol=1e-10, atol=1e-10)
+
+
+def test_padding_inside_a_row_is_refused() -> None:
+    mask = torch.ones(1, 9, dtype=torch.long)
+    mask[0, 4] = 0
+    with pytest.raises(InputError, match="attention_mask: row 0 has padding between"):
+        beacon_model()(ids(1, 9), attention_mask=mask)
+
+
+def test_an_unknown_architecture_is_refused() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from beacon.attach import attach_beacon
+
+    with pytest.raises(ConfigError, match=r"model: the architecture gpt2 .*supported: llama"):
+        attach_beacon(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=20)), BeaconConfig())

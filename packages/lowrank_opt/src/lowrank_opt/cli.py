@@ -25,9 +25,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
     refuse_unused(config)
     config = resolved(config)
     from lm_core.run import run
-    from lowrank_opt.method import LowRank
+    from lowrank_opt.method import method_for
 
-    return run(config, LowRank(config))
+    result = run(config, method_for(config))
+    if config.classifies() and not config.dry_run:
+        from lowrank_opt.glue import summary
+
+        result["epochs"] = summary(config.run_folder(), config.task)
+    return result
 
 
 @cli.command()

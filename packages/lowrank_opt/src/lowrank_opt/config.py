@@ -21,7 +21,7 @@ OPTIMIZERS = Literal[
 ]
 LORA_FILE, GALORE_FILE = Path("config/lora_config.json"), Path("config/galore_config.json")
 # options that only some modes and optimizers use: an explicit one elsewhere is refused, never ignored
-ONLY_FOR_MODE = {"num_training_tokens": "pretraining"}
+ONLY_FOR_MODE = {"num_training_tokens": "pretraining", "task": "finetuning", "num_labels": "finetuning"}
 ONLY_FOR_SCHEDULE = {
     "cooldown": ("cosine", "linear", "constant", "exp", "inverse-sqrt"),
     "tmax": ("cosine_tmax",),
@@ -156,6 +156,10 @@ class TrainConfig(RunConfig):
     csv: Path = opt(Path("output.csv"), "Table of the training steps that are logged, in the run folder.")
     dry_run: bool = change(RunConfig, "dry_run", flags=("--estimate_only",))
     packing: Literal["document", "stream", "best-fit"] = change(DataOptions, "packing", default="document")
+    task: Literal["lm", "cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli"] = opt(
+        "lm", "Finetuning only: next token, or a GLUE task; its data are --data with sentence (or sentence1, sentence2) and label."
+    )
+    num_labels: int | None = opt(None, "Labels of the task; 1 predicts a number. Default: those of --task.", ge=1)
     lora_config: Path = opt(
         Path("config/lora_config.json"), "JSON file with the keys of section lora; the packaged defaults where it is absent."
     )
@@ -188,6 +192,10 @@ class TrainConfig(RunConfig):
             raise ConfigError(f"model: {self.model} has no trained weights; add --init random, or name a folder or hub id")
         if self.param_dtype == "bf16" and self.precision != "bf16":
             raise ConfigError(f"param_dtype: bf16 weights need bf16 arithmetic, not {self.precision}; add --precision bf16")
+        if self.model.startswith("roberta") and not self.classifies():
+            raise ConfigError(f"model: {self.model} predicts no next token; use --mode finetuning with a --task such as sst2")
+        if self.num_labels is not None and not self.classifies():
+            raise ConfigError(f"num_labels: {self.num_labels} labels belong to a --task such as sst2, not to next tokens; drop it")
         self.check_batch()
         self.check_clipping()
         if self.budget and self.max_steps is not None:
@@ -260,6 +268,10 @@ class TrainConfig(RunConfig):
             passes = after.samples / epoch_samples
         return self.lr * rise * cosine_tmax(passes, self.tmax, self.min_lr_ratio, repeat=self.tmax_unit == "step")
 
+    def classifies(self) -> bool:
+        """Whether a text has one label instead of one per token."""
+        return self.mode == "finetuning" and self.task != "lm"
+
     def random_init(self) -> bool:
         """Whether the weights start random."""
         if self.init == "auto":
@@ -286,6 +298,8 @@ def resolved(config: TrainConfig) -> TrainConfig:
     """`config` as it runs: the smoke test in float32, and the total batch as a number of micro-batches."""
     if config.test:
         config = again(config, precision="fp32", param_dtype="auto", wandb="off")
+    if config.classifies() and "eval_every" not in explicit(config):
+        config = again(config, eval_every="epoch")
     if config.total_batch_size is not None:
         config = again(config, accumulate=config.total_batch_size // (config.micro_batch_size * processes(config)))
     return config
@@ -334,7 +348,7 @@ def refuse_unused(config: TrainConfig) -> None:
     for path in sorted(chosen):
         flag = flag_of(path)
         if (mode := ONLY_FOR_MODE.get(path)) and config.mode != mode:
-            raise ConfigError(f"{path}: only {mode} uses {flag}, not --mode {config.mode}; use --budget or --num-epochs")
+            raise ConfigError(f"{path}: only {mode} uses {flag}, not --mode {config.mode}; drop it")
         if (users := used_by(config, path)) and config.optimizer not in users:
             raise ConfigError(f"{path}: {flag} belongs to {', '.join(users)}, not to --optimizer {config.optimizer}; drop it")
         if (shapes := ONLY_FOR_SCHEDULE.get(path)) and config.schedule not in shapes:

@@ -12,7 +12,7 @@ from lm_core.models import hf_model
 from lowrank_opt.choose import low_rank_settings
 from lowrank_opt.config import OPTIMIZERS, TrainConfig, again, moment_bits
 from lowrank_opt.memory import Memory, estimate_memory
-from lowrank_opt.method import LowRank
+from lowrank_opt.method import method_for
 
 ROWS = {
     "weights": "weights",
@@ -36,7 +36,7 @@ def side_by_side(config: TrainConfig) -> dict[str, Memory]:
 def one(config: TrainConfig) -> Memory:
     """Bytes by part of the run that `config` describes."""
     with torch.device("meta"):
-        model = hf_model(LowRank(config).build())
+        model = hf_model(method_for(config).build())
     galore, settings = config.galore, low_rank_settings(config)
     memory = estimate_memory(
         model,
@@ -82,5 +82,5 @@ def run(config: TrainConfig) -> dict[str, Any]:
         from lm_core.run import run as train
 
         dry = again(config, dry_run=True)
-        result["dry_run"] = train(dry, LowRank(dry))
+        result["dry_run"] = train(dry, method_for(dry))
     return result

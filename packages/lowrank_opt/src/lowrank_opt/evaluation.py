@@ -21,16 +21,14 @@ def run(config: EvalConfig) -> dict[str, Any]:
     scores = evaluate(engine, method, data.valid, micro_batch=config.micro_batch_size, tokens=int(config.eval_tokens))
     found: dict[str, Any] = {"checkpoint": str(checkpoint), "step": saved.progress(checkpoint)["steps"], "sources": {}}
     for source, score in scores.items():
-        more = "".join(f"  {name} {value:.4f}" for name, value in score.metrics.items())
-        print(
-            f"{source}  loss {score.loss:.4f} ± {score.standard_error:.4f}  perplexity {score.perplexity:.4g}  tokens {score.tokens:,}{more}"
-        )
+        numbers = dict(score.metrics) if options.classifies() else {"perplexity": score.perplexity, **score.metrics}
+        more = "".join(f"  {name} {value:.4f}" for name, value in numbers.items())
+        print(f"{source}  loss {score.loss:.4f} ± {score.standard_error:.4f}{more}  tokens {score.tokens:,}")
         found["sources"][source] = {
             "loss": score.loss,
             "standard_error": score.standard_error,
-            "perplexity": score.perplexity,
             "tokens": score.tokens,
             "targets": score.targets,
-            **score.metrics,
+            **numbers,
         }
     return found

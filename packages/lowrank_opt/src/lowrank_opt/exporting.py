@@ -12,7 +12,8 @@ from lm_core.errors import ConfigError
 from lm_core.export import export
 from lowrank_opt import saved
 from lowrank_opt.commands import ExportConfig
-from lowrank_opt.method import LowRank
+from lowrank_opt.config import again
+from lowrank_opt.method import LowRank, method_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,18 +21,19 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Exported(LowRank):
-    """The method of a run, whose final model is merged and cast as an export asks."""
+def exported(method: LowRank, merge: bool, dtype: torch.dtype | None) -> LowRank:
+    """`method`, whose final model is merged and cast as an export asks."""
+    plain = method.final_model
 
-    merge = False
-    dtype: torch.dtype | None = None
-
-    def final_model(self, model: nn.Module) -> PreTrainedModel:
-        chosen = merged(model) if self.merge else super().final_model(model)
-        if self.dtype is None or self.dtype == chosen.dtype:
+    def final_model(model: nn.Module) -> PreTrainedModel:
+        chosen = merged(model) if merge else plain(model)
+        if dtype is None or dtype == chosen.dtype:
             return chosen
         copied: nn.Module = copy.deepcopy(chosen)
-        return cast("PreTrainedModel", copied.to(self.dtype))
+        return cast("PreTrainedModel", copied.to(dtype))
+
+    method.final_model = final_model  # type: ignore[method-assign]
+    return method
 
 
 def merged(model: nn.Module) -> PreTrainedModel:
@@ -52,8 +54,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
         raise ConfigError(f"merge: the run trained {options.optimizer}, which has no adapters; drop --merge")
     if config.dtype != "auto" and adapters and not config.merge and options.mode == "finetuning":
         raise ConfigError(f"dtype: adapters are written as they were trained, not in {config.dtype}; add --merge")
-    method = Exported(options)
-    method.merge, method.dtype = config.merge, DTYPES.get(config.dtype)
+    method = exported(method_for(again(options, per_layer=False)), config.merge, DTYPES.get(config.dtype))
     engine, _ = saved.load(checkpoint, options, method)
     steps = saved.progress(checkpoint)["steps"]
     card = f"# {config.out.name}\n\n`{options.model}` trained with {options.optimizer}, step {steps}.\n"

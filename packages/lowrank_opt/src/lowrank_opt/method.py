@@ -27,11 +27,20 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from peft import PeftModel
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_core.sinks import Sink
 
 log = logging.getLogger("lowrank_opt")
+
+
+def method_for(config: TrainConfig) -> LowRank:
+    """The method that `config` means: next tokens, or one label per text."""
+    if not config.classifies():
+        return LowRank(config)
+    from lowrank_opt.glue import Classifier
+
+    return Classifier(config)
 
 
 class LowRank(Method):
@@ -45,14 +54,25 @@ class LowRank(Method):
     module: nn.Module
     built: BaseOptimizer
     said = ""
+    words: PreTrainedTokenizerBase | None = None
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.words is None:
+            self.words = super().tokenizer()
+        return self.words
 
     def build(self) -> nn.Module:
         config = self.config
-        dtype = torch.bfloat16 if config.weights_dtype() == "bf16" else torch.float32
-        model = load_model(
-            config.model, presets=PRESETS, init="random" if config.random_init() else "pretrained", seed=config.seed, dtype=dtype
-        )
+        model = self.load(torch.bfloat16 if config.weights_dtype() == "bf16" else torch.float32)
         limit = getattr(model.config, "max_position_embeddings", None)
+        if model.config.model_type == "roberta" and limit is not None:
+            # positions are counted from the padding id on
+            limit -= 2
+        if self.words is not None and len(self.words) > model.config.get_text_config().vocab_size:
+            raise ConfigError(
+                f"tokenizer: it has {len(self.words)} entries, and {config.model} has {model.config.get_text_config().vocab_size}; "
+                "leave --tokenizer out for the model's own, or use bytes or a smaller bpe:N"
+            )
         if limit is not None and config.max_length > limit:
             raise ConfigError(f"max_length: {config.max_length} is beyond the {limit} positions of {config.model}; use at most {limit}")
         wrapped: PeftModel | None = None
@@ -60,7 +80,7 @@ class LowRank(Method):
             wrapped = lora(model, **adapter_config(config, model.config.model_type))
             if self.trains_base():
                 train_base_modules(model)
-        module = CausalLoss(model if wrapped is None else wrapped, loss=fused_loss)
+        module = self.wrap(model if wrapped is None else wrapped)
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         self.embeddings = frozenset(names[id(part.weight)] for part in module.modules() if isinstance(part, nn.Embedding))
         if config.optimizer in LOW_RANK:
@@ -69,6 +89,17 @@ class LowRank(Method):
             checkpoint_activations(module)
         self.module = module
         return module
+
+    def load(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The model before adapters and losses."""
+        config = self.config
+        return load_model(
+            config.model, presets=PRESETS, init="random" if config.random_init() else "pretrained", seed=config.seed, dtype=dtype
+        )
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The module to train around the model, with its adapters if any."""
+        return CausalLoss(model, loss=fused_loss)
 
     def trains_base(self) -> bool:
         """Whether embeddings, norms and head are trained beside the adapters."""
@@ -182,4 +213,6 @@ def adapter_config(config: TrainConfig, model_type: str) -> dict[str, Any]:
         "fan_in_fan_out": model_type == "gpt2",
         "init_lora_weights": known.get(options.init_lora_weights, options.init_lora_weights),
         "target_modules": targets[0] if targets == ["all-linear"] else targets,
+        # peft then trains and saves the head as well
+        **({"task_type": "SEQ_CLS" if options.train_base_modules == "auto" else None} if config.classifies() else {}),
     }

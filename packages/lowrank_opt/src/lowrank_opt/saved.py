@@ -48,9 +48,9 @@ def load(checkpoint: Path, config: TrainConfig, method: LowRank | None = None) -
     """The trained model of a checkpoint inside an engine, without its optimizer state."""
     from lm_core import dist
     from lm_core.engine.replicated import Replicated
-    from lowrank_opt.method import LowRank
+    from lowrank_opt.method import method_for
 
-    method = method or LowRank(again(config, per_layer=False))
+    method = method or method_for(again(config, per_layer=False))
     engine = Replicated(method.config, method, method.build(), dist.init(config.device))
     engine.load_weights(checkpoint)
     return engine, method

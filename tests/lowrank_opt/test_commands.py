@@ -17,6 +17,7 @@ from lm_core.config import build
 from lm_core.errors import ConfigError, InputError
 from lm_core.models import load_model, using_peft
 from lowrank_opt import estimation
+from lowrank_opt.bench import Figure
 from lowrank_opt.cli import cli
 from lowrank_opt.config import TrainConfig
 from lowrank_opt.method import LowRank
@@ -169,3 +170,14 @@ def test_folders_that_are_no_run_are_refused(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "optimizer.safetensors")
     with pytest.raises(InputError, match="holds no complete checkpoint"):
         command("export", "--checkpoint", tmp_path, "--out", tmp_path / "out")
+
+
+def test_bench_prints_figures_with_targets_and_refuses_unknown_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    found = printed(capsys, "bench", "--only", "C7", "C8", "C10")
+    assert {figure["name"] for figure in found["figures"]} == {"C7", "C8", "C10"}
+    assert all(figure["pass"] == (figure["value"] <= figure["target"]) for figure in found["figures"])
+    # sizes and arithmetic, which no load of the machine changes
+    assert all(figure["pass"] for figure in found["figures"]), found["figures"]
+    assert not Figure("x", "", 1.0, 2.0, least=True).passed
+    with pytest.raises(ConfigError, match="C99 is no measurement"):
+        command("bench", "--only", "C99")

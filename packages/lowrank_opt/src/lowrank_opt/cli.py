@@ -9,7 +9,7 @@ import click
 
 from lm_core.cli import command_group, configured
 from lm_core.cli import main as run_cli
-from lowrank_opt.commands import CompareConfig, EvalConfig, ExportConfig, InspectConfig, PresetsConfig
+from lowrank_opt.commands import BenchConfig, CompareConfig, EvalConfig, ExportConfig, InspectConfig, PresetsConfig
 from lowrank_opt.config import TrainConfig, refuse_unused, resolved
 
 cli = command_group("Train language models in little memory: LoRA, GaLore and full-rank baselines.")
@@ -96,6 +96,15 @@ def compare(config: CompareConfig, runs: tuple[Path, ...]) -> dict[str, Any]:
     from lowrank_opt import comparison
 
     return comparison.run(runs, config)
+
+
+@cli.command()
+@configured(BenchConfig)
+def bench(config: BenchConfig) -> dict[str, Any]:
+    """Measure speed, memory and exactness of the optimizers on the CPU, each figure beside its target."""
+    from lowrank_opt import bench as measurements
+
+    return measurements.run(config)
 
 
 def main() -> None:

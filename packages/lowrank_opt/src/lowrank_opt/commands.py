@@ -45,5 +45,14 @@ class CompareConfig:
 
 
 @config
+class BenchConfig:
+    """Speed and memory beside their targets."""
+
+    only: list[str] = opt(help="Measurements to make, for example C1 C4; default: all.", factory=list)
+    threads: int = opt(1, "Threads of the tensor operations.", ge=1)
+    repeats: int = opt(20, "Timed repetitions of short steps.", ge=3)
+
+
+@config
 class PresetsConfig:
     """Model sizes and shipped presets."""

@@ -1,0 +1,299 @@
+"""`lowrank-opt bench`: what the optimizers cost and how exact they are, each figure beside its target.
+
+Both sides of a ratio run in one process in turns, and times are those of the processor over all threads, so that
+other work on the machine disturbs them little.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lm_core import record
+from lm_core.engine.state import optimizer_tensors, write_json, write_tensors
+from lm_core.errors import ConfigError
+from lowrank_opt import AdamW, AdamW8bit, GaLoreAdamW, GaLoreAdamW8bit
+from lowrank_opt.commands import BenchConfig
+from lowrank_opt.projector import basis, gaussian, project
+
+REFRESHED = {(1024, 2736): 256, (2048, 5461): 512}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured number and its bound: an upper one unless `least`."""
+
+    name: str
+    what: str
+    value: float
+    target: float
+    least: bool = False
+
+    @property
+    def passed(self) -> bool:
+        return self.value >= self.target if self.least else self.value <= self.target
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "what": self.what, "value": self.value, "target": self.target, "pass": self.passed}
+
+
+def ratio(one: Callable[[], Any], other: Callable[[], Any], repeats: int, warm: int = 3) -> float:
+    """Median processor time of `one` over that of `other`, called in turns."""
+    times: tuple[list[float], list[float]] = [], []
+    for round_ in range(warm + repeats):
+        for function, found in zip((one, other), times):
+            began = time.process_time()
+            function()
+            if round_ >= warm:
+                found.append(time.process_time() - began)
+    return median(times[0]) / median(times[1])
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def stepper(make: Callable[[Any], torch.optim.Optimizer], shape: tuple[int, int]) -> Callable[[], Any]:
+    """A step of an optimizer over one matrix, whose gradient stays."""
+    weight = nn.Parameter(numbers(*shape))
+    weight.grad = numbers(*shape, seed=1)
+    optimizer = make(weight)
+    optimizer.step()
+    return optimizer.step
+
+
+def spectral(shape: tuple[int, int], power: float, seed: int = 0) -> Tensor:
+    """A matrix with singular values k^-power."""
+    rows, columns = shape
+    small = min(rows, columns)
+    left, right = (torch.linalg.qr(numbers(size, small, seed=seed + n)).Q for n, size in enumerate((rows, columns)))
+    values: Tensor = torch.arange(1, small + 1) ** -power
+    return (left * values) @ right.t()
+
+
+def optional(module: str) -> Any:
+    """A library that serves as a yardstick only, or None."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        return None
+
+
+def adam_8bit(config: BenchConfig) -> Iterator[Figure]:
+    shape = (2048, 2048)
+    ours = stepper(lambda weight: AdamW8bit([weight]), shape)
+    if (library := optional("bitsandbytes")) is not None:
+        theirs = stepper(lambda weight: library.optim.AdamW8bit([weight], weight_decay=0.0), shape)
+        yield Figure("C1", "AdamW8bit step 2048x2048 over that of bitsandbytes", ratio(ours, theirs, config.repeats), 0.15)
+    fused = stepper(lambda weight: torch.optim.AdamW([weight], fused=True), shape)
+    yield Figure("C2", "AdamW8bit step 2048x2048 over that of torch's fused AdamW", ratio(ours, fused, config.repeats), 3.0)
+
+
+def galore_step(config: BenchConfig) -> Iterator[Figure]:
+    shape, rank = (2048, 2048), 512
+    ours = stepper(lambda weight: GaLoreAdamW([weight], rank=rank, update_proj_gap=10**9), shape)
+    weight, gradient, projector = numbers(*shape), numbers(*shape, seed=1), numbers(rank, shape[1], seed=2)
+
+    def products() -> None:
+        low = projector @ gradient.t()
+        weight.addmm_(low.t(), projector, alpha=-1e-9)
+
+    yield Figure("C3", "GaLoreAdamW step 2048x2048 r 512 over its two products", ratio(ours, products, config.repeats), 1.25)
+
+
+def refreshes(config: BenchConfig) -> Iterator[Figure]:
+    for shape, rank in REFRESHED.items():
+        gradient = spectral(shape, 0.5)
+        for method in ("gram", "rsvd"):
+
+            def ours(method: str = method, gradient: Tensor = gradient, rank: int = rank) -> Any:
+                return basis(gradient, "left", rank, method, draw=gaussian(0, 0, 0))
+
+            def exact(gradient: Tensor = gradient) -> Any:
+                return torch.linalg.svd(gradient, full_matrices=False)
+
+            what = f"refresh by {method}, {shape[0]}x{shape[1]} r {rank}, over a full SVD"
+            yield Figure("C4", what, ratio(ours, exact, repeats=3, warm=1), 0.13)
+
+
+def energies(config: BenchConfig) -> Iterator[Figure]:
+    shape, rank = (1024, 2736), 256
+    for power, least in ((0.5, 0.985), (1.0, 0.999)):
+        gradient = spectral(shape, power)
+        best = float((torch.arange(1, rank + 1, dtype=torch.float64) ** (-2 * power)).sum())
+        for method, bound in (("rsvd", least), ("gram", 0.9999)):
+            rows = basis(gradient, "left", rank, method, draw=gaussian(0, 0, 0))[0].double()
+            caught = float(project(gradient.double(), (rows,), "left").square().sum())
+            yield Figure("C5", f"energy caught by {method} over the most, spectrum k^-{power:g}", caught / best, bound, least=True)
+
+
+def steadiness(config: BenchConfig) -> Iterator[Figure]:
+    gap = 48
+    weights = [nn.Parameter(numbers(512, 1376, seed=n)) for n in range(24)]
+    for n, weight in enumerate(weights):
+        weight.grad = numbers(512, 1376, seed=100 + n)
+    optimizer = GaLoreAdamW(weights, rank=128, update_proj_gap=gap)
+    optimizer.step()
+    times = []
+    for _ in range(2, 3 * gap + 1):
+        began = time.process_time()
+        optimizer.step()
+        times.append(time.process_time() - began)
+    what = "longest step over the median one, 24 matrices 512x1376 r 128, gap 48, staggered"
+    yield Figure("C6", what, max(times) / median(times), 3.0)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that is made while it is on."""
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in self.known:
+                self.elements = max(self.elements, leaf.untyped_storage().nbytes() // leaf.element_size())
+        return result
+
+
+def allocations(config: BenchConfig) -> Iterator[Figure]:
+    shape = (1024, 2736)
+    for dtype in (torch.float32, torch.bfloat16):
+        for kind in (GaLoreAdamW, GaLoreAdamW8bit, AdamW8bit):
+            weight = nn.Parameter(numbers(*shape).to(dtype))
+            weight.grad = numbers(*shape, seed=1).to(dtype)
+            optimizer = kind([weight]) if kind is AdamW8bit else kind([weight], rank=256)
+            optimizer.step()
+            state = [value for value in optimizer.state[weight].values() if isinstance(value, Tensor)]
+            with Largest([weight, weight.grad, *state]) as seen:
+                optimizer.step()
+            what = f"largest new tensor in a step of {kind.__name__}, {str(dtype)[6:]}, over the matrix"
+            yield Figure("C7", what, seen.elements / weight.numel(), 1.0 - 1e-9)
+
+
+def file_sizes(config: BenchConfig) -> Iterator[Figure]:
+    named = {f"layers.{n}.weight": nn.Parameter(numbers(512, 1376, seed=n)) for n in range(8)}
+    for weight in named.values():
+        weight.grad = numbers(512, 1376)
+    optimizer = GaLoreAdamW8bit([{"params": list(named.values()), "param_names": list(named), "rank": 128}])
+    optimizer.step()
+    with tempfile.TemporaryDirectory() as folder:
+        tensors, info = optimizer_tensors(optimizer, named)
+        write_tensors(Path(folder) / "optimizer.safetensors", tensors)
+        write_json(Path(folder) / "optimizer.json", info)
+        size = sum(path.stat().st_size for path in Path(folder).iterdir())
+    yield Figure("C8", "saved optimizer over its state in memory, galore8bit", size / optimizer.state_bytes(), 1.02)
+
+
+def drift(config: BenchConfig) -> Iterator[Figure]:
+    """How far 8-bit moments lead from float32 ones."""
+    shape = (1024, 512)
+    start = numbers(*shape, seed=3) * 0.02
+    directions = torch.linalg.qr(numbers(shape[1], shape[1])).Q.t()
+    for power in (0.5, 1.0, 1.5):
+        values = torch.arange(1, shape[1] + 1) ** -power
+        gradients = [(numbers(*shape, seed=10 + n) * values) @ directions for n in range(50)]
+        exact, coarse = (trained(lambda w, k=kind: k([w], lr=1e-2, rank=128), start, gradients) for kind in (GaLoreAdamW, GaLoreAdamW8bit))  # type: ignore[misc]
+        value = float((coarse - exact).norm() / (exact - start).norm())
+        yield Figure("C9", f"8-bit from float32 GaLore after 50 steps, spectrum k^-{power:g}", value, 0.03)
+    scales = torch.exp(2 * numbers(64, 1024))
+    start = numbers(64, 1024, seed=1)
+    gradients = [scales * numbers(64, 1024, seed=10 + n) for n in range(100)]
+    exact, coarse = (trained(lambda w, k=kind: k([w], lr=1e-3), start, gradients) for kind in (AdamW, AdamW8bit))  # type: ignore[misc]
+    value = float((coarse - exact).abs().mean() / (exact - start).abs().mean())
+    yield Figure("C10", "8-bit from float32 AdamW after 100 steps over many scales", value, 0.30)
+
+
+def trained(make: Callable[[Any], torch.optim.Optimizer], start: Tensor, gradients: Sequence[Tensor]) -> Tensor:
+    weight = nn.Parameter(start.clone())
+    optimizer = make(weight)
+    for gradient in gradients:
+        weight.grad = gradient
+        optimizer.step()
+    return weight.detach()
+
+
+def beside_galore_torch(config: BenchConfig) -> Iterator[Figure]:
+    """Whole gaps of ours and theirs, refreshes included: the same matrices, rank and gap."""
+    library = optional("galore_torch")
+    if library is None:
+        return
+    gap, shapes, rank = 50, ((576, 576), (576, 1536), (1536, 576)), 128
+
+    def gap_of(make: Callable[[list[Any]], torch.optim.Optimizer]) -> Callable[[], None]:
+        weights = [nn.Parameter(numbers(*shape, seed=n)) for n, shape in enumerate(shapes)]
+        for n, weight in enumerate(weights):
+            weight.grad = numbers(*weight.shape, seed=100 + n)
+        optimizer = make(weights)
+
+        def steps() -> None:
+            for _ in range(gap):
+                optimizer.step()
+
+        return steps
+
+    ours = gap_of(lambda weights: GaLoreAdamW(weights, rank=rank, update_proj_gap=gap))
+    group = {"rank": rank, "update_proj_gap": gap, "scale": 0.25, "proj_type": "std"}
+    theirs = gap_of(lambda weights: library.GaLoreAdamW([{"params": weights, **group}], no_deprecation_warning=True))
+    what = f"galore-torch over GaLoreAdamW, {gap} steps with one refresh each, 3 matrices of smollm2-135m, r {rank}"
+    yield Figure("galore-torch", what, 1 / ratio(ours, theirs, repeats=3, warm=1), 3.0, least=True)
+
+
+MEASUREMENTS: dict[str, Callable[[BenchConfig], Iterator[Figure]]] = {
+    "C1": adam_8bit,
+    "C2": adam_8bit,
+    "C3": galore_step,
+    "C4": refreshes,
+    "C5": energies,
+    "C6": steadiness,
+    "C7": allocations,
+    "C8": file_sizes,
+    "C9": drift,
+    "C10": drift,
+    "galore-torch": beside_galore_torch,
+}
+
+
+def run(config: BenchConfig) -> dict[str, Any]:
+    """Print each figure with its target as it is measured."""
+    if unknown := [name for name in config.only if name not in MEASUREMENTS]:
+        raise ConfigError(f"only: {unknown[0]} is no measurement; choose from {', '.join(MEASUREMENTS)}")
+    wanted = config.only or list(MEASUREMENTS)
+    torch.set_num_threads(config.threads)
+    load = os.getloadavg()[0]
+    here = record.describe(config)
+    conditions = {
+        "processor": here["platform"]["processor"],
+        "threads": config.threads,
+        "commit": (here["git"] or {}).get("commit"),
+        "torch": torch.__version__,
+    }
+    print("; ".join(f"{name} {value}" for name, value in conditions.items()))
+    found: list[Figure] = []
+    for measurement in dict.fromkeys(MEASUREMENTS[name] for name in wanted):
+        for figure in measurement(config):
+            if figure.name in wanted:
+                found.append(figure)
+                sign = ">=" if figure.least else "<="
+                mark = "pass" if figure.passed else "FAIL"
+                print(f"{mark}  {figure.name:12} {figure.value:8.4f} {sign} {figure.target:<7g} {figure.what}", flush=True)
+    absent = [name for name in wanted if name not in {figure.name for figure in found}]
+    if absent:
+        print(f"not measured, since the library to compare with is not installed: {', '.join(absent)}")
+    conditions["load"] = [load, os.getloadavg()[0]]
+    return {"conditions": conditions, "figures": [figure.as_dict() for figure in found], "not_measured": absent}

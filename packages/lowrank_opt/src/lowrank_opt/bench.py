@@ -79,8 +79,8 @@ def spectral(shape: tuple[int, int], power: float, seed: int = 0) -> Tensor:
     rows, columns = shape
     small = min(rows, columns)
     left, right = (torch.linalg.qr(numbers(size, small, seed=seed + n)).Q for n, size in enumerate((rows, columns)))
-    values: Tensor = torch.arange(1, small + 1) ** -power
-    return (left * values) @ right.t()
+    matrix: Tensor = (left * torch.arange(1, small + 1) ** -power) @ right.t()
+    return matrix
 
 
 def optional(module: str) -> Any:

@@ -56,6 +56,44 @@ inline void zero_others(const Sequences& sequences, int64_t sequence, int64_t he
       for (void* result : results) zero_row(result, type, (token * sequences.heads + head) * size, size);
 }
 
+// The tokens of one head of one sequence that count, and where it lies.
+template <int N>
+struct HeadTokens {
+  std::vector<int64_t> tokens;
+  int64_t head, heads, count, states;
+
+  HeadTokens(const Sequences& sequences, int64_t sequence, int64_t head)
+      : tokens(counted(sequences, sequence)),
+        head(head),
+        heads(sequences.heads),
+        count(int64_t(tokens.size())),
+        states((sequence * heads + head) * N * N) {}
+  int64_t place(int64_t i) const { return (tokens[size_t(i)] * heads + head) * N; }
+};
+
+// States kept from `chunk` on, which nobody needs but somebody might read.
+inline void zero_states(float* kept, const Sequences& sequences, int64_t sequence, int64_t head, int64_t chunk, int64_t size) {
+  const int64_t last = sequences.end(sequence) / chunk_tokens + sequence;
+  for (; chunk <= last; ++chunk) zero_row(kept, Float::float32, (chunk * sequences.heads + head) * size * size, size * size);
+}
+
+inline void copy_or_zero(float* to, const float* from, int64_t count) {
+  if (from)
+    memcpy(to, from, sizeof(float) * size_t(count));
+  else
+    memset(to, 0, sizeof(float) * size_t(count));
+}
+
+// Logits become decays less one, and, where they are wanted, their derivatives.
+template <class Decay>
+inline void replace_by_decays(float* logits, float* slopes, int64_t size) {
+  each_vector(size, [&](int64_t i) {
+    const Decay decay(load(logits + i));
+    store(logits + i, decay.less_one);
+    if (slopes) store(slopes + i, decay.slope);
+  });
+}
+
 // Values whose state is updated together: 4 (with 32 registers) or 2 vectors, so that all that a token adds up stays in registers.
 constexpr int update_vectors = KERNELS_VECTOR_BYTES == 64 ? 4 : 2;
 

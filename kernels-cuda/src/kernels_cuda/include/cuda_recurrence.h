@@ -1,5 +1,7 @@
 // What the kernels of recurrences share: one block for each head of each sequence. N head size.
 #pragma once
+#include <type_traits>
+
 #include "cuda_portable.h"
 #include "recurrence.h"
 
@@ -58,6 +60,42 @@ __device__ __forceinline__ void each_in_tile(const Head<N>& at, const Sequences&
     else
       skip(i);
   }
+}
+
+// This thread's part of a row of the state with this number.
+template <int N>
+__device__ __forceinline__ void put_row(float* states, const Head<N>& at, int64_t number, const Layout<N>& layout, const float* row) {
+  float* to = states + at.state(number) + layout.line * N;
+#pragma unroll
+  for (int i = 0; i < Layout<N>::share; ++i) to[layout.place(i)] = row[i];
+}
+
+// That of the sequence's state; zero without states.
+template <int N>
+__device__ __forceinline__ void get_row(const float* states, const Head<N>& at, const Layout<N>& layout, float* row) {
+  const float* from = states + at.state(at.sequence) + layout.line * N;
+#pragma unroll
+  for (int i = 0; i < Layout<N>::share; ++i) row[i] = states ? from[layout.place(i)] : 0.0f;
+}
+
+// Calls run(T{}, integral constant N).
+template <class Inputs, class Run>
+void with_kind(const Inputs& in, Run run) {
+  const auto with_size = [&](auto type) {
+    if (in.size == 32) run(type, std::integral_constant<int, 32>{});
+    if (in.size == 64) run(type, std::integral_constant<int, 64>{});
+    if (in.size == 128) run(type, std::integral_constant<int, 128>{});
+  };
+  if (in.sequences.count * in.sequences.heads == 0) return;
+  if (in.type == Float::float32)
+    with_size(float{});
+  else
+    with_size(bfloat16{});
+}
+
+template <class Inputs>
+dim3 blocks(const Inputs& in) {
+  return dim3(unsigned(in.sequences.count * in.sequences.heads));
 }
 
 }  // namespace kernels

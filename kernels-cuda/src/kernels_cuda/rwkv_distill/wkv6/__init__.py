@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels_cuda import check, choice
+from kernels_cuda.rwkv_distill.recurrence import step
 from kernels_cuda.rwkv_distill.sequences import check_inputs, check_no_gradient, check_sequences, check_state
 from kernels_cuda.rwkv_distill.wkv6 import binding, reference
 
@@ -101,4 +102,4 @@ def wkv6_step(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tens
     check_no_gradient({**inputs, "state": state}, "wkv6")
     if r.dtype == torch.float64 or not choice.library(binding.OP, r.device.type):
         return reference.wkv6_step(r, k, v, w, u, state)
-    return binding.step(r, k, v, w, u, state)
+    return step("wkv6", (r, k, v, w, u), state)

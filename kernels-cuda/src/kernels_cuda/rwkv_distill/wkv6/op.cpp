@@ -1,4 +1,4 @@
-#include "../../include/registration.h"
+#include "../../include/recurrence_registration.h"
 #include "op.h"
 
 #if !defined(KERNELS_CUDA_BUILD_CUDA) && !defined(KERNELS_CUDA_BUILD_EMULATED)
@@ -6,18 +6,6 @@
 #include "../../include/cpu_levels.h"
 
 namespace kernels {
-namespace {
-
-// The function for one head of one sequence, of the size at hand, by all threads.
-template <class Function, class... Arguments>
-void each_head(const Wkv6& in, Function of_32, Function of_64, Function of_128, Arguments... arguments) {
-  const Function function = in.size == 32 ? of_32 : in.size == 64 ? of_64 : of_128;
-  torch::stable::parallel_for(0, in.sequences.count * in.sequences.heads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) function(in, i / in.sequences.heads, i % in.sequences.heads, arguments...);
-  });
-}
-
-}  // namespace
 
 void wkv6_forward(const Wkv6& in, const float* initial, void* y, float* final, float* kept, void*) {
   each_head(in, LEVEL_CALL(forward_head<32>), LEVEL_CALL(forward_head<64>), LEVEL_CALL(forward_head<128>), initial, y, final, kept);
@@ -41,19 +29,8 @@ using Optional = std::optional<Tensor>;
 
 Wkv6 inputs(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u, const Optional& mask,
             const Optional& starts) {
-  Sequences sequences{};
-  // [B, H, N] is one token of each sequence, [B, T, H, N] are T
-  const bool one = r.dim() == 3;
-  sequences.length = one ? 1 : r.size(1);
-  sequences.heads = r.size(one ? 1 : 2);
-  sequences.tokens = r.size(0) * sequences.length;
-  sequences.count = starts ? starts->numel() - 1 : r.size(0);
-  sequences.starts = pointer_to<int32_t>(starts);
-  sequences.mask = pointer_to<bool>(mask);
-  return {sequences, float_type(r), r.size(one ? 2 : 3), r.data_ptr(), k.data_ptr(), v.data_ptr(), w.data_ptr(), u.data_ptr()};
+  return {sequences_of(r, mask, starts), float_type(r), r.size(r.dim() - 1), r.data_ptr(), k.data_ptr(), v.data_ptr(), w.data_ptr(), u.data_ptr()};
 }
-
-float* pointer_or_null(const Tensor& tensor) { return tensor.numel() ? pointer_to<float>(tensor) : nullptr; }
 
 void forward_op(const Tensor r, const Tensor k, const Tensor v, const Tensor w, const Tensor u, const Optional initial, const Optional mask,
                 const Optional starts, Tensor y, Tensor final, Tensor kept) {

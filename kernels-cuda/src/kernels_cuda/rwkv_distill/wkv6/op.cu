@@ -1,6 +1,5 @@
 // The recurrence in float32, token by token: one block for each head of each sequence. N head size.
 #include <cmath>
-#include <type_traits>
 
 #include "../../include/cuda_recurrence.h"
 #include "op.h"
@@ -33,13 +32,8 @@ __global__ void __launch_bounds__(Layout<N>::threads, 1) forward_kernel(Wkv6 in,
   const Head<N> at(in.sequences);
 
   float state[share];
-  const auto put_state = [&](float* states, int64_t number) {
-    float* row = states + at.state(number) + layout.line * N;
-#pragma unroll
-    for (int i = 0; i < share; ++i) row[layout.place(i)] = state[i];
-  };
-#pragma unroll
-  for (int i = 0; i < share; ++i) state[i] = initial ? initial[at.state(at.sequence) + layout.line * N + layout.place(i)] : 0.0f;
+  const auto put_state = [&](float* states, int64_t number) { put_row(states, at, number, layout, state); };
+  get_row(initial, at, layout, state);
 
   int64_t chunk = in.sequences.first_chunk(at.sequence);
   for (int64_t first = at.begin; first < at.end; first += tile_tokens) {
@@ -207,28 +201,8 @@ __global__ void __launch_bounds__(Layout<N>::threads)
     }
   }
   if (layout.part == 0) out.u[(at.sequence * at.heads + at.head) * N + layout.line] = du;
-  if (out.initial) {
-#pragma unroll
-    for (int i = 0; i < share; ++i) out.initial[at.state(at.sequence) + layout.line * N + layout.place(i)] = drow[i];
-  }
+  if (out.initial) put_row(out.initial, at, at.sequence, layout, drow);
 }
-
-// Calls run(T{}, integral constant N).
-template <class Run>
-void with_kind(const Wkv6& in, Run run) {
-  const auto with_size = [&](auto type) {
-    if (in.size == 32) run(type, std::integral_constant<int, 32>{});
-    if (in.size == 64) run(type, std::integral_constant<int, 64>{});
-    if (in.size == 128) run(type, std::integral_constant<int, 128>{});
-  };
-  if (in.sequences.count * in.sequences.heads == 0) return;
-  if (in.type == Float::float32)
-    with_size(float{});
-  else
-    with_size(bfloat16{});
-}
-
-dim3 blocks(const Wkv6& in) { return dim3(unsigned(in.sequences.count * in.sequences.heads)); }
 
 }  // namespace
 

@@ -64,9 +64,8 @@ void forward_head(const Wkv6& in, int64_t sequence, int64_t head, const float* i
   const auto memory = std::make_unique<Scratch>();
   Scratch& at = *memory;
   const Sequences& sequences = in.sequences;
-  const std::vector<int64_t> tokens = counted(sequences, sequence);
-  const int64_t count = int64_t(tokens.size()), states = (sequence * sequences.heads + head) * N * N;
-  const auto place = [&](int64_t i) { return (tokens[size_t(i)] * sequences.heads + head) * N; };
+  const HeadTokens<N> tokens(sequences, sequence, head);
+  const int64_t count = tokens.count, states = tokens.states;
 
   widen_row(at.u, in.u, in.type, head * N, N);
   if (initial)
@@ -78,12 +77,12 @@ void forward_head(const Wkv6& in, int64_t sequence, int64_t head, const float* i
     const int size = int(std::min<int64_t>(chunk_tokens, count - first));
     if (kept) at.state.get(kept + (chunk * sequences.heads + head) * N * N);
     for (int t = 0; t < size; ++t) {
-      const int64_t offset = place(first + t);
+      const int64_t offset = tokens.place(first + t);
       widen_row(at.r[t], in.r, in.type, offset, N);
       widen_row(at.k[t], in.k, in.type, offset, N);
       widen_row(at.v[t], in.v, in.type, offset, N);
       widen_row(at.decay[t], in.w, in.type, offset, N);
-      each_vector(N, [&](int64_t i) { store(at.decay[t] + i, Decay(load(at.decay[t] + i)).less_one); });
+      replace_by_decays<Decay>(at.decay[t], nullptr, N);
       at.bonus[t] = bonus_of<N>(at.u, at.k[t], at.r[t]);
     }
     for (int part = 0; part < N / width; ++part) {
@@ -91,14 +90,11 @@ void forward_head(const Wkv6& in, int64_t sequence, int64_t head, const float* i
       for (int t = 0; t < size; ++t)
         update<N, width>(at.state.parts_of[part][0], at.r[t], at.decay[t], at.k[t], at.v[t] + from, at.bonus[t], at.y[t] + from);
     }
-    for (int t = 0; t < size; ++t) narrow_row(y, at.y[t], in.type, place(first + t), N);
+    for (int t = 0; t < size; ++t) narrow_row(y, at.y[t], in.type, tokens.place(first + t), N);
   }
   if (final) at.state.get(final + states);
   zero_others(sequences, sequence, head, N, in.type, {y});
-  if (kept) {
-    const int64_t last = sequences.end(sequence) / chunk_tokens + sequence;
-    for (; chunk <= last; ++chunk) zero_row(kept, Float::float32, (chunk * sequences.heads + head) * N * N, N * N);
-  }
+  if (kept) zero_states(kept, sequences, sequence, head, chunk, N);
 }
 
 template <int N>
@@ -181,38 +177,30 @@ void backward_head(const Wkv6& in, int64_t sequence, int64_t head, const float* 
   const auto memory = std::make_unique<Scratch>();
   Scratch& at = *memory;
   const Sequences& sequences = in.sequences;
-  const std::vector<int64_t> tokens = counted(sequences, sequence);
-  const int64_t count = int64_t(tokens.size()), states = (sequence * sequences.heads + head) * N * N;
-  const auto place = [&](int64_t i) { return (tokens[size_t(i)] * sequences.heads + head) * N; };
+  const HeadTokens<N> tokens(sequences, sequence, head);
+  const int64_t count = tokens.count, states = tokens.states;
 
   widen_row(at.u, in.u, in.type, head * N, N);
   memset(at.du, 0, sizeof at.du);
-  if (dfinal)
-    memcpy(at.dstate, dfinal + states, sizeof at.dstate);
-  else
-    memset(at.dstate, 0, sizeof at.dstate);
+  copy_or_zero(at.dstate[0], dfinal ? dfinal + states : nullptr, N * N);
   const int64_t chunks = (count + chunk_tokens - 1) / chunk_tokens;
   for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
     const int64_t first = chunk * chunk_tokens;
     const int size = int(std::min<int64_t>(chunk_tokens, count - first));
     for (int t = 0; t < size; ++t) {
-      const int64_t offset = place(first + t);
+      const int64_t offset = tokens.place(first + t);
       widen_row(at.r[t], in.r, in.type, offset, N);
       widen_row(at.k[t], in.k, in.type, offset, N);
       widen_row(at.v[t], in.v, in.type, offset, N);
       widen_row(at.decay[t], in.w, in.type, offset, N);
       widen_row(at.dy[t], dy, in.type, offset, N);
-      each_vector(N, [&](int64_t i) {
-        const Decay decay(load(at.decay[t] + i));
-        store(at.decay[t] + i, decay.less_one);
-        store(at.slope[t] + i, decay.slope);
-      });
+      replace_by_decays<Decay>(at.decay[t], at.slope[t], N);
     }
     for (auto* sums_over_values : {&at.dr, &at.dd, &at.dk}) memset(*sums_over_values, 0, sizeof at.dr);
     const float* state = kept + ((sequences.first_chunk(sequence) + chunk) * sequences.heads + head) * N * N;
     for (int value = 0; value < N; value += backward_rows<N>) backward_of_rows<N>(at, state, value, size);
     for (int t = size - 1; t >= 0; --t) {
-      const int64_t offset = place(first + t);
+      const int64_t offset = tokens.place(first + t);
       floats total = splat(0);
       each_vector(N, [&](int64_t i) { total += load(at.v[t] + i) * load(at.dy[t] + i); });
       const float dbonus = float(sum(total)), bonus = bonus_of<N>(at.u, at.k[t], at.r[t]);
@@ -246,7 +234,7 @@ void step_head(const Wkv6& in, int64_t sequence, int64_t head, float* states, vo
   widen_row(v, in.v, in.type, offset, N);
   widen_row(decay, in.w, in.type, offset, N);
   widen_row(u, in.u, in.type, head * N, N);
-  each_vector(N, [&](int64_t i) { store(decay + i, Decay(load(decay + i)).less_one); });
+  replace_by_decays<Decay>(decay, nullptr, N);
   const float bonus = bonus_of<N>(u, k, r);
   for (int value = 0; value < N; value += rows) {
     float* state = states + (offset + value) * N;

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels_cuda import check, choice
+from kernels_cuda.rwkv_distill.recurrence import step
 from kernels_cuda.rwkv_distill.sequences import check_inputs, check_no_gradient, check_sequences, check_state
 from kernels_cuda.rwkv_distill.wkv7 import binding, reference
 
@@ -104,4 +105,4 @@ def wkv7_step(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, 
     check_no_gradient({**inputs, "state": state}, "wkv7")
     if r.dtype == torch.float64 or not choice.library(binding.OP, r.device.type):
         return reference.wkv7_step(r, w, k, v, a, b, state)
-    return binding.step(r, w, k, v, a, b, state)
+    return step("wkv7", (r, w, k, v, a, b), state)

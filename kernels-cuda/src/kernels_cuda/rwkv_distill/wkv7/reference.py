@@ -6,10 +6,11 @@ B batch, T time, H heads, N head size.
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from kernels_cuda.rwkv_distill.recurrence import over_sequences
 
 
 def wkv7(
@@ -26,21 +27,14 @@ def wkv7(
     output_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """See the public function of the same name; states are float32 or wider."""
-    inputs = r, w, k, v, a, b
-    if cu_seqlens is None:
-        y, state = _recurrence(*inputs, state=initial_state, mask=mask)
-        return y, state if output_final_state else None
-    starts = cu_seqlens.tolist()
-    parts = [
-        _recurrence(
-            *(value[:, start:end] for value in inputs),
-            state=None if initial_state is None else initial_state[index : index + 1],
-            mask=None if mask is None else mask[:, start:end],
-        )
-        for index, (start, end) in enumerate(pairwise(starts))
-    ]
-    state = torch.cat([state for _, state in parts])
-    return torch.cat([y for y, _ in parts], 1), state if output_final_state else None
+    return over_sequences(
+        _recurrence,
+        (r, w, k, v, a, b),
+        initial_state=initial_state,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        output_final_state=output_final_state,
+    )
 
 
 def _recurrence(

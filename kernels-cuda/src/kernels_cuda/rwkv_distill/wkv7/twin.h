@@ -65,16 +65,15 @@ void forward_head(const Wkv7& in, int64_t sequence, int64_t head, const float* i
   const auto memory = std::make_unique<Scratch>();
   Scratch& at = *memory;
   const Sequences& sequences = in.sequences;
-  const std::vector<int64_t> tokens = counted(sequences, sequence);
-  const int64_t count = int64_t(tokens.size()), states = (sequence * sequences.heads + head) * N * N;
-  const auto place = [&](int64_t i) { return (tokens[size_t(i)] * sequences.heads + head) * N; };
+  const HeadTokens<N> tokens(sequences, sequence, head);
+  const int64_t count = tokens.count, states = tokens.states;
 
   memset(at.state.parts_of, 0, sizeof at.state.parts_of);
   memset(at.removed, 0, sizeof at.removed);
   if (initial) {
     at.state.set(initial + states);
     if (count) {
-      widen_row(at.next_a[0], in.a, in.type, place(0), N);
+      widen_row(at.next_a[0], in.a, in.type, tokens.place(0), N);
       for (int value = 0; value < N; ++value) {
         floats total = splat(0);
         each_vector(N, [&](int64_t i) { total += load(initial + states + value * N + i) * load(at.next_a[0] + i); });
@@ -87,34 +86,33 @@ void forward_head(const Wkv7& in, int64_t sequence, int64_t head, const float* i
     const int size = int(std::min<int64_t>(chunk_tokens, count - first));
     if (kept) at.state.get(kept + (chunk * sequences.heads + head) * N * N);
     for (int t = 0; t < size; ++t) {
-      const int64_t offset = place(first + t);
+      const int64_t offset = tokens.place(first + t);
       widen_row(at.r[t], in.r, in.type, offset, N);
       widen_row(at.decay[t], in.w, in.type, offset, N);
       widen_row(at.k[t], in.k, in.type, offset, N);
       widen_row(at.v[t], in.v, in.type, offset, N);
       widen_row(at.b[t], in.b, in.type, offset, N);
-      each_vector(N, [&](int64_t i) { store(at.decay[t] + i, Decay(load(at.decay[t] + i)).less_one); });
+      replace_by_decays<Decay>(at.decay[t], nullptr, N);
       if (first + t + 1 < count)
-        widen_row(at.next_a[t], in.a, in.type, place(first + t + 1), N);
+        widen_row(at.next_a[t], in.a, in.type, tokens.place(first + t + 1), N);
       else
         memset(at.next_a[t], 0, sizeof at.next_a[t]);
     }
     for (int part = 0; part < N / width; ++part) {
       const int from = part * width;
       for (int t = 0; t < size; ++t) {
-        if (kept_removed) memcpy(kept_removed + place(first + t) + from, at.removed + from, sizeof(float) * width);
+        if (kept_removed) memcpy(kept_removed + tokens.place(first + t) + from, at.removed + from, sizeof(float) * width);
         update<N, width>(at.state.parts_of[part][0], at.r[t], at.decay[t], at.k[t], at.b[t], at.next_a[t], at.v[t] + from,
                          at.removed + from, at.y[t] + from);
       }
     }
-    for (int t = 0; t < size; ++t) narrow_row(y, at.y[t], in.type, place(first + t), N);
+    for (int t = 0; t < size; ++t) narrow_row(y, at.y[t], in.type, tokens.place(first + t), N);
   }
   if (final) at.state.get(final + states);
   zero_others(sequences, sequence, head, N, in.type, {y});
   if (kept) {
     zero_others(sequences, sequence, head, N, Float::float32, {kept_removed});
-    const int64_t last = sequences.end(sequence) / chunk_tokens + sequence;
-    for (; chunk <= last; ++chunk) zero_row(kept, Float::float32, (chunk * sequences.heads + head) * N * N, N * N);
+    zero_states(kept, sequences, sequence, head, chunk, N);
   }
 }
 
@@ -217,20 +215,16 @@ void backward_head(const Wkv7& in, int64_t sequence, int64_t head, const float* 
   const auto memory = std::make_unique<Scratch>();
   Scratch& at = *memory;
   const Sequences& sequences = in.sequences;
-  const std::vector<int64_t> tokens = counted(sequences, sequence);
-  const int64_t count = int64_t(tokens.size()), states = (sequence * sequences.heads + head) * N * N;
-  const auto place = [&](int64_t i) { return (tokens[size_t(i)] * sequences.heads + head) * N; };
+  const HeadTokens<N> tokens(sequences, sequence, head);
+  const int64_t count = tokens.count, states = tokens.states;
 
-  if (dfinal)
-    memcpy(at.dstate, dfinal + states, sizeof at.dstate);
-  else
-    memset(at.dstate, 0, sizeof at.dstate);
+  copy_or_zero(at.dstate[0], dfinal ? dfinal + states : nullptr, N * N);
   const int64_t chunks = (count + chunk_tokens - 1) / chunk_tokens;
   for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
     const int64_t first = chunk * chunk_tokens;
     const int size = int(std::min<int64_t>(chunk_tokens, count - first));
     for (int t = 0; t < size; ++t) {
-      const int64_t offset = place(first + t);
+      const int64_t offset = tokens.place(first + t);
       widen_row(at.r[t], in.r, in.type, offset, N);
       widen_row(at.decay[t], in.w, in.type, offset, N);
       widen_row(at.k[t], in.k, in.type, offset, N);
@@ -239,17 +233,13 @@ void backward_head(const Wkv7& in, int64_t sequence, int64_t head, const float* 
       widen_row(at.b[t], in.b, in.type, offset, N);
       widen_row(at.dy[t], dy, in.type, offset, N);
       memcpy(at.removed[t], removed + offset, sizeof at.removed[t]);
-      each_vector(N, [&](int64_t i) {
-        const Decay decay(load(at.decay[t] + i));
-        store(at.decay[t] + i, decay.less_one);
-        store(at.slope[t] + i, decay.slope);
-      });
+      replace_by_decays<Decay>(at.decay[t], at.slope[t], N);
     }
     for (auto* sums_over_values : {&at.dr, &at.dd, &at.dk, &at.da, &at.db}) memset(*sums_over_values, 0, sizeof at.dr);
     const float* state = kept + ((sequences.first_chunk(sequence) + chunk) * sequences.heads + head) * N * N;
     for (int value = 0; value < N; value += backward_rows<N>) backward_of_rows<N>(at, state, value, size);
     for (int t = 0; t < size; ++t) {
-      const int64_t offset = place(first + t);
+      const int64_t offset = tokens.place(first + t);
       each_vector(N, [&](int64_t i) { store(at.dd[t] + i, load(at.dd[t] + i) * load(at.slope[t] + i)); });
       narrow_row(out.r, at.dr[t], in.type, offset, N);
       narrow_row(out.w, at.dd[t], in.type, offset, N);
@@ -275,7 +265,7 @@ void step_head(const Wkv7& in, int64_t sequence, int64_t head, float* states, vo
   widen_row(v, in.v, in.type, offset, N);
   widen_row(a, in.a, in.type, offset, N);
   widen_row(b, in.b, in.type, offset, N);
-  each_vector(N, [&](int64_t i) { store(decay + i, Decay(load(decay + i)).less_one); });
+  replace_by_decays<Decay>(decay, nullptr, N);
   for (int value = 0; value < N; value += rows) {
     float* state = states + (offset + value) * N;
     floats x[rows][count], totals[rows];

@@ -101,6 +101,9 @@ def test_the_rate_stays_at_the_floor_after_tmax_epochs_but_oscillates_in_steps()
         ({"galore": {"proj_type": "up"}}, "galore.proj_type"),
         ({"optimizer": "galor"}, "optimizer"),
         ({"budgett": "3 steps"}, "budgett"),
+        ({"galore": {"rank": 4.5}}, "galore.rank: 4.5 is neither"),
+        ({"budget": "1000 tokens"}, r"budget: 1,000 tokens are less than one update of 8,192 \(16 samples"),
+        ({"num_training_tokens": 100, "num_epochs": 2}, "num_training_tokens: 200 tokens"),
         ({"total_batch_size": 24}, "total_batch_size: 24 is no multiple of 16.*use 32"),
         ({"total_batch_size": 32, "accumulate": 4}, "total_batch_size: 32 means --accumulate 2"),
         ({"schedule": "cosine_restarts"}, "restart_every"),
@@ -153,6 +156,13 @@ def test_a_total_batch_is_a_number_of_micro_batches(monkeypatch: pytest.MonkeyPa
     assert resolved(make(total_batch_size=64)).accumulate == 4
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert resolved(make(total_batch_size=64)).accumulate == 2
+
+
+def test_more_epochs_than_tmax_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    resolved(make(mode="finetuning", num_epochs=30))
+    assert not caplog.records
+    resolved(make(mode="finetuning", num_epochs=40, min_lr_ratio=0.1))
+    assert "tmax: 40 epochs are longer than --tmax 30" in caplog.text
 
 
 def test_state_bits_make_any_optimizer_an_8_bit_one_and_back() -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lm_core.config import build, to_dict
+from lm_core.errors import ConfigError
 from lm_core.method import Method
 from lm_core.options import RunConfig
 from lm_core.run import run
@@ -93,6 +94,14 @@ def test_galore_projects_the_body_and_leaves_embeddings_head_and_norms_dense() -
     groups = {bool(group["rank"]): group["names"] for group in engine.optimizer.param_groups}
     assert len(groups[True]) == 14
     assert all("proj" in name for name in groups[True])
+
+
+def test_adapter_targets_that_the_model_lacks_are_named_with_those_it_has() -> None:
+    suite = LowRankConformance()
+    suite.optimizer = "lora"
+    config = suite.options(lora={"target_modules_by_model": {"llama_test": ["q_proj", "query"]}})
+    with pytest.raises(ConfigError, match="is called query; choose from q_proj, k_proj, v_proj, o_proj, gate_proj"):
+        suite.method(config).build()
 
 
 @pytest.mark.parametrize("bias", ["none", "all"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from lm_core.options import DataOptions, EngineOptions, ModelOptions, OptimOptio
 from lm_core.progress import Budget, Progress, Size
 from lm_core.schedule import cosine, fraction_of_run
 from lowrank_opt.models import PRESETS
+
+log = logging.getLogger("lowrank_opt")
 
 OPTIMIZERS = Literal[
     "lora", "galore", "galore8bit", "lora+galore", "lora+galore8bit", "baseline", "adamw8bit", "apollo", "apollo-mini", "fira", "muon"
@@ -196,10 +199,24 @@ class TrainConfig(RunConfig):
             raise ConfigError(f"model: {self.model} predicts no next token; use --mode finetuning with a --task such as sst2")
         if self.num_labels is not None and not self.classifies():
             raise ConfigError(f"num_labels: {self.num_labels} labels belong to a --task such as sst2, not to next tokens; drop it")
+        if self.galore.rank >= 1 and not self.galore.rank.is_integer():
+            raise ConfigError(f"galore.rank: {self.galore.rank:g} is neither a whole number nor a fraction below 1; use one of them")
+        self.check_length()
         self.check_batch()
         self.check_clipping()
         if self.budget and self.max_steps is not None:
             raise ConfigError(f"max_steps: {self.max_steps} and --budget {self.budget!r} both set the length; drop one of them")
+
+    def check_length(self) -> None:
+        """Refuse a budget of tokens that is less than one update."""
+        tokens = self.limits().limits.get("tokens")
+        one = self.max_length * max(self.micro_batch_size * processes(self) * self.accumulate, self.total_batch_size or 0)
+        if tokens is not None and tokens < one and not self.test:
+            option = "budget" if self.budget else "num_training_tokens"
+            raise ConfigError(
+                f"{option}: {tokens:,.0f} tokens are less than one update of {one:,} ({one // self.max_length} samples of "
+                f"--max-length {self.max_length}); train longer, or lower --batch-size"
+            )
 
     def check_batch(self) -> None:
         """Refuse a total batch that whole micro-batches cannot make up, and one that --accumulate contradicts."""
@@ -298,6 +315,12 @@ def resolved(config: TrainConfig) -> TrainConfig:
     """`config` as it runs: the smoke test in float32, and the total batch as a number of micro-batches."""
     if config.test:
         config = again(config, precision="fp32", param_dtype="auto", wandb="off")
+    by_epochs = not config.budget and config.max_steps is None
+    if by_epochs and config.schedule == "cosine_tmax" and config.tmax_unit == "epoch" and config.num_epochs > config.tmax:
+        log.warning(
+            "tmax: %d epochs are longer than --tmax %d; the learning rate stays at its end, --min-lr-ratio %g of the peak, for the rest",
+            config.num_epochs, config.tmax, config.min_lr_ratio,
+        )  # fmt: skip
     if config.classifies() and "eval_every" not in explicit(config):
         config = again(config, eval_every="epoch")
     if config.total_batch_size is not None:

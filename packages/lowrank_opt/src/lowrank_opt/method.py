@@ -77,7 +77,9 @@ class LowRank(Method):
             raise ConfigError(f"max_length: {config.max_length} is beyond the {limit} positions of {config.model}; use at most {limit}")
         wrapped: PeftModel | None = None
         if config.optimizer.startswith("lora"):
-            wrapped = lora(model, **adapter_config(config, model.config.model_type))
+            chosen = adapter_config(config, model.config.model_type)
+            check_adapter_targets(model, chosen["target_modules"])
+            wrapped = lora(model, **chosen)
             if self.trains_base():
                 train_base_modules(model)
         module = self.wrap(model if wrapped is None else wrapped)
@@ -193,6 +195,20 @@ def fused_loss(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor
         with torch.autocast(kind, enabled=False):
             return linear_cross_entropy(hidden_ND.float(), weight_VD.float(), labels_N)
     return linear_cross_entropy(hidden_ND, weight_VD, labels_N)
+
+
+def check_adapter_targets(model: nn.Module, targets: list[str] | str) -> None:
+    """Refuse names that no linear layer of the model ends in. A string is a regular expression, which peft itself checks."""
+    if isinstance(targets, str):
+        return
+    linear = [name for name, part in model.named_modules() if isinstance(part, nn.Linear) or type(part).__name__ == "Conv1D"]
+    for target in targets:
+        if not any(name == target or name.endswith("." + target) for name in linear):
+            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+            raise ConfigError(
+                f"lora.target_modules: no linear layer of this model is called {target}; choose from {known}, or all-linear, "
+                "in lora.target_modules_by_model"
+            )
 
 
 def adapter_config(config: TrainConfig, model_type: str) -> dict[str, Any]:

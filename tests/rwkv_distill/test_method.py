@@ -17,6 +17,9 @@ from lm_core.run import run
 from lm_core.testing import Conformance
 from rwkv_distill.align import Align
 from rwkv_distill.config import TrainConfig
+from rwkv_distill.distill import Distill
+from rwkv_distill.generate import generate
+from rwkv_distill.student import load_student
 
 TINY: dict[str, Any] = {
     "model": "tiny", "tokenizer": "bytes", "data": ["synthetic:markov"], "max_length": 48, "accumulate": 1, "warmup": 2,
@@ -86,3 +89,19 @@ def test_stage_1_brings_a_real_student_nearer_to_its_teacher(tmp_path: Path) -> 
     assert result["progress"]["steps"] == 4
     assert held_out[-1] < 0.97 * held_out[0]
     assert torch.isfinite(torch.tensor(held_out)).all()
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_stage_2_brings_a_real_students_words_nearer_to_its_teachers(tmp_path: Path) -> None:
+    values = {
+        "model": "smollm2-135m", "data": ["builtin:python-docs"], "max_length": 64, "accumulate": 2, "warmup": 1, "budget": "4 steps",
+        "eval_every": "1.0", "eval_tokens": 256, "log_every": 1, "tensorboard": False, "device": "cpu", "stage": 2, "output_dir": tmp_path,
+    }  # fmt: skip
+    config = build(TrainConfig, values)
+    run(config, Distill(config))
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    held_out = [record["eval/python-docs/kl"] for record in records if "eval/python-docs/kl" in record]
+    assert held_out[-1] < 0.9 * held_out[0]
+    student = load_student(tmp_path / "final").eval()
+    assert generate(student, torch.tensor([[1, 2, 3]]), max_new_tokens=4).shape == (1, 4)

@@ -26,6 +26,7 @@ from rwkv_distill.losses import Align as Kind
 from rwkv_distill.losses import misfit
 from rwkv_distill.rules import mixer_rules
 from rwkv_distill.student import StudentModel
+from rwkv_distill.weights import load_into
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -161,7 +162,7 @@ class Align(Method):
     """Stage 1. Only mixers are trained; the head is never evaluated."""
 
     config: TrainConfig
-    resumable = frozenset({"max_trained_tokens", "max_epochs", "lr_final", "layer_local"})
+    resumable = frozenset({"max_trained_tokens", "max_epochs", "lr_final", "layer_local", "ckpt_file"})
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
@@ -180,7 +181,9 @@ class Align(Method):
         if not student.mixers():
             raise ConfigError("layers: no layer is replaced, so there is nothing to train; name at least one layer")
         layers = AlignedLayers(student, attentions, recompute=config.gradient_checkpointing and not self.local())
-        if config.calibrate and torch.get_default_device().type != "meta":
+        if config.ckpt_file is not None and torch.get_default_device().type != "meta":
+            load_into(student, config.ckpt_file, fresh_mixers=config.chose_init())
+        elif config.calibrate and torch.get_default_device().type != "meta":
             self.calibrate(layers)
         return layers
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import click
+import yaml
+
 from lm_core.cli import command_group, configured
 from lm_core.cli import main as run_cli
+from rwkv_distill.command_config import EvalConfig, ExportConfig, GenerateConfig
 from rwkv_distill.config import TrainConfig, settle
 
 cli = command_group("Distil Transformers into RWKV students that generate with constant memory.")
@@ -20,9 +24,54 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     config = settle(config)
     from lm_core.run import run
-    from rwkv_distill.align import Align
 
-    return run(config, Align(config))
+    if config.stage == 1:
+        from rwkv_distill.align import Align
+
+        return run(config, Align(config))
+    from rwkv_distill.distill import Distill
+
+    return run(config, Distill(config))
+
+
+@cli.command("eval")
+@configured(EvalConfig)
+def evaluate(config: EvalConfig) -> dict[str, Any]:
+    """Compare a student with its teacher.
+
+    Example: rwkv-distill eval --model s2/final --teacher smollm2-135m --data builtin:python-docs -m 256
+    """
+    from rwkv_distill import evaluate as evaluation
+
+    report = evaluation.evaluate(config)
+    click.echo(yaml.safe_dump(report, sort_keys=False), nl=False)
+    return report
+
+
+@cli.command()
+@configured(GenerateConfig)
+def generate(config: GenerateConfig) -> dict[str, Any]:
+    """Continue a prompt.
+
+    Example: rwkv-distill generate --model s2/final --prompt "A list is"
+    """
+    from rwkv_distill.continue_text import continue_text
+
+    return continue_text(config)
+
+
+@cli.command()
+@configured(ExportConfig)
+def export(config: ExportConfig) -> dict[str, Any]:
+    """Write a student as a folder for transformers.
+
+    Example: rwkv-distill export --ckpt s2 -o student-bf16
+    """
+    from rwkv_distill import export as exporting
+
+    result = exporting.export(config)
+    click.echo(f"{result['output_dir']}: {result['bytes']:,} bytes")
+    return result
 
 
 def main() -> None:

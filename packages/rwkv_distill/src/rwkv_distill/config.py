@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 from lm_core.config import Count, change, config, explicit, opt, section
@@ -27,6 +28,10 @@ MODELS = {
 }
 BATCHING = {"pad": "document", "concat": "stream", "pack": "best-fit"}
 WARMUP_FLOOR = 0.01
+ONLY_IN_STAGE_1 = {"align_loss", "layer_local"}
+ONLY_IN_STAGE_2 = {
+    "full_params", "freeze_mlp", "kl_weight", "ce_weight", "temperature", "kl_direction", "kl_chunk", "dropout",
+}  # fmt: skip
 
 
 @config
@@ -46,10 +51,25 @@ class TrainConfig(RunConfig):
     )
     need_to_pad: bool = opt(False, "Same as --batching concat.", flags=("-N",))
 
-    stage: Literal[1] = opt(1, "What is trained: 1 aligns each layer's output with the teacher's attention.", flags=("-s",))
+    stage: Literal[1, 2] = opt(
+        1, "1 aligns each layer's output with the teacher's attention; 2 distils the teacher's next-token distribution.", flags=("-s",)
+    )
+    ckpt_file: Path | None = opt(
+        None, "Weights to start from: a .bin or .safetensors file, a checkpoint, a final/ folder or a run folder.", flags=("-k",)
+    )
+    full_params: bool = opt(False, "Train embedding, final norm and head, too (stage 2).", flags=("-F",))
+    freeze_mlp: bool = opt(False, "Leave the MLPs as they are (stage 2).", flags=("-z",))
     align_loss: Literal["l2", "mse", "relative"] = opt("l2", "Distance between a mixer's output and the teacher's attention (stage 1).")
     layer_local: bool = opt(True, "Free every layer's activations before the next layer runs (stage 1; memory does not grow with depth).")
-    calibrate: bool = opt(True, "Scale the copied output projections so that stage 1 starts at the least squared error.")
+    calibrate: bool = opt(True, "Scale the output projections so that stage 1 starts at the least squared error; not with -k.")
+    kl_weight: float = opt(1.0, "Weight of the divergence from the teacher (stage 2).", ge=0)
+    ce_weight: float = opt(0.0, "Weight of the cross entropy of the text (stage 2).", ge=0)
+    temperature: float = opt(1.0, "Divides the logits of both sides before they are compared (stage 2).", gt=0)
+    kl_direction: Literal["forward", "reverse", "adaptive"] = opt(
+        "forward", "Which divergence: KL(teacher|student), KL(student|teacher), or a mixture by where they differ (stage 2)."
+    )
+    kl_chunk: int = opt(256, "Positions whose logits exist at a time (stage 2).", ge=1)
+    dropout: float = opt(0.05, "Share of the mixers' output that is dropped (stage 2).", ge=0, lt=1)
 
     micro_batch_size: int = change(EngineOptions, "micro_batch_size", default=1, flags=("-b", "--micro-bsz"))
     accumulate: int = change(EngineOptions, "accumulate", default=4, flags=("-a", "--accumulate-grad-batches"))
@@ -93,8 +113,18 @@ class TrainConfig(RunConfig):
             raise ConfigError(f"gate_free: -e 1 means --gate none, not {self.student.gate}; drop one of them")
         if self.num_nodes > 1 and "WORLD_SIZE" not in os.environ:
             raise ConfigError(f"num_nodes: {self.num_nodes} machines need a launcher; use launchers/slurm.sh, or torchrun on each of them")
+        if wrong := sorted(chosen & (ONLY_IN_STAGE_2 if self.stage == 1 else ONLY_IN_STAGE_1)):
+            # the resolved file of a run names every option, so only a value that differs is a choice there
+            other = 2 if self.stage == 1 else 1
+            raise ConfigError(f"{wrong[0]}: belongs to stage {other}, not to --stage {self.stage}; drop it, or add --stage {other}")
+        if self.stage == 2 and self.kl_weight == 0 == self.ce_weight:
+            raise ConfigError("kl_weight: 0 beside a ce_weight of 0 leaves nothing to learn from; give one of them a weight")
         if self.deepspeed_offload and self.zero_stage == 0 and self.device != "cpu":
             raise ConfigError("deepspeed_offload: -d 1 needs ZeRO stage 1 to 3, not -S 0; drop -S, or use -S 2")
+
+    def chose_init(self) -> bool:
+        """Whether somebody asked for initial values of the mixers, so that weights may lack them."""
+        return any(path.rpartition(".")[2] == "init" for path in explicit(self))
 
     def row_packing(self) -> str:
         """--packing, or what its other spellings say."""

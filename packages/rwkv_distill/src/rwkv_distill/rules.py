@@ -12,3 +12,9 @@ def mixer_rules() -> list[Rule]:
         Rule(r"time_mixer\.(receptance|key|value|output)\.weight$"),
         Rule(r"time_mixer\.", weight_decay=0.0),
     ]
+
+
+def student_rules(*, full: bool, mlp: bool) -> list[Rule]:
+    """Beside mixers, kept attention and the norms of layers: MLPs if `mlp`, embedding, final norm and head if `full`."""
+    rest = [] if full else [Rule(r"(embed_tokens|lm_head|model\.norm)\.", trained=False)]
+    return [*mixer_rules(), *([] if mlp else [Rule(r"\.mlp\.", trained=False)]), *rest]

@@ -19,7 +19,6 @@ from rwkv_distill.hf.modeling_rwkv_distill import RwkvDistillForCausalLM
 from rwkv_distill.student_config import TEACHERS, StudentConfig, resolve
 
 AutoConfig.register(RwkvDistillConfig.model_type, RwkvDistillConfig)
-AutoModelForCausalLM.register(RwkvDistillConfig, RwkvDistillForCausalLM)
 
 
 class StudentModel(RwkvDistillForCausalLM):  # type: ignore[no-untyped-call]
@@ -64,16 +63,24 @@ class StudentModel(RwkvDistillForCausalLM):  # type: ignore[no-untyped-call]
         """The time mixers by layer."""
         return {layer.index: layer.self_attn.time_mixer for layer in self.model.layers if layer.recurrent}
 
-    def save_pretrained(self, save_directory: Any, **options: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: Any, pytorch_bin: bool = True, **options: Any) -> None:  # type: ignore[override]
         """Weights and configuration, and beside them the modelling code, named as what loads without this package."""
+        # a copy, since the tensors are taken out of the mapping while they are written
+        state = dict(options.get("state_dict") or self.state_dict())
         super().save_pretrained(save_directory, **options)
+        if pytorch_bin:
+            # the guide's --ckpt-file names this file
+            torch.save({name: tensor.detach() for name, tensor in state.items()}, Path(save_directory) / "pytorch_model.bin")
         self.config.architectures = [RwkvDistillForCausalLM.__name__]
         self.config.save_pretrained(save_directory)
         for file in sorted(Path(hf.__file__).parent.glob("*_rwkv_distill.py")):
             shutil.copy(file, save_directory)
 
 
-def load_student(path: str | Path, dtype: torch.dtype = torch.float32) -> RwkvDistillForCausalLM:
+AutoModelForCausalLM.register(RwkvDistillConfig, StudentModel)
+
+
+def load_student(path: str | Path, dtype: torch.dtype = torch.float32) -> StudentModel:
     """The student in a folder: `final/`, an exported one, or a checkpoint. Raises InputError when there is none."""
     folder = Path(path)
     if not (folder / "config.json").is_file():
@@ -81,5 +88,5 @@ def load_student(path: str | Path, dtype: torch.dtype = torch.float32) -> RwkvDi
     if json.loads((folder / "config.json").read_text()).get("model_type") != RwkvDistillConfig.model_type:
         raise InputError(f"model: {path} is no student of rwkv-distill; name a final/ folder or a checkpoint of rwkv-distill train")
     model = load_model(str(folder), dtype=dtype)
-    assert isinstance(model, RwkvDistillForCausalLM)
+    assert isinstance(model, StudentModel)
     return model

@@ -287,6 +287,8 @@ class RwkvDistillModel(RwkvDistillPreTrainedModel):  # type: ignore[no-untyped-c
 class RwkvDistillForCausalLM(RwkvDistillPreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
     """The student with its output head."""
 
+    # generate() then leaves the cache to `forward`
+    _supports_default_dynamic_cache = classmethod(lambda cls: False)
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: RwkvDistillConfig, backbone: PreTrainedModel | None = None) -> None:

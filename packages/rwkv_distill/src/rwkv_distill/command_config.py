@@ -1,0 +1,52 @@
+"""Options of the commands beside `train`. Free of torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from lm_core.config import Count, change, config, opt
+from lm_core.options import DataOptions, EngineOptions
+
+
+@config
+class EvalConfig(DataOptions):
+    """A student beside its teacher."""
+
+    model: str = opt(help="Student: a final/ folder, an exported one, or a checkpoint.")
+    teacher: str = opt(help="Teacher: tiny, smollm2-135m, a folder, a .gguf file or a hub id.")
+    packing: Literal["document", "best-fit", "stream"] = change(DataOptions, "packing", default="document")
+    max_length: int = change(DataOptions, "max_length", flags=("-m",))
+    data: list[str] = change(DataOptions, "data", flags=("-r",))
+    eval_tokens: Count = opt(10_000, "Held-out tokens per source; 0 uses all.", ge=0)
+    micro_batch_size: int = change(EngineOptions, "micro_batch_size", default=1, flags=("-b",))
+    prompts: int = opt(8, "Beginnings of held-out rows that both continue.", ge=0)
+    prompt_tokens: int = opt(32, "Tokens of each beginning.", ge=1)
+    max_new_tokens: int = opt(32, "Greedy tokens of each continuation.", ge=1)
+    seed: int = opt(42, "Address of all randomness; the one of the run, where the teacher is tiny.", ge=0)
+
+
+@config
+class GenerateConfig:
+    """Text from a student, with memory that does not grow."""
+
+    model: str = opt(help="Student: a final/ folder, an exported one, or a checkpoint.")
+    prompt: str = opt("", "Text to continue; none begins with the tokenizer's first token.")
+    max_new_tokens: int = opt(128, "Longest continuation.", ge=1)
+    temperature: float = opt(0.0, "0 takes the likeliest token; above 0 tokens are drawn.", ge=0)
+    top_p: float = opt(1.0, "Draw from the fewest tokens that hold this share of the mass.", gt=0, le=1)
+    top_k: int = opt(0, "Draw from so many likeliest tokens; 0 takes all.", ge=0)
+    repetition_penalty: float = opt(1.0, "Makes tokens that have occurred so many times less likely.", gt=0)
+    seed: int = opt(42, "Seed of drawn tokens.", ge=0)
+    stream: bool = opt(False, "Print tokens as they are found.")
+
+
+@config
+class ExportConfig:
+    """A student as a Hugging Face folder that loads without this package."""
+
+    ckpt: Path = opt(help="Student: a run folder, its final/ folder or one of its checkpoints.")
+    output_dir: Path = opt(help="Folder to write; must not hold anything.", flags=("-o",))
+    format: Literal["hf"] = opt("hf", "Layout: a Hugging Face folder with its modelling code.")
+    dtype: Literal["bf16", "fp16", "fp32"] = opt("bf16", "Type of the weights.")
+    shard_size: str = opt("5GB", "Largest file of weights.")

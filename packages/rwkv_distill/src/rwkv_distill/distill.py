@@ -1,0 +1,172 @@
+"""Stage 2: the student as a whole learns the teacher's next-token distribution.
+
+B batch, T time, M positions, D and E hidden sizes of student and teacher, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kernels_cuda.head import linear_kl
+from lm_core.engine.frozen import freeze
+from lm_core.method import IGNORE, Batch, Loss, Method, Rule
+from lm_core.models import checkpoint_activations, load_model
+from rwkv_distill.align import hf_student, require_positions, unmasked
+from rwkv_distill.config import MODELS, TrainConfig
+from rwkv_distill.hf.modeling_rwkv_distill import positions
+from rwkv_distill.rules import student_rules
+from rwkv_distill.student import StudentModel
+from rwkv_distill.weights import load_into
+
+WithWeight = Callable[[Tensor], Any]
+
+
+class Head(nn.Linear):
+    """An output head that lends its weight to a function.
+
+    The function runs inside the head's own forward, because engines that gather a weight only while its module runs (ZeRO-3) would show
+    an empty one anywhere else.
+    """
+
+    def forward(self, input: Tensor, then: WithWeight | None = None) -> Any:
+        return super().forward(input) if then is None else then(self.weight)
+
+
+class DistilledLogits(nn.Module):
+    """A student and, outside of what is trained or saved, its teacher."""
+
+    teacher: Any
+
+    def __init__(self, student: StudentModel, teacher: nn.Module) -> None:
+        super().__init__()
+        self.student = student
+        # not a submodule
+        object.__setattr__(self, "teacher", freeze(teacher, sharded=False))
+        student.lm_head.__class__ = Head
+        self.teacher.get_output_embeddings().__class__ = Head
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        segment_ids: Tensor | None,
+        kl_mask: Tensor,
+        targets: Tensor,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(weighted sum, mean divergence over `kl_mask`, mean cross entropy over `targets`); `options` are those of `linear_kl`.
+
+        kl_mask (B x T, bool) and targets (B x T, shifted already, -100 for none) say where either counts.
+        """
+        hidden, _ = self.student.model(input_ids, attention_mask, segment_ids)
+        with torch.no_grad():
+            theirs = self.teacher_hidden(input_ids, attention_mask, segment_ids).flatten(0, 1)
+        mask, labels = kl_mask.flatten(), targets.flatten()
+        hidden = hidden.flatten(0, 1)
+        head = self.teacher.get_output_embeddings()
+
+        def compare(weight_VD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            found: tuple[Tensor, Tensor, Tensor] = head(
+                theirs, lambda weight_VE: linear_kl(hidden, weight_VD, (theirs, weight_VE), mask, labels, **options)
+            )
+            return found
+
+        result: tuple[Tensor, Tensor, Tensor] = self.student.lm_head(hidden, compare)
+        return result
+
+    def teacher_hidden(self, input_ids: Tensor, attention_mask: Tensor | None, segment_ids: Tensor | None) -> Tensor:
+        if next(self.teacher.parameters()).device != input_ids.device:
+            self.teacher.to(input_ids.device)
+        place: Tensor | None = positions(input_ids[:, :, None], attention_mask, segment_ids, None).expand_as(input_ids)
+        if segment_ids is not None:
+            # transformers separates documents where positions start again, and only without a mask; a padding token is a document
+            place = place if attention_mask is None or place is None else place.masked_fill(attention_mask == 0, 0)
+            attention_mask = None
+        elif attention_mask is None:
+            place = None
+        found: Tensor = self.teacher.base_model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=place, use_cache=False
+        ).last_hidden_state
+        return found
+
+
+class Distill(Method):
+    """Stage 2: divergence from the teacher, and cross entropy of the text, each with its weight."""
+
+    config: TrainConfig
+    resumable = frozenset({"max_trained_tokens", "max_epochs", "lr_final", "kl_chunk", "ckpt_file"})
+
+    def build(self) -> nn.Module:
+        config = self.config
+        teacher: Any = load_model(config.model, presets=MODELS, seed=config.seed)
+        require_positions(teacher.config, config.max_length)
+        # the student takes over parts of a teacher of its own, since it will change them
+        student = StudentModel.from_teacher(load_model(config.model, presets=MODELS, seed=config.seed), config.student)
+        if config.ckpt_file is not None and torch.get_default_device().type != "meta":
+            load_into(student, config.ckpt_file, fresh_mixers=config.chose_init())
+        if config.full_params and student.config.tie_word_embeddings:
+            untie(student)
+        for layer in student.model.layers:
+            layer.dropout = config.dropout
+        if config.precision == "bf16":
+            teacher = teacher.to(torch.bfloat16)
+        module = DistilledLogits(student, teacher)
+        if config.gradient_checkpointing:
+            checkpoint_activations(module)
+        return module
+
+    def losses(self, model: nn.Module, batch: Batch) -> Iterator[Loss]:
+        config = self.config
+        mask, labels = unmasked(batch), next_tokens(batch)
+        compared, labelled = int(mask.sum()), int((labels != IGNORE).sum())
+        total, kl, ce = model(
+            batch["input_ids"],
+            batch.get("attention_mask"),
+            batch.get("document_ids"),
+            mask,
+            labels,
+            tau=config.temperature,
+            direction=config.kl_direction,
+            # means times their counts are sums
+            kl_w=config.kl_weight * compared,
+            ce_w=config.ce_weight * labelled,
+            chunk=config.kl_chunk,
+        )
+        counts = {"kl": (kl, compared), "ce": (ce, labelled)}
+        yield Loss(
+            total=total, metrics={name: torch.stack([mean * count, mean.new_tensor(count)]) for name, (mean, count) in counts.items()}
+        )
+
+    def targets(self, batch: Batch) -> int:
+        """Positions whose distribution is compared; those with a label, where only cross entropy counts."""
+        return self.tokens(batch) if self.config.kl_weight > 0 else int((next_tokens(batch) != IGNORE).sum())
+
+    def param_rules(self) -> list[Rule]:
+        return student_rules(full=self.config.full_params, mlp=not self.config.freeze_mlp)
+
+    def flops_per_token(self, model: nn.Module) -> float:
+        """Forward of teacher and student, backward through the student; products of weights alone, without attention scores."""
+        student, teacher = hf_student(model), cast(DistilledLogits, model).teacher
+        trained = sum(p.numel() for p in student.parameters() if p.requires_grad and p.ndim >= 2)
+        forward = sum(sum(p.numel() for p in part.parameters() if p.ndim >= 2) for part in (student, teacher))
+        head = student.lm_head.weight.numel()
+        # gradients pass through frozen matrices, too, and those of trained ones are a product more
+        return float(2 * forward + 2 * (sum(p.numel() for p in student.model.layers.parameters()) + head) + 2 * trained)
+
+
+def next_tokens(batch: Batch) -> Tensor:
+    """Labels (B x T) aligned with the positions that predict them; the last one of a row or document predicts nothing."""
+    return F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
+
+
+@torch.no_grad()
+def untie(student: StudentModel) -> None:
+    """Give the head weights of its own."""
+    student.lm_head.weight = nn.Parameter(student.lm_head.weight.detach().clone())
+    student.config.tie_word_embeddings = False
+    student.config.teacher["tie_word_embeddings"] = False

@@ -90,3 +90,22 @@ def test_dry_run_leaves_nothing(tmp_path: Path) -> None:
 )
 def test_folders_without_a_student_are_refused(command: str, tmp_path: Path) -> None:
     assert "holds no student" in refused(command.format(tmp_path))
+
+
+def test_bench_finds_that_memory_grows_neither_with_depth_nor_with_context() -> None:
+    stage1 = json.loads(invoke("bench --op stage1 --json").stdout)["stage1"]
+    assert stage1["layer_local"]["ratio"] <= 1.3
+    assert stage1["plain"]["ratio"] > 2.5
+    contexts = json.loads(invoke("bench --op decode --context 512 --tokens 2 --teacher tiny --json").stdout)["decode"]
+    student, teacher = ([entry["state_bytes"] for entry in contexts[side]["contexts"].values()] for side in ("student", "teacher"))
+    assert student[0] == student[1]
+    # 64 and 512 tokens, and the two decoded behind each
+    assert teacher[1] * 66 == teacher[0] * 514
+
+
+@pytest.mark.bench
+def test_bench_meets_its_targets() -> None:
+    report = json.loads(invoke("bench --json").stdout)
+    found = [*report["wkv7"].values(), report["pack"]]
+    assert all(entry["ratio"] >= entry["at_least"] for entry in found if isinstance(entry, dict))
+    assert report["decode"]["student"]["slowest_over_first"]["ratio"] <= 1.1

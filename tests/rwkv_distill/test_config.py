@@ -25,7 +25,7 @@ def invoke(line: str) -> Result:
 
 
 def test_flags_of_the_guide_parse() -> None:
-    line = "-l 0.0001 -f 0.00001 -m 2048 -b 2 -r data -o out -g 1 -d 1 -t 1000_000_000 -T 0.2 -R v7 -s 1 -M 1 -n 1 -G 1 -a 4 -w 50 -S 3 -e 0 -N 0 -X 2 -P p"
+    line = "-F 0 -W torch -l 0.0001 -f 0.00001 -m 2048 -b 2 -r data -o out -g 1 -d 1 -t 1000_000_000 -T 0.2 -R v7 -s 1 -M 1 -n 1 -G 1 -a 4 -w 50 -S 3 -e 0 -N 0 -X 2 -P p"
     result = invoke(line)
     assert result.exit_code == 0, result.output
     found = yaml.safe_load(result.stdout)
@@ -37,6 +37,7 @@ def test_flags_of_the_guide_parse() -> None:
         True,
     )
     assert (found["max_trained_tokens"], found["stop_loss"], found["stage"], found["student"]["group_norm"]) == (10**9, 0.2, 1, True)
+    assert (found["full_params"], found["wkv"]) == (False, "torch")
     assert (found["zero_stage"], found["gate_free"], found["max_epochs"], found["wandb_project"]) == (3, False, 2, "p")
 
 
@@ -56,6 +57,9 @@ def test_zero_is_off(word: str) -> None:
         ("-m 1", "max_length: '1' is wrong"),
         ("-l 0", "lr: '0' is wrong"),
         ("--min-lr-ratio 0.1", "min_lr_ratio: rwkv-distill has its own final rate"),
+        ("-s 1 -F 1", "full_params: belongs to stage 2"),
+        ("-s 1 -i tiny", "teacher_model_id: belongs to stage 2"),
+        ("-W cpu --kernels cuda", "wkv: -W cpu means --kernels cpu, not cuda"),
         ("-s 4", "stage: '4' is wrong"),
     ],
 )
@@ -68,6 +72,7 @@ def test_contradictions_are_refused(line: str, message: str) -> None:
 def test_other_spellings_settle_to_the_shared_options() -> None:
     config = settle(build(TrainConfig, {**VALUES, "need_to_pad": True, "gate_free": True, "deepspeed_offload": True, "device": "cpu"}))
     assert (config.packing, config.student.gate, config.offload) == ("stream", "none", "none")
+    assert settle(build(TrainConfig, {**VALUES, "wkv": "torch", "device": "cpu"})).kernels == "reference"
     assert settle(build(TrainConfig, {**VALUES, "batching": "pad", "device": "cpu"})).packing == "document"
 
 

@@ -17,7 +17,7 @@ from lm_core.method import Batch
 from lm_core.options import RunConfig
 from lm_core.testing import Conformance
 from rwkv_distill.config import TrainConfig
-from rwkv_distill.distill import Distill, DistilledLogits
+from rwkv_distill.distill import Distill, DistilledLogits, require_same_tokens
 from rwkv_distill.hf.modeling_rwkv_distill import RwkvDistillForCausalLM
 from rwkv_distill.weights import load_into
 from tests.rwkv_distill.small import student, teacher, tokens
@@ -94,6 +94,22 @@ def test_teachers_of_another_vocabulary_are_compared_where_both_have_ids() -> No
     log_p = pair.teacher(input_ids=ids).logits[..., :61].log_softmax(-1)
     log_q = pair.student(ids).logits.log_softmax(-1)
     torch.testing.assert_close(loss.total, (log_p.exp() * (log_p - log_q)).sum(), rtol=1e-4, atol=1e-5)
+
+
+def test_teachers_with_other_tokens_are_refused() -> None:
+    from lm_core.data.vocab import byte_tokenizer, train_bpe
+
+    bytes_, pairs = byte_tokenizer(), train_bpe(["some text"], 259)
+    require_same_tokens(bytes_, byte_tokenizer(), 259)
+    with pytest.raises(ConfigError, match="teacher_model_id: id 0 is 'Ā' for the student and '<pad>' for this teacher"):
+        require_same_tokens(bytes_, pairs, 259)
+
+
+def test_ids_beyond_the_shared_vocabulary_are_refused() -> None:
+    suite = TestDistill()
+    method, engine, _ = suite.assemble(suite.options(teacher_model_id="tiny"))
+    with pytest.raises(InputError, match="data: holds the id 512, but student and teacher share only 512 ids"):
+        list(method.losses(engine.model, batch_of(torch.full((1, 4), 512))))
 
 
 # section 7.3 of the specification

@@ -9,7 +9,7 @@ import yaml
 
 from lm_core.cli import command_group, configured
 from lm_core.cli import main as run_cli
-from rwkv_distill.command_config import EvalConfig, ExportConfig, GenerateConfig
+from rwkv_distill.command_config import BenchConfig, EvalConfig, ExportConfig, GenerateConfig
 from rwkv_distill.config import TrainConfig, settle
 
 cli = command_group("Distil Transformers into RWKV students that generate with constant memory.")
@@ -72,6 +72,18 @@ def export(config: ExportConfig) -> dict[str, Any]:
     result = exporting.export(config)
     click.echo(f"{result['output_dir']}: {result['bytes']:,} bytes")
     return result
+
+
+@cli.command()
+@configured(BenchConfig)
+def bench(config: BenchConfig) -> dict[str, Any]:
+    """Measure what the package promises: operators, decoding, memory, packing.
+
+    Example: rwkv-distill bench --op wkv7
+    """
+    from rwkv_distill import bench as benches
+
+    return benches.bench(config)
 
 
 def main() -> None:

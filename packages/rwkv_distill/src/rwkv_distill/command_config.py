@@ -42,6 +42,19 @@ class GenerateConfig:
 
 
 @config
+class BenchConfig:
+    """Ratios that the package promises, measured on this machine in processor time of one thread."""
+
+    op: Literal["wkv7", "decode", "stage1", "pack", "all"] = opt("all", "What is measured.")
+    repeats: int = opt(10, "Calls of which the fastest counts.", ge=1)
+    model: str | None = opt(None, "Student whose decoding is measured; default: a tiny one of random weights.")
+    teacher: str | None = opt(None, "Transformer whose decoding is measured beside it.")
+    context: int = opt(8192, "Longest context of decoding.", ge=64)
+    tokens: int = opt(16, "Tokens decoded behind each context.", ge=1)
+    output: Path | None = opt(None, "File for the report, as JSON.", flags=("-o",))
+
+
+@config
 class ExportConfig:
     """A student as a Hugging Face folder that loads without this package."""
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from lm_core.config import Count, change, config, explicit, opt, section
+from lm_core.config import Count, change, config, explicit, leaves, opt, section
 from lm_core.errors import ConfigError
 from lm_core.options import DataOptions, EngineOptions, ModelOptions, OptimOptions, OutputOptions, RunConfig
 from lm_core.progress import Budget, Progress, Size
@@ -28,10 +28,11 @@ MODELS = {
 }
 BATCHING = {"pad": "document", "concat": "stream", "pack": "best-fit"}
 WARMUP_FLOOR = 0.01
-ONLY_IN_STAGE_1 = {"align_loss", "layer_local"}
-ONLY_IN_STAGE_2 = {
-    "full_params", "freeze_mlp", "kl_weight", "ce_weight", "temperature", "kl_direction", "kl_chunk", "dropout",
-}  # fmt: skip
+ONLY_IN_STAGE_1 = ("align_loss", "layer_local")
+ONLY_IN_STAGE_2 = (
+    "teacher_model_id", "full_params", "freeze_mlp", "kl_weight", "ce_weight", "temperature", "kl_direction", "kl_chunk", "dropout",
+)  # fmt: skip
+KERNELS = {"auto": "auto", "cuda": "cuda", "cpu": "cpu", "torch": "reference"}
 
 
 @config
@@ -57,6 +58,9 @@ class TrainConfig(RunConfig):
     ckpt_file: Path | None = opt(
         None, "Weights to start from: a .bin or .safetensors file, a checkpoint, a final/ folder or a run folder.", flags=("-k",)
     )
+    teacher_model_id: str | None = opt(
+        None, "Another model whose distribution is learned, with the same tokens (stage 2); default: --model.", flags=("-i",)
+    )
     full_params: bool = opt(False, "Train embedding, final norm and head, too (stage 2).", flags=("-F",))
     freeze_mlp: bool = opt(False, "Leave the MLPs as they are (stage 2).", flags=("-z",))
     align_loss: Literal["l2", "mse", "relative"] = opt("l2", "Distance between a mixer's output and the teacher's attention (stage 1).")
@@ -80,6 +84,8 @@ class TrainConfig(RunConfig):
     precision: Literal["fp32", "bf16", "fp16"] = change(
         EngineOptions, "precision", flags=("--dtype",), help="Arithmetic; bf16 on a GPU unless given. Weights and states stay float32."
     )
+
+    wkv: Literal["auto", "cuda", "cpu", "torch"] | None = opt(None, "Other words for --kernels: torch is reference.", flags=("-W",))
 
     lr: float = change(OptimOptions, "lr", default=6e-4, flags=("--lr-init",))
     lr_final: float = opt(1e-5, "Learning rate at the end.", flags=("-f",), ge=0)
@@ -111,10 +117,14 @@ class TrainConfig(RunConfig):
             raise ConfigError(f"batching: {self.batching or 'concat'} is not --packing {self.packing}; drop one of them")
         if self.gate_free and self.student.gate not in (None, "none"):
             raise ConfigError(f"gate_free: -e 1 means --gate none, not {self.student.gate}; drop one of them")
+        if self.wkv is not None and "kernels" in chosen and self.kernels != KERNELS[self.wkv]:
+            raise ConfigError(f"wkv: -W {self.wkv} means --kernels {KERNELS[self.wkv]}, not {self.kernels}; drop one of them")
         if self.num_nodes > 1 and "WORLD_SIZE" not in os.environ:
             raise ConfigError(f"num_nodes: {self.num_nodes} machines need a launcher; use launchers/slurm.sh, or torchrun on each of them")
-        if wrong := sorted(chosen & (ONLY_IN_STAGE_2 if self.stage == 1 else ONLY_IN_STAGE_1)):
-            # the resolved file of a run names every option, so only a value that differs is a choice there
+        defaults = {leaf.path: leaf.default for leaf in leaves(type(self))}
+        # the guide gives -F 0 in every stage, so a default is no choice
+        unused = ONLY_IN_STAGE_2 if self.stage == 1 else ONLY_IN_STAGE_1
+        if wrong := [name for name in unused if getattr(self, name) != defaults[name]]:
             other = 2 if self.stage == 1 else 1
             raise ConfigError(f"{wrong[0]}: belongs to stage {other}, not to --stage {self.stage}; drop it, or add --stage {other}")
         if self.stage == 2 and self.kl_weight == 0 == self.ce_weight:
@@ -174,6 +184,8 @@ def settle(config: TrainConfig) -> TrainConfig:
     changes: dict[str, object] = {"packing": config.row_packing()}
     if cuda and "precision" not in explicit(config):
         changes["precision"] = "bf16"
+    if config.wkv is not None:
+        changes["kernels"] = KERNELS[config.wkv]
     if config.gate_free:
         changes["student"] = replace(config.student, gate="none")
     if config.deepspeed_offload and not cuda:

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from kernels_cuda.head import linear_kl
 from lm_core.engine.frozen import freeze
+from lm_core.errors import ConfigError, InputError
 from lm_core.method import IGNORE, Batch, Loss, Method, Rule
-from lm_core.models import checkpoint_activations, load_model
+from lm_core.models import checkpoint_activations, load_model, load_tokenizer
 from rwkv_distill.align import hf_student, require_positions, unmasked
 from rwkv_distill.config import MODELS, TrainConfig
 from rwkv_distill.hf.modeling_rwkv_distill import positions
@@ -99,14 +100,20 @@ class Distill(Method):
     """Stage 2: divergence from the teacher, and cross entropy of the text, each with its weight."""
 
     config: TrainConfig
+    # ids that student and teacher both have
+    columns: int | None = None
     resumable = frozenset({"max_trained_tokens", "max_epochs", "lr_final", "kl_chunk", "ckpt_file"})
 
     def build(self) -> nn.Module:
         config = self.config
-        teacher: Any = load_model(config.model, presets=MODELS, seed=config.seed)
+        teacher: Any = load_model(config.teacher_model_id or config.model, presets=MODELS, seed=config.seed)
         require_positions(teacher.config, config.max_length)
         # the student takes over parts of a teacher of its own, since it will change them
         student = StudentModel.from_teacher(load_model(config.model, presets=MODELS, seed=config.seed), config.student)
+        self.columns = min(teacher.config.vocab_size, student.config.vocab_size)
+        # made-up models have no tokenizer of their own
+        if config.teacher_model_id is not None and config.teacher_model_id not in MODELS:
+            require_same_tokens(self.tokenizer(), load_tokenizer(config.teacher_model_id), self.columns)
         if config.ckpt_file is not None and torch.get_default_device().type != "meta":
             load_into(student, config.ckpt_file, fresh_mixers=config.chose_init())
         if config.full_params and student.config.tie_word_embeddings:
@@ -122,6 +129,8 @@ class Distill(Method):
 
     def losses(self, model: nn.Module, batch: Batch) -> Iterator[Loss]:
         config = self.config
+        if self.columns is not None and batch["input_ids"].device.type == "cpu" and int(batch["input_ids"].max()) >= self.columns:
+            raise InputError(f"data: holds the id {int(batch['input_ids'].max())}, but student and teacher share only {self.columns} ids")
         mask, labels = unmasked(batch), next_tokens(batch)
         compared, labelled = int(mask.sum()), int((labels != IGNORE).sum())
         total, kl, ce = model(
@@ -162,6 +171,17 @@ class Distill(Method):
 def next_tokens(batch: Batch) -> Tensor:
     """Labels (B x T) aligned with the positions that predict them; the last one of a row or document predicts nothing."""
     return F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
+
+
+def require_same_tokens(ours: Any, theirs: Any, columns: int) -> None:
+    """Raise ConfigError naming the first id below `columns` that two tokenizers give to different tokens."""
+    tables = [{number: token for token, number in tokenizer.get_vocab().items() if number < columns} for tokenizer in (ours, theirs)]
+    for number in sorted(tables[0].keys() | tables[1].keys()):
+        mine, other = (table.get(number) for table in tables)
+        if mine != other:
+            raise ConfigError(
+                f"teacher_model_id: id {number} is {mine!r} for the student and {other!r} for this teacher; use a teacher with the same tokens"
+            )
 
 
 @torch.no_grad()

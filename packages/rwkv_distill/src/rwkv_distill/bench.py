@@ -1,0 +1,223 @@
+"""What the specification promises as ratios, measured: operators against their references, decoding, memory of stage 1, packing."""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from torch import Tensor
+
+from lm_core.data.pack import BestFit, OneDocument
+from lm_core.models import load_model
+from rwkv_distill import ops, reference
+from rwkv_distill.align import AlignedLayers
+from rwkv_distill.command_config import BenchConfig
+from rwkv_distill.config import MODELS
+from rwkv_distill.student import StudentModel, load_student
+from rwkv_distill.student_config import StudentConfig
+
+SHAPE = 1, 512, 14, 64  # B, T, H, N
+CONTEXTS = (64, 512, 2048, 8192)
+
+
+def bench(config: BenchConfig) -> dict[str, Any]:
+    """Run the benches that `config` names; ratios by name, each with its target where there is one."""
+    torch.set_num_threads(1)
+    parts = {"wkv7": wkv7, "decode": decode, "stage1": stage1, "pack": pack}
+    report = {name: part(config) for name, part in parts.items() if config.op in (name, "all")}
+    if config.output is not None:
+        config.output.write_text(json.dumps(report, indent=1) + "\n")
+    click.echo(json.dumps(report, indent=1))
+    return report
+
+
+def seconds(function: Callable[[], Any], repeats: int) -> float:
+    """The least processor time of `repeats` calls, after one to warm up."""
+    function()
+    found = []
+    for _ in range(repeats):
+        began = time.process_time()
+        function()
+        found.append(time.process_time() - began)
+    return min(found)
+
+
+def wkv7(config: BenchConfig) -> dict[str, Any]:
+    """The operator against its definition: forward, forward and backward, one step."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(SHAPE, requires_grad=True) for _ in range(6)]
+    with torch.no_grad():
+        inputs[4].copy_(-torch.nn.functional.normalize(inputs[4], dim=-1))
+        inputs[5].copy_(-inputs[4] * torch.sigmoid(inputs[5]))
+
+    def both(operator: Callable[..., Any]) -> None:
+        operator(*inputs)[0].sum().backward()
+
+    def forward(operator: Callable[..., Any]) -> None:
+        with torch.no_grad():
+            operator(*inputs)
+
+    def step(operator: Callable[..., Any]) -> None:
+        operator(*one, state)
+
+    one = [torch.randn(8, *SHAPE[2:]) for _ in range(6)]
+    one[4], one[5] = inputs[4].detach()[0, :8], inputs[5].detach()[0, :8]
+    state = torch.zeros(8, SHAPE[2], SHAPE[3], SHAPE[3])
+    report = {}
+    for name, function, mine, theirs, target in (
+        ("forward", forward, ops.wkv7, reference.wkv7, 20),
+        ("forward_backward", both, ops.wkv7, reference.wkv7, 15),
+        ("step", step, ops.wkv7_step, reference.wkv7_step, 3),
+    ):
+        fast, slow = seconds(partial(function, mine), config.repeats), seconds(partial(function, theirs), max(1, config.repeats // 5))
+        report[name] = {"milliseconds": 1e3 * fast, "reference_milliseconds": 1e3 * slow, "ratio": slow / fast, "at_least": target}
+    return {"shape": list(SHAPE), **report}
+
+
+def decode(config: BenchConfig) -> dict[str, Any]:
+    """Time of one token and bytes remembered, behind contexts of several lengths: of the student, and of the teacher if it is named."""
+    student: Any = (
+        StudentModel.from_teacher(load_model("tiny", presets=MODELS), StudentConfig(head_size=32))
+        if config.model is None
+        else load_student(config.model)
+    )
+    report = {"student": _decode(student, config)}
+    report["student"]["slowest_over_first"] = {"ratio": _last_over_first(report["student"]), "at_most": 1.1}
+    if config.teacher is not None:
+        report["teacher"] = _decode(load_model(config.teacher, presets=MODELS), config)
+    return report
+
+
+def _last_over_first(report: dict[str, Any]) -> float:
+    times = [entry["milliseconds"] for entry in report["contexts"].values()]
+    return float(times[-1] / times[0])
+
+
+@torch.no_grad()
+def _decode(model: Any, config: BenchConfig) -> dict[str, Any]:
+    model.train(False)
+    found: dict[str, Any] = {}
+    token = torch.ones(1, 1, dtype=torch.long)
+    state = None
+    seen = 0
+    for context in (length for length in CONTEXTS if length <= config.context):
+        while seen < context:
+            # in pieces, so that prefilling needs little memory
+            piece = token.expand(1, min(256, context - seen))
+            state = model(piece, past_key_values=state, use_cache=True, logits_to_keep=1).past_key_values
+            seen += piece.shape[1]
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        times = []
+        for _ in range(config.tokens):
+            began = time.process_time()
+            state = model(token, past_key_values=state, use_cache=True).past_key_values
+            times.append(time.process_time() - began)
+            seen += 1
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        found[str(context)] = {"milliseconds": 1e3 * statistics.median(times), "state_bytes": _bytes(state), "peak_grew_kib": grown}
+    return {"contexts": found}
+
+
+def _bytes(state: Any) -> int:
+    if hasattr(state, "bytes"):
+        return int(state.bytes())
+    return sum(tensor.nbytes for layer in state.layers for tensor in (layer.keys, layer.values))
+
+
+def stage1(config: BenchConfig) -> dict[str, Any]:
+    """Bytes that autograd holds at most in stage 1, with 8 layers and with 2: layer by layer, and in one pass."""
+    report = {}
+    for name, local, limit in (("layer_local", True, {"at_most": 1.3}), ("plain", False, {"above": 2.5})):
+        deep, flat = (held_bytes(depth, local) for depth in (8, 2))
+        report[name] = {"bytes_8_layers": deep, "bytes_2_layers": flat, "ratio": deep / flat, **limit}
+    return report
+
+
+def held_bytes(depth: int, local: bool) -> int:
+    """The most bytes of saved tensors that are alive at one moment of a stage-1 step."""
+    shape = {**MODELS["tiny"], "num_hidden_layers": depth}
+    teacher: Any = load_model("deep", presets={"deep": shape})
+    attentions = [layer.self_attn for layer in teacher.base_model.layers]
+    layers = AlignedLayers(StudentModel.from_teacher(teacher, StudentConfig(head_size=32)), attentions)
+    held: dict[int, int] = {}
+    most = 0
+
+    class Saved:
+        def __init__(self, tensor: Tensor) -> None:
+            nonlocal most
+            self.tensor = tensor
+            held[id(self)] = tensor.untyped_storage().nbytes()
+            most = max(most, sum(held.values()))
+
+        def __del__(self) -> None:
+            held.pop(id(self), None)
+
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        losses = []
+        for _, loss in layers(torch.ones(2, 128, dtype=torch.long), local=local):
+            if local:
+                loss.backward()
+            else:
+                losses.append(loss)
+        if losses:
+            torch.stack(losses).sum().backward()
+    return most
+
+
+def pack(config: BenchConfig) -> dict[str, Any]:
+    """Unmasked tokens per second of a student's forward pass: rows packed by best fit against one padded document per row."""
+    torch.manual_seed(0)
+    size, rows = 128, 8
+    # geometric lengths with a mean of a quarter of the row
+    lengths = np.clip(np.random.default_rng(0).geometric(4 / size, 400), 2, size)
+    documents = _Documents(lengths)
+    student = StudentModel.from_teacher(load_model("tiny", presets=MODELS), StudentConfig(head_size=32))
+    student.train(False)
+    rates = {}
+    for name, packed in (("pack", BestFit(documents, size)), ("pad", OneDocument(documents, size))):  # type: ignore[arg-type]
+        batches = []
+        for first in range(0, 4 * rows, rows):
+            batch = packed.collate([packed[n] for n in range(first, first + rows)])
+            if name == "pad" and batch["input_ids"].shape[1] < size:
+                missing = size - batch["input_ids"].shape[1]
+                batch = {key: torch.nn.functional.pad(value, (0, missing)) for key, value in batch.items()}
+            batches.append(batch)
+        real = sum(int(b["attention_mask"].sum()) if "attention_mask" in b else b["input_ids"].numel() for b in batches)
+
+        def forward(batches: list[dict[str, Tensor]] = batches) -> None:
+            with torch.no_grad():
+                for batch in batches:
+                    student(batch["input_ids"], batch.get("attention_mask"), batch.get("document_ids"))
+
+        rates[name] = real / seconds(forward, config.repeats)
+    return {
+        "mean_length_over_row": float(lengths.mean() / size), "tokens_per_second": rates,
+        "ratio": rates["pack"] / rates["pad"], "at_least": 2.5,
+    }  # fmt: skip
+
+
+class _Documents:
+    """Made-up documents of given lengths, as `lm_core.data.pack` reads them."""
+
+    has_labels = False
+    fingerprint = "bench"
+
+    def __init__(self, length: Any) -> None:
+        self.length = length
+        self.tokens = int(length.sum())
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+    def read(self, document: int, first: int, last: int) -> Any:
+        return np.arange(first, last) % 200
+
+    labels = read

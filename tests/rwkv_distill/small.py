@@ -30,9 +30,9 @@ def teacher(kind: str = "llama", **changes: Any) -> PreTrainedModel:
     return model.eval()
 
 
-def student(kind: str = "llama", *, busy: bool = True, **fields: Any) -> StudentModel:
+def student(kind: str = "llama", *, busy: bool = True, shape: dict[str, Any] | None = None, **fields: Any) -> StudentModel:
     """The student of `teacher(kind)`; `busy` gives every parameter of its mixers a value that matters."""
-    model = StudentModel.from_teacher(teacher(kind), StudentConfig(**fields))
+    model = StudentModel.from_teacher(teacher(kind, **(shape or {})), StudentConfig(**fields))
     if busy:
         torch.manual_seed(1)
         with torch.no_grad():

@@ -102,6 +102,6 @@ def test_stage_2_brings_a_real_students_words_nearer_to_its_teachers(tmp_path: P
     run(config, Distill(config))
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     held_out = [record["eval/python-docs/kl"] for record in records if "eval/python-docs/kl" in record]
-    assert held_out[-1] < 0.9 * held_out[0]
+    assert held_out[-1] < 0.95 * held_out[0]
     student = load_student(tmp_path / "final").eval()
     assert generate(student, torch.tensor([[1, 2, 3]]), max_new_tokens=4).shape == (1, 4)

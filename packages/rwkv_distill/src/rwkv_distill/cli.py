@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -9,7 +10,7 @@ import yaml
 
 from lm_core.cli import command_group, configured
 from lm_core.cli import main as run_cli
-from rwkv_distill.command_config import BenchConfig, EvalConfig, ExportConfig, GenerateConfig
+from rwkv_distill.command_config import BenchConfig, EvalConfig, ExportConfig, GenerateConfig, ImportConfig
 from rwkv_distill.config import TrainConfig, settle
 
 cli = command_group("Distil Transformers into RWKV students that generate with constant memory.")
@@ -72,6 +73,19 @@ def export(config: ExportConfig) -> dict[str, Any]:
     result = exporting.export(config)
     click.echo(f"{result['output_dir']}: {result['bytes']:,} bytes")
     return result
+
+
+@cli.command("import")
+@click.argument("path", type=click.Path(path_type=Path))
+@configured(ImportConfig)
+def import_(config: ImportConfig, path: Path) -> dict[str, Any]:
+    """Read an exported folder back as a student in float32.
+
+    Example: rwkv-distill import --format arwkv student-arwkv -o student
+    """
+    from rwkv_distill import export as exporting
+
+    return exporting.import_student(path, config)
 
 
 @cli.command()

@@ -56,10 +56,20 @@ class BenchConfig:
 
 @config
 class ExportConfig:
-    """A student as a Hugging Face folder that loads without this package."""
+    """A student in the layouts of others."""
 
     ckpt: Path = opt(help="Student: a run folder, its final/ folder or one of its checkpoints.")
     output_dir: Path = opt(help="Folder to write; must not hold anything.", flags=("-o",))
-    format: Literal["hf"] = opt("hf", "Layout: a Hugging Face folder with its modelling code.")
+    format: Literal["hf", "arwkv", "pth"] = opt(
+        "hf", "hf: a folder with its modelling code; arwkv: the layout that llama.cpp converts; pth: the mixers, named as in RWKV-LM."
+    )
     dtype: Literal["bf16", "fp16", "fp32"] = opt("bf16", "Type of the weights.")
-    shard_size: str = opt("5GB", "Largest file of weights.")
+    shard_size: str = opt("5GB", "Largest file of weights (hf).")
+
+
+@config
+class ImportConfig:
+    """An exported folder as a student that can be trained on."""
+
+    format: Literal["arwkv", "hf"] = opt("arwkv", "Layout of the folder.")
+    output_dir: Path = opt(help="Folder to write; must not hold anything.", flags=("-o",))

@@ -11,21 +11,42 @@ import torch
 from lm_core import checkpoint
 from lm_core.errors import ConfigError, InputError
 from lm_core.models import load_tokenizer, quiet
-from rwkv_distill.command_config import ExportConfig
+from rwkv_distill.arwkv import copy_tokenizer, from_arwkv, to_arwkv, to_pth
+from rwkv_distill.command_config import ExportConfig, ImportConfig
 from rwkv_distill.student import StudentModel, load_student
+
+__all__ = ["export", "import_student", "to_arwkv", "to_hf", "to_pth"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def export(config: ExportConfig) -> dict[str, Any]:
     """Write what `config` names; the result says where and how much."""
-    if config.output_dir.exists() and any(config.output_dir.iterdir()):
-        raise ConfigError(f"output_dir: {config.output_dir} already holds files; name a new folder")
+    refuse_occupied(config.output_dir)
     folder = student_folder(config.ckpt)
     student = load_student(folder)
-    written = to_hf(student, config.output_dir, DTYPES[config.dtype], shard_size=config.shard_size)
+    dtype = DTYPES[config.dtype]
+    if config.format == "hf":
+        written = to_hf(student, config.output_dir, dtype, shard_size=config.shard_size)
+    else:
+        written = (to_arwkv if config.format == "arwkv" else to_pth)(student, config.output_dir, dtype)
     load_tokenizer(str(_with_tokenizer(folder))).save_pretrained(config.output_dir)
     return {"output_dir": str(written), "bytes": sum(file.stat().st_size for file in written.iterdir())}
+
+
+def import_student(path: Path, config: ImportConfig) -> dict[str, Any]:
+    """An exported folder as a float32 student folder."""
+    refuse_occupied(config.output_dir)
+    student = from_arwkv(path) if config.format == "arwkv" else load_student(path)
+    to_hf(student, config.output_dir, torch.float32)
+    copy_tokenizer(path, config.output_dir)
+    return {"output_dir": str(config.output_dir)}
+
+
+def refuse_occupied(folder: Path) -> None:
+    """Raise ConfigError for a folder that holds anything."""
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"output_dir: {folder} already holds files; name a new folder")
 
 
 def to_hf(model: StudentModel, folder: str | Path, dtype: torch.dtype = torch.float32, *, shard_size: str = "5GB") -> Path:

@@ -18,6 +18,11 @@ from rwkv_distill.hf.configuration_rwkv_distill import RwkvDistillConfig
 from rwkv_distill.hf.modeling_rwkv_distill import RwkvDistillForCausalLM
 from rwkv_distill.student_config import TEACHERS, StudentConfig, resolve
 
+# which file of a saved folder holds which class
+AUTO_MAP = {
+    "AutoConfig": "configuration_rwkv_distill.RwkvDistillConfig",
+    "AutoModelForCausalLM": "modeling_rwkv_distill.RwkvDistillForCausalLM",
+}
 AutoConfig.register(RwkvDistillConfig.model_type, RwkvDistillConfig)
 
 
@@ -51,10 +56,7 @@ class StudentModel(RwkvDistillForCausalLM):  # type: ignore[no-untyped-call]
         for layer, attention in zip(student.model.layers, attentions):
             if layer.recurrent:
                 init.initialise(layer.self_attn.time_mixer, attention, len(attentions), init=config.init, token_shift=shift)
-        student.config.auto_map = {
-            "AutoConfig": "configuration_rwkv_distill.RwkvDistillConfig",
-            "AutoModelForCausalLM": "modeling_rwkv_distill.RwkvDistillForCausalLM",
-        }
+        student.config.auto_map = dict(AUTO_MAP)
         student.generation_config = model.generation_config
         student.train()
         return student

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 
 from lm_core.cli import command_group, configured
 from lm_core.cli import main as run_cli
+from lm_core.yaml12 import dump
 from rwkv_distill.command_config import BenchConfig, EvalConfig, ExportConfig, GenerateConfig, ImportConfig
 from rwkv_distill.config import TrainConfig, settle
 
@@ -45,7 +45,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     from rwkv_distill import evaluate as evaluation
 
     report = evaluation.evaluate(config)
-    click.echo(yaml.safe_dump(report, sort_keys=False), nl=False)
+    click.echo(dump(report), nl=False)
     return report
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lm_core import counter
-from mdm_scaling.noise import Noise, lengths, levels, masks, unit, words
+from mdm_scaling.noise import Noise, at, lengths, levels, masks, unit, words
 
 ALL = torch.ones(64, 40, dtype=torch.bool)
 INDEX = torch.arange(64)
@@ -15,6 +15,12 @@ INDEX = torch.arange(64)
 
 def test_draws_are_those_of_the_counter() -> None:
     assert torch.equal(words(7, "noise", INDEX, 0, 10), counter.bits(7, "noise", INDEX, 10))
+
+
+def test_single_draws_are_those_of_their_sample() -> None:
+    element = torch.arange(64) % 11
+    expected = words(7, "sampling", INDEX, 2**31, 12).gather(1, element[:, None])[:, 0]
+    assert torch.equal(at(7, "sampling", INDEX, element, 2**31), expected)
 
 
 def test_level_draws_stand_beyond_those_of_positions() -> None:

@@ -1,11 +1,19 @@
 from __future__ import annotations
 
+import itertools
+import json
 import math
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
-from tests.mdm_scaling.small import VOCABULARY, network
+from tests.mdm_scaling.small import VOCABULARY, Table, network
 
-from mdm_scaling.sampling import autoregressive, choose
+from lm_core.data.vocab import byte_tokenizer
+from lm_core.errors import InputError
+from mdm_scaling.config import GenerateConfig
+from mdm_scaling.sampling import autoregressive, choose, encode, fill, guided, run
 
 
 def test_the_cache_changes_nothing_but_time() -> None:
@@ -68,3 +76,175 @@ def test_top_k_and_top_p_leave_the_likeliest() -> None:
 
 def test_ties_go_to_the_lowest_token() -> None:
     assert int(choose(torch.zeros(1, 5), torch.arange(1), torch.zeros(1, dtype=torch.long), 0)[0]) == 0
+
+
+# --- masked models ---
+
+V, S = 2, 3
+TABLE = Table(V, S, seed=4)
+
+
+def probabilities(state: tuple[int, ...]) -> torch.Tensor:
+    """p(token | state) at every position (S x V)."""
+    return TABLE.logits(torch.tensor([state]))[0].softmax(-1)
+
+
+def by_orders() -> dict[tuple[int, ...], float]:
+    """Output distribution when masks are revealed one by one in a uniformly random order."""
+    found = {}
+    for outcome in itertools.product(range(V), repeat=S):
+        total = 0.0
+        for order in itertools.permutations(range(S)):
+            state, p = [V] * S, 1.0
+            for at in order:
+                p *= float(probabilities(tuple(state))[at, outcome[at]])
+                state[at] = outcome[at]
+            total += p / math.factorial(S)
+        found[outcome] = total
+    return found
+
+
+def by_steps(steps: int) -> dict[tuple[int, ...], float]:
+    """Output distribution of the ancestral sampler, by enumeration of all states."""
+    states = {(V,) * S: 1.0}
+    for step in range(steps):
+        chance, after = 1 / (steps - step), {}
+        for state, weight in states.items():
+            hidden = [at for at in range(S) if state[at] == V]
+            p = probabilities(state)
+            for reveal in itertools.product((False, True), repeat=len(hidden)):
+                for tokens in itertools.product(range(V), repeat=sum(reveal)):
+                    chosen, fresh, q = iter(tokens), list(state), weight
+                    for at, revealed in zip(hidden, reveal):
+                        q *= chance if revealed else 1 - chance
+                        if revealed:
+                            fresh[at] = next(chosen)
+                            q *= float(p[at, fresh[at]])
+                    if q:
+                        after[tuple(fresh)] = after.get(tuple(fresh), 0.0) + q
+        states = after
+    return states
+
+
+def sample(count: int = 4000, **options: Any) -> list[tuple[int, ...]]:
+    start = torch.full((count, S), V)
+    tokens, _, _ = fill(TABLE.logits, start, V, index=torch.arange(count), temperature=1.0, seed=5, **options)
+    return [tuple(row) for row in tokens]
+
+
+def chi_square(drawn: list[tuple[int, ...]], expected: dict[tuple[int, ...], float]) -> float:
+    return sum((drawn.count(outcome) - len(drawn) * p) ** 2 / (len(drawn) * p) for outcome, p in expected.items())
+
+
+def test_first_hitting_one_by_one_has_the_distribution_of_random_orders() -> None:
+    assert sum(by_orders().values()) == pytest.approx(1.0)
+    # 0.999 quantile of chi-square with 7 degrees of freedom
+    assert chi_square(sample(sampler="first-hitting", steps=S), by_orders()) < 24.3
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_ancestral_sampler_has_its_distribution(steps: int) -> None:
+    assert chi_square(sample(sampler="ancestral", steps=steps), by_steps(steps)) < 24.3
+
+
+def test_confidence_reveals_the_surest_first() -> None:
+    start = torch.full((1, S), V)
+    tokens, logprobs, evaluations = fill(TABLE.logits, start, V, S, index=torch.arange(1))
+    state: list[int] = [V] * S
+    for _ in range(S):
+        p = probabilities(tuple(state))
+        at = max((at for at in range(S) if state[at] == V), key=lambda at: (float(p[at].max()), -at))
+        state[at] = int(p[at].argmax())
+        assert logprobs[0][at] == pytest.approx(math.log(float(p[at].max())))
+    assert (tokens[0], evaluations) == (state, S)
+
+
+def test_quotas_divide_masks_among_steps_and_blocks() -> None:
+    seen: list[int] = []
+
+    def predict(ids: torch.Tensor) -> torch.Tensor:
+        seen.append(int((ids == 7).sum()))
+        return torch.zeros(len(ids), ids.shape[1], 8)
+
+    fill(predict, torch.full((1, 7), 7), 7, 3, index=torch.arange(1))
+    assert seen == [7, 4, 2]
+    seen.clear()
+    fill(predict, torch.full((1, 7), 7), 7, 3, 4, index=torch.arange(1))
+    assert seen == [7, 5, 3]
+    with pytest.raises(InputError, match="fewer than the 7 blocks"):
+        fill(predict, torch.full((1, 7), 7), 7, 3, 1, index=torch.arange(1))
+
+
+def test_blocks_of_one_go_from_left_to_right_and_prompts_stay() -> None:
+    model = network("mdm")
+    mask = VOCABULARY
+    start = torch.tensor([[3, mask, 4, mask, mask]])
+    states: list[list[int]] = []
+
+    def predict(ids: torch.Tensor) -> torch.Tensor:
+        states.append(ids[0].tolist())
+        return model(input_ids=ids).logits
+
+    tokens, _, _ = fill(predict, start, mask, 3, 1, index=torch.arange(1))
+    assert [state.count(mask) for state in states] == [3, 2, 1]
+    assert [[at for at, token in enumerate(state) if token == mask] for state in states] == [[1, 3, 4], [3, 4], [4]]
+    assert (tokens[0][0], tokens[0][2]) == (3, 4)
+    assert max(tokens[0]) < VOCABULARY
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"sampler": "ancestral"}, {"sampler": "first-hitting"}, {"remasking": "random"}, {"remasking": "margin"}, {"remasking": "entropy"}],
+)
+def test_masked_samples_do_not_depend_on_their_neighbours(options: dict[str, Any]) -> None:
+    model = network("mdm")
+    start = torch.tensor([[3, VOCABULARY, 4, VOCABULARY, VOCABULARY, VOCABULARY]])
+
+    def drawn(index: list[int]) -> list[list[int]]:
+        found = fill(
+            lambda ids: model(input_ids=ids).logits,
+            start.repeat(len(index), 1),
+            VOCABULARY,
+            3,
+            index=torch.tensor(index),
+            temperature=1.0,
+            seed=2,
+            **options,
+        )
+        return found[0]
+
+    together = drawn([0, 1, 2])
+    assert together == [drawn([at])[0] for at in range(3)]
+    assert len({tuple(row) for row in together}) > 1
+
+
+def test_no_guidance_is_plain_and_guidance_is_its_formula() -> None:
+    model, mask = network("mdm"), VOCABULARY
+    ids = torch.tensor([[3, mask, 4, mask]])
+    predict = lambda given: model(input_ids=given).logits  # noqa: E731
+    prompt = ids != mask
+    with torch.no_grad():
+        assert torch.equal(guided(predict, ids, prompt, mask, 0.0), predict(ids))
+        cond, uncond = predict(ids), predict(torch.full_like(ids, mask))
+        torch.testing.assert_close(guided(predict, ids, prompt, mask, 2.0), uncond + 3 * (cond - uncond))
+
+
+def test_masks_stand_in_prompts() -> None:
+    tokenizer = byte_tokenizer()
+    assert encode("a[MASK]b[MASK]", tokenizer, 259) == [97, 259, 98, 259]
+    assert encode("", tokenizer, 259) == [tokenizer.eos_token_id]
+
+
+def test_a_masked_run_writes_text(tmp_path: Path) -> None:
+    model = network("mdm", vocabulary=259)
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    result = run(
+        GenerateConfig(checkpoint=str(tmp_path / "model"), prompt=["ab[MASK]c"], max_new_tokens=5, steps=3, out=tmp_path / "out.jsonl")
+    )
+    [line] = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert json.loads(line)["tokens"] == result["samples"][0]["tokens"]
+    assert len(result["samples"][0]["tokens"]) == 9
+    assert len(result["samples"][0]["logprobs"]) == 6
+    with pytest.raises(InputError, match="is a masked model"):
+        run(GenerateConfig(checkpoint=str(tmp_path / "model"), prompt=["a"], sampler="ar"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -9,7 +10,19 @@ import click
 from lm_core.cli import command_group, configured
 from lm_core.cli import main as run_cli
 from mdm_scaling import sizes
-from mdm_scaling.config import EvalConfig, GenerateConfig, PretrainConfig, TokenizeConfig, settled
+from mdm_scaling.analysis import (
+    AdviseConfig,
+    ChinchillaConfig,
+    CollectConfig,
+    ConstrainedConfig,
+    CrossoverConfig,
+    PlanConfig,
+    PlotConfig,
+    StartConfig,
+    StudyConfig,
+    SweepConfig,
+)
+from mdm_scaling.config import EvalConfig, ExportConfig, GenerateConfig, ImportConfig, PretrainConfig, TokenizeConfig, settled
 
 cli = command_group("Pre-train masked diffusion and autoregressive language models, compare them, and fit their scaling laws.")
 
@@ -108,11 +121,184 @@ def eval_loss(config: EvalConfig) -> dict[str, Any]:
 @cli.command()
 @configured(GenerateConfig)
 def generate(config: GenerateConfig) -> dict[str, Any]:
-    """Continue prompts.
+    """Continue prompts, or fill the [MASK]s in them.
 
     Example: mdm-scaling generate --checkpoint smollm2-135m --prompt "The with statement" --max-new-tokens 32
     """
     from mdm_scaling.sampling import run
+
+    return run(config)
+
+
+@cli.command()
+@configured(ExportConfig)
+def export(config: ExportConfig) -> dict[str, Any]:
+    """Write a model as a Hugging Face folder and read it back.
+
+    Example: mdm-scaling export --checkpoint runs/mdm --out out/mdm
+    """
+    from mdm_scaling.export import export as made
+
+    return made(config)
+
+
+@cli.command("import")
+@configured(ImportConfig)
+@click.argument("model")
+def import_model(config: ImportConfig, model: str) -> dict[str, Any]:
+    """Make a Llama-shaped model ready for one objective: its weights, and rows for the mask and padding.
+
+    Example: mdm-scaling import smollm2-135m --objective mdm --out models/smollm2_mdm
+    """
+    from mdm_scaling.export import bring
+
+    return bring(config, model)
+
+
+@cli.group()
+def plan() -> None:
+    """Runs before they are made."""
+
+
+@plan.command("run")
+@configured(PlanConfig)
+def plan_run(config: PlanConfig) -> dict[str, Any]:
+    """One run: tokens, samples, steps, warm-up, corpus and time.
+
+    Example: mdm-scaling plan run --objective mdm --flops 1e19 --preset 117M
+    """
+    from mdm_scaling.commands import plan_run as made
+
+    return made(config)
+
+
+@plan.command("sweep")
+@configured(SweepConfig)
+def plan_sweep(config: SweepConfig) -> dict[str, Any]:
+    """A manifest of many runs, for `runs start`.
+
+    Example: mdm-scaling plan sweep --kind isoflop --base base.yaml --flops 1e13,3e13 --presets 7M,14M,20M --out sweep.jsonl
+    """
+    from mdm_scaling.commands import plan_sweep as made
+
+    return made(config)
+
+
+@plan.command("advise")
+@configured(AdviseConfig)
+def plan_advise(config: AdviseConfig) -> dict[str, Any]:
+    """Which objective, size and number of epochs to choose.
+
+    Example: mdm-scaling plan advise --flops 1e19 --unique-tokens 100M
+    """
+    from mdm_scaling.commands import advise
+
+    return advise(config)
+
+
+@cli.group()
+def runs() -> None:
+    """Many runs."""
+
+
+@runs.command("start")
+@configured(StartConfig)
+@click.argument("manifest", type=click.Path(path_type=Path))
+def runs_start(config: StartConfig, manifest: Path) -> dict[str, Any]:
+    """Make the runs of a manifest that are not done yet.
+
+    Example: mdm-scaling runs start sweep.jsonl --jobs 2
+    """
+    from lm_core.errors import RunFailed
+    from mdm_scaling import sweep
+
+    states = sweep.start(sweep.read(manifest), config.out, jobs=config.jobs)
+    failed = [name for name, state in states.items() if state == "failed"]
+    if failed:
+        raise RunFailed(f"runs: {len(failed)} of {len(states)} failed, first {config.out / failed[0]}; see log.txt there")
+    return {"out": str(config.out), "states": states}
+
+
+@runs.command("collect")
+@configured(CollectConfig)
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+def runs_collect(config: CollectConfig, folders: tuple[Path, ...]) -> dict[str, Any]:
+    """Gather finished runs into one table.
+
+    Example: mdm-scaling runs collect runs/sweep --out runs.csv
+    """
+    from mdm_scaling.sweep import collect
+
+    rows = collect(folders, config.out)
+    click.echo(f"{config.out}: {len(rows)} runs")
+    return {"out": str(config.out), "runs": len(rows)}
+
+
+@cli.group()
+def fit() -> None:
+    """Scaling laws of finished runs."""
+
+
+@fit.command("chinchilla")
+@configured(ChinchillaConfig)
+@click.argument("table", type=click.Path(path_type=Path))
+def fit_chinchilla(config: ChinchillaConfig, table: Path) -> dict[str, Any]:
+    """A law of runs that see their data once.
+
+    Example: mdm-scaling fit chinchilla runs.csv --objective ar --out law_ar.json
+    """
+    from mdm_scaling.commands import fit_chinchilla as made
+
+    return made(config, table)
+
+
+@fit.command("data-constrained")
+@configured(ConstrainedConfig)
+@click.argument("table", type=click.Path(path_type=Path))
+def fit_constrained(config: ConstrainedConfig, table: Path) -> dict[str, Any]:
+    """A law of runs that repeat their data.
+
+    Example: mdm-scaling fit data-constrained runs.csv --objective mdm --out law_mdm.json
+    """
+    from mdm_scaling.commands import fit_constrained as made
+
+    return made(config, table)
+
+
+@fit.command("crossover")
+@configured(CrossoverConfig)
+def fit_crossover(config: CrossoverConfig) -> dict[str, Any]:
+    """The compute beyond which masked diffusion wins, by unique data.
+
+    Example: mdm-scaling fit crossover --runs runs.csv --unique-tokens 16384,49152
+    """
+    from mdm_scaling.commands import fit_crossover as made
+
+    return made(config)
+
+
+@cli.command()
+@configured(PlotConfig)
+@click.argument("kind", type=click.Choice(["isoflop", "frontier", "data-value", "crossover", "contour", "residuals"]))
+@click.argument("table", required=False, type=click.Path(path_type=Path))
+def plot(config: PlotConfig, kind: str, table: Path | None) -> dict[str, Any]:
+    """A figure of runs and laws, and its numbers as CSV.
+
+    Example: mdm-scaling plot data-value runs.csv --out value.png
+    """
+    from mdm_scaling.commands import plot as made
+
+    return made(kind, config, table)
+
+
+@cli.command()
+@configured(StudyConfig)
+def study(config: StudyConfig) -> dict[str, Any]:
+    """Train, fit, draw and report: a whole comparison on one machine.
+
+    Example: mdm-scaling study --preset quick --out study
+    """
+    from mdm_scaling.study import run
 
     return run(config)
 

@@ -310,14 +310,43 @@ class EvalConfig:
 
 
 @config
+class ExportConfig:
+    """A model as a Hugging Face folder."""
+
+    checkpoint: str = opt(help="Model: a run folder, a model folder, smollm2-135m or a hub id.", flags=("--model",))
+    format: Literal["hf"] = opt("hf", "Hugging Face folder.")
+    out: Path = opt(help="Folder to write.", flags=("-o",))
+    overwrite: bool = opt(False, "Replace what is there.")
+
+
+@config
+class ImportConfig:
+    """A model of another source, made ready for one objective."""
+
+    objective: Literal["ar", "mdm"] = opt(help="What the model shall be trained for.")
+    out: Path = opt(help="Folder to write.", flags=("-o",))
+    overwrite: bool = opt(False, "Replace what is there.")
+    init_std: float = opt(0.02, "Standard deviation of new rows of the embedding.", gt=0)
+    make_vocab_size_divisible_by: int = opt(sizes.DIVISIBLE_BY, "Rows of the embedding are rounded up to a multiple of this.", ge=1)
+    seed: int = opt(1234, "Address of the new rows.", ge=0)
+
+
+@config
 class GenerateConfig:
     """Text from a model."""
 
     checkpoint: str = opt(help="Model: a run folder, a model folder, smollm2-135m or a hub id.", flags=("--model",))
-    prompt: list[str] = opt(help="Text to continue, repeatable.", factory=list)
+    prompt: list[str] = opt(help="Text to continue, repeatable; [MASK] stands for one token that a masked model fills.", factory=list)
     prompts_file: Path | None = opt(None, "File with one prompt per line.")
     num_samples: int = opt(1, "Continuations of each prompt.", ge=1)
-    max_new_tokens: int = opt(128, "Tokens to write.", ge=1)
+    max_new_tokens: int = opt(128, "Tokens to write behind each prompt.", ge=0)
+    sampler: Literal["ancestral", "first-hitting", "confidence", "ar"] | None = opt(
+        None, "How tokens are chosen; default: confidence for a masked model, ar for an autoregressive one."
+    )
+    steps: int = opt(128, "Steps of a masked model.", ge=1)
+    block_length: int | None = opt(None, "Masks that are filled together, blocks from left to right; default: all.", ge=1)
+    remasking: Literal["low-confidence", "random", "margin", "entropy"] = opt("low-confidence", "Which masks confidence reveals first.")
+    cfg_scale: float = opt(0.0, "Strength of guidance by the prompt; above 0 every step costs two evaluations.", ge=0)
     temperature: float = opt(0.0, "Divides the logits; 0 takes the likeliest token.", ge=0)
     top_p: float = opt(1.0, "Draw from the likeliest tokens that together have this probability.", gt=0, le=1)
     top_k: int = opt(0, "Draw from this many likeliest tokens; 0 from all.", ge=0)
@@ -325,6 +354,8 @@ class GenerateConfig:
     out: Path | None = opt(None, "Write one JSON object per sample to this file.")
 
     def check(self) -> None:
+        if self.sampler == "ar" and self.max_new_tokens == 0:
+            raise ConfigError("max_new_tokens: 0 leaves an autoregressive model nothing to write; use at least 1")
         if bool(self.prompt) == bool(self.prompts_file):
             raise ConfigError("prompt: give --prompt or --prompts-file, one of the two")
 

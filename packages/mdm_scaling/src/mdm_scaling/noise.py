@@ -39,6 +39,14 @@ def words(seed: int, stream: str, index_B: Tensor, first: int, size: int) -> Ten
     return torch.stack(torch.broadcast_tensors(*drawn), dim=-1).flatten(-2)[:, :size]
 
 
+def at(seed: int, stream: str, index_B: Tensor, element_B: Tensor, first: int = 0) -> Tensor:
+    """One 32-bit draw per sample (B): its element `element_B`, counted from word `first`."""
+    index, block = index_B.to(torch.int64), first + (element_B.to(torch.int64) >> 2)
+    low, high = index & 0xFFFFFFFF, (index >> 32) & 0xFFFFFFFF
+    drawn = counter.philox((low, high, block, counter.number(stream)), counter.halves(seed))
+    return torch.stack(torch.broadcast_tensors(*drawn), dim=-1).gather(1, (element_B.to(torch.int64) & 3)[:, None])[:, 0]
+
+
 def unit(draws: Tensor) -> Tensor:
     """Draws as float64 in [0, 1)."""
     return (draws >> 8).to(torch.float64) * 2.0**-24

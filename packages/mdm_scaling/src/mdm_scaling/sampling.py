@@ -1,13 +1,14 @@
-"""Text from a model, token by token; every draw has an address, so a sample does not depend on what is drawn beside it.
+"""Text from a model, token by token or mask by mask; every draw has an address, so a sample does not depend on what is drawn beside it.
 
-B samples, V vocabulary.
+B samples, T positions, V vocabulary.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -17,20 +18,30 @@ from lm_core.errors import InputError
 from lm_core.models import load_tokenizer
 from mdm_scaling.config import GenerateConfig, to_json
 from mdm_scaling.model import checkpoint_folder, load_network, objective_of, vocabulary_of
-from mdm_scaling.noise import unit, words
+from mdm_scaling.noise import WHOLE, at, unit
 
 logger = logging.getLogger(__name__)
 
 
+MASK = "[MASK]"
+Sampler = Literal["ancestral", "first-hitting", "confidence", "ar"]
+Remasking = Literal["low-confidence", "random", "margin", "entropy"]
+
+
 def run(config: GenerateConfig) -> dict[str, Any]:
-    """Continue every prompt; prints the texts and writes one JSON line per sample."""
+    """Continue every prompt, or fill its [MASK]s; prints the texts and writes one JSON line per sample."""
     model = load_network(config.checkpoint)
     tokenizer = load_tokenizer(checkpoint_folder(config.checkpoint))
-    if objective_of(model) != "ar":
-        raise InputError(f"checkpoint: {config.checkpoint} is a masked model; only autoregressive ones can be sampled")
+    masks = objective_of(model) == "mdm"
+    sampler: Sampler = config.sampler or ("confidence" if masks else "ar")
+    if masks == (sampler == "ar"):
+        kind = "a masked model; use --sampler confidence, ancestral or first-hitting" if masks else "autoregressive; use --sampler ar"
+        raise InputError(f"sampler: {config.checkpoint} is {kind}")
     results = []
     for number, prompt in enumerate(config.prompts()):
-        ids = tokenizer(prompt, add_special_tokens=False).input_ids or [tokenizer.eos_token_id or 0]
+        ids = encode(prompt, tokenizer, vocabulary_of(model))
+        if not masks and vocabulary_of(model) in ids:
+            raise InputError(f"prompt: {prompt!r} has a {MASK}, which only masked models fill")
         positions = int(model.config.max_position_embeddings)
         if len(ids) + config.max_new_tokens > positions:
             raise InputError(
@@ -38,24 +49,138 @@ def run(config: GenerateConfig) -> dict[str, Any]:
             )
         began = time.perf_counter()
         index = torch.arange(config.num_samples) + number * config.num_samples
-        tokens, logprobs, evaluations = autoregressive(
-            model, torch.tensor([ids] * config.num_samples), config.max_new_tokens, index=index, temperature=config.temperature,
-            top_k=config.top_k, top_p=config.top_p, seed=config.seed, end=tokenizer.eos_token_id,
-        )  # fmt: skip
+        common: dict[str, Any] = {
+            "index": index,
+            "temperature": config.temperature,
+            "top_k": config.top_k,
+            "top_p": config.top_p,
+            "seed": config.seed,
+        }
+        if sampler == "ar":
+            start = torch.tensor([ids] * config.num_samples)
+            tokens, logprobs, evaluations = autoregressive(model, start, config.max_new_tokens, end=tokenizer.eos_token_id, **common)
+            texts = [prompt + str(tokenizer.decode(row, skip_special_tokens=True)) for row in tokens]
+        else:
+            start = torch.tensor([ids + [vocabulary_of(model)] * config.max_new_tokens] * config.num_samples)
+            options: dict[str, Any] = {"sampler": sampler, "remasking": config.remasking, "cfg_scale": config.cfg_scale, **common}
+            tokens, logprobs, evaluations = fill(_logits(model), start, vocabulary_of(model), config.steps, config.block_length, **options)
+            texts = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in tokens]
         seconds = time.perf_counter() - began
-        for row, scores in zip(tokens, logprobs):
-            text = str(tokenizer.decode(row, skip_special_tokens=True))
+        for text, row, scores in zip(texts, tokens, logprobs):
             results.append(
                 {
-                    "prompt": prompt, "text": text, "tokens": row, "logprobs": scores, "sampler": "ar",
-                    "evaluations": evaluations, "seconds": seconds,
+                    "prompt": prompt,
+                    "text": text,
+                    "tokens": row,
+                    "logprobs": scores,
+                    "sampler": sampler,
+                    "evaluations": evaluations,
+                    "seconds": seconds,
                 }
-            )  # fmt: skip
-            print(prompt + text)
+            )
+            print(text)
     if config.out is not None:
         config.out.parent.mkdir(parents=True, exist_ok=True)
         config.out.write_text("".join(to_json(result) + "\n" for result in results))
     return {"samples": results}
+
+
+def encode(prompt: str, tokenizer: Any, mask_id: int) -> list[int]:
+    """The tokens of a prompt, `mask_id` for each [MASK]; the end token for an empty one."""
+    ids: list[int] = []
+    for number, piece in enumerate(prompt.split(MASK)):
+        ids += [mask_id] * (number > 0) + (tokenizer(piece, add_special_tokens=False).input_ids if piece else [])
+    return ids or [tokenizer.eos_token_id or 0]
+
+
+def _logits(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    network: Any = model
+    return lambda ids: cast(Tensor, network(input_ids=ids).logits)
+
+
+@torch.no_grad()
+def fill(
+    predict: Callable[[Tensor], Tensor], ids_BT: Tensor, mask_id: int, steps: int, block_length: int | None = None, *, index: Tensor,
+    sampler: Sampler = "confidence", remasking: Remasking = "low-confidence", temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+    cfg_scale: float = 0.0, seed: int = 0,
+) -> tuple[list[list[int]], list[list[float]], int]:  # fmt: skip
+    """(tokens, log-probabilities of the filled ones, network evaluations) of sequences whose masks are filled in `steps`.
+
+    Every row has its masks at the same places. Blocks of `block_length` masks are filled from left to right; the steps are
+    divided among them. confidence reveals a quota per step, the highest scores first; first-hitting the same number at random
+    places; ancestral goes from t = 1 to 0 and reveals each mask with probability (t - s) / t. Nothing else ever changes.
+    """
+    ids = ids_BT.clone()
+    places = (ids[0] == mask_id).nonzero()[:, 0]
+    prompt = ids_BT != mask_id
+    size = block_length or len(places)
+    blocks = [places[first : first + size] for first in range(0, len(places), size)]
+    if steps < len(blocks):
+        raise InputError(
+            f"steps: {steps} are fewer than the {len(blocks)} blocks; use at least one step per block, or a larger --block-length"
+        )
+    scores = torch.zeros(ids.shape, dtype=torch.float64)
+    evaluations, number, known = 0, 0, None
+    for part, block in enumerate(blocks):
+        own = steps // len(blocks) + (part < steps % len(blocks))
+        quota = [len(block) // own + (step < len(block) % own) for step in range(own)]
+        for step in range(own):
+            hidden = ids[:, block] == mask_id
+            if not bool(hidden.any()):
+                break
+            if known is None:
+                # while no token changes, neither do the logits
+                known, evaluations = guided(predict, ids, prompt, mask_id, cfg_scale), evaluations + (2 if cfg_scale else 1)
+            rows, columns = hidden.nonzero(as_tuple=True)
+            logits = known[rows, block[columns], :mask_id]
+            address = number * ids.shape[1] + block[columns]
+            drawn, plain = choose(logits, index[rows], address, seed, temperature=temperature, top_k=top_k, top_p=top_p)
+            table = torch.full(hidden.shape, -torch.inf, dtype=torch.float64)
+            if sampler == "ancestral":
+                chance = 1 / (own - step)
+                table[rows, columns] = torch.where(_draws(seed, index[rows], address) < chance, 0.0, -torch.inf).double()
+                count = torch.isfinite(table).sum(1)
+            else:
+                how: Remasking = "random" if sampler == "first-hitting" else remasking
+                table[rows, columns] = _score(how, logits, plain, _draws(seed, index[rows], address))
+                count = torch.full((len(ids),), quota[step])
+            order = table.argsort(dim=1, descending=True, stable=True)
+            rank = torch.empty_like(order).scatter_(1, order, torch.arange(len(block)).expand_as(order))
+            reveal = (rank < count[:, None]) & hidden
+            values = torch.full(hidden.shape, mask_id).index_put((rows, columns), drawn)
+            logs = torch.zeros(hidden.shape, dtype=torch.float64).index_put((rows, columns), plain)
+            ids[:, block] = torch.where(reveal, values, ids[:, block])
+            scores[:, block] = torch.where(reveal, logs, scores[:, block])
+            known = None if bool(reveal.any()) else known
+            number += 1
+    return ids.tolist(), scores[:, places].tolist(), evaluations
+
+
+def guided(predict: Callable[[Tensor], Tensor], ids: Tensor, prompt: Tensor, mask_id: int, scale: float) -> Tensor:
+    """Logits, pushed away from those without the prompt: uncond + (scale + 1) (cond - uncond)."""
+    cond = predict(ids)
+    if not scale:
+        return cond
+    uncond = predict(ids.masked_fill(prompt, mask_id))
+    return uncond + (scale + 1) * (cond - uncond)
+
+
+def _draws(seed: int, index: Tensor, place: Tensor) -> Tensor:
+    """Uniforms in [0, 1) for choosing places; their words stand beyond those of tokens."""
+    return unit(at(seed, "sampling", index, place, WHOLE))
+
+
+def _score(how: Remasking, logits: Tensor, plain: Tensor, draws: Tensor) -> Tensor:
+    """What is revealed first, highest first."""
+    if how == "random":
+        return draws
+    if how == "low-confidence":
+        return plain
+    p = logits.double().softmax(-1)
+    if how == "margin":
+        top = p.topk(2, dim=-1).values
+        return top[:, 0] - top[:, 1]
+    return cast(Tensor, torch.special.xlogy(p, p).sum(-1))
 
 
 @torch.no_grad()
@@ -110,7 +235,7 @@ def choose(
         before = sorted_p.cumsum(-1) - sorted_p
         sorted_p[before >= top_p] = 0
     cumulative = sorted_p.cumsum(-1)
-    draws = torch.cat([words(seed, "sampling", i[None], int(at) >> 2, 4)[:, int(at) & 3] for i, at in zip(index_B, at_B)])
-    at = torch.searchsorted(cumulative, unit(draws)[:, None] * cumulative[:, -1:], right=True).clamp(max=logits.shape[1] - 1)
-    chosen = order.gather(1, at)[:, 0]
+    draws = at(seed, "sampling", index_B, at_B)
+    place = torch.searchsorted(cumulative, unit(draws)[:, None] * cumulative[:, -1:], right=True).clamp(max=logits.shape[1] - 1)
+    chosen = order.gather(1, place)[:, 0]
     return chosen, plain.gather(1, chosen[:, None])[:, 0]

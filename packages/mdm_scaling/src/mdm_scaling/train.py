@@ -8,18 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from lm_core import dist
-from lm_core.cache import key_of
-from lm_core.config import to_dict
 from lm_core.engine.state import write_json
 from lm_core.run import run
 from lm_core.sinks import read
 from mdm_scaling.config import PretrainConfig
 from mdm_scaling.method import Pretrain, describe
+from mdm_scaling.sweep import run_id
 
 logger = logging.getLogger(__name__)
 STATUS = {"budget": "done", "loss": "done", "killed": "killed", "interrupted": "preempted", "failed": "failed"}
-# options that say where a run is written or how it is watched, not what it is
-_ELSEWHERE = ("output_dir", "resume", "overwrite", "wandb", "tensorboard", "dry_run", "num_processes", "accumulate", "micro_batch_size")
 
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
@@ -52,6 +49,7 @@ def extend(folder: Path, config: PretrainConfig) -> None:
     best = min(means, key=lambda step: means[step], default=None)
     tokens = progress["samples"] * config.max_length
     per_epoch = config.unique_tokens or _unique(folder)
+    unique = min(per_epoch, tokens) if per_epoch else None
     write_json(
         path,
         {
@@ -63,8 +61,8 @@ def extend(folder: Path, config: PretrainConfig) -> None:
                 "preset": config.model,
                 "N": config.count,
                 "D": tokens,
-                "U": per_epoch,
-                "epochs": tokens / per_epoch if per_epoch else None,
+                "U": unique,
+                "epochs": tokens / unique if unique else None,
                 "C": 6 * config.count * tokens,
                 "real_flops": progress["flops"],
                 "estimator": "ar" if config.objective == "ar" else f"stratified,mc={config.num_mc}",
@@ -78,11 +76,6 @@ def extend(folder: Path, config: PretrainConfig) -> None:
             },
         },
     )
-
-
-def run_id(config: PretrainConfig) -> str:
-    """A short name of what decides the outcome of a run."""
-    return key_of({name: value for name, value in to_dict(config).items() if name not in _ELSEWHERE})
 
 
 def evaluations(folder: Path) -> dict[str, dict[int, float]]:

@@ -1,0 +1,1 @@
+"""Scaling laws: their formulas, how they are fitted, and where two of them cross. Free of torch."""

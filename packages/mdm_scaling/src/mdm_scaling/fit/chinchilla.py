@@ -1,0 +1,271 @@
+"""Laws of single-epoch runs: the compute-optimal frontier (approach 1), iso-FLOP parabolas (2), the parametric fit (3)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lm_core.errors import InputError
+from lm_core.sinks import read
+from mdm_scaling.fit.laws import Law
+from mdm_scaling.fit.points import Point
+from mdm_scaling.fit.solver import Floats, Model, huber, minimise, newton
+
+NAMES = ("a", "b", "e", "alpha", "beta")
+STARTS: Floats = np.array(
+    list(
+        itertools.product((0, 5, 10, 15, 20, 25), (0, 5, 10, 15, 20, 25), (-1, -0.5, 0, 0.5, 1), (0, 0.5, 1, 1.5, 2), (0, 0.5, 1, 1.5, 2))
+    ),
+    dtype=np.float64,
+)
+SAME_BUDGET = 1.02
+SAME_MINIMUM = 1e-4
+
+
+@dataclass(frozen=True)
+class Free:
+    """Which combinations of the five parameters vary: all = base + columns @ free."""
+
+    base: Floats
+    columns: Floats
+
+    @classmethod
+    def of(cls, tie: bool = False, fix: Mapping[str, float] | None = None) -> Free:
+        """Five free parameters, less those that are fixed, with alpha = beta if tied."""
+        fixed = dict(fix or {})
+        if wrong := [name for name in fixed if name not in NAMES]:
+            raise InputError(f"fix: {wrong[0]} is no parameter; use one of {', '.join(NAMES)}")
+        if tie and {"alpha", "beta"} & fixed.keys():
+            raise InputError("tie: alpha or beta is fixed, too; drop one of the two")
+        columns = [np.eye(5)[at] for at, name in enumerate(NAMES) if name not in fixed and not (tie and name in ("alpha", "beta"))]
+        if tie:
+            columns.append(np.array([0.0, 0, 0, 1, 1]))
+        base = np.array([fixed.get(name, 0.0) for name in NAMES])
+        return cls(base, np.array(columns).T.reshape(5, -1))
+
+    def whole(self, free: Floats) -> Floats:
+        return self.base + free @ self.columns.T
+
+    def starts(self, whole: Floats) -> Floats:
+        """The free parts of full parameter vectors, without repetition."""
+        inverse = np.linalg.pinv(self.columns)
+        return np.unique((whole - self.base) @ inverse.T, axis=0)
+
+
+def model(points: Sequence[Point], free: Free) -> Model:
+    """log L of the points under parameters, and its derivatives."""
+    terms = _terms(points)
+
+    def predict(theta: Floats) -> tuple[Floats, Floats]:
+        share, log_loss = _softmax(free.whole(theta), terms)
+        slopes = np.einsum("snj,njk->snk", share, terms)
+        return log_loss, slopes @ free.columns
+
+    return predict
+
+
+def _terms(points: Sequence[Point]) -> Floats:
+    """Derivatives (n x 3 x 5) of the three exponents a - alpha ln N, b - beta ln D and e by the parameters."""
+    terms = np.zeros((len(points), 3, 5))
+    for row, point in enumerate(points):
+        terms[row, 0, 0], terms[row, 0, 3] = 1, -math.log(point.N)
+        terms[row, 1, 1], terms[row, 1, 4] = 1, -math.log(point.D)
+        terms[row, 2, 2] = 1
+    return terms
+
+
+def _softmax(theta: Floats, terms: Floats) -> tuple[Floats, Floats]:
+    """Share of each term in the loss (S x n x 3) and the log of the loss (S x n)."""
+    exponents = np.einsum("njk,sk->snj", terms, theta)
+    top = exponents.max(2, keepdims=True)
+    powers = np.exp(exponents - top)
+    total = powers.sum(2, keepdims=True)
+    return powers / total, (top + np.log(total))[:, :, 0]
+
+
+def require_enough(points: Sequence[Point], needed: int) -> None:
+    """Raise InputError for data that cannot identify a law."""
+    if len(points) <= needed:
+        raise InputError(f"runs: {len(points)} points are too few for {needed} parameters; add runs, or --fix or --tie some")
+    for name in ("N", "D"):
+        if len({getattr(point, name) for point in points}) < 2:
+            raise InputError(f"runs: all points have the same {name}; a law needs at least two")
+
+
+def parametric(
+    points: Sequence[Point],
+    *,
+    objective: str,
+    name: str = "fit",
+    tie: bool = False,
+    fix: Mapping[str, float] | None = None,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> Law:
+    """Approach 3: the lowest sum of Huber losses of log L over 4500 starts, solved together; the best one polished."""
+    free = Free.of(tie, fix)
+    require_enough(points, free.columns.shape[1])
+    target = np.log([point.loss for point in points])
+    predict = model(points, free)
+    solved = minimise(predict, free.starts(STARTS), target)
+    best = int(np.argmin(solved.objective))
+    theta = newton(_derivatives(points, free, target), solved.parameters[best])
+    objective_value = float(huber(predict(theta[None])[0] - target).sum())
+    # sums of the same numbers may differ in the last digits
+    if not objective_value <= solved.objective[best] * (1 + 1e-9) + 1e-25:
+        theta, objective_value = solved.parameters[best], float(solved.objective[best])
+    whole = free.whole(theta[None])[0]
+    limit = objective_value * (1 + SAME_MINIMUM) + 1e-15
+    about: dict[str, Any] = {
+        "estimator": "approach 3",
+        "n_points": len(points),
+        "objective_value": objective_value,
+        "starts": len(solved.objective),
+        "share_of_starts_at_best": float((solved.objective <= limit).mean()),
+        "other_minima": rivals(solved.parameters, solved.objective, free, limit),
+        "condition_number": float(np.linalg.cond(predict(theta[None])[1][0])),
+        "r2": r2(predict(theta[None])[0][0], target),
+        "intervals": {},
+    }
+    if bootstrap:
+        samples = resampled(predict, theta, target, bootstrap, seed)
+        about["intervals"] = intervals(free.whole(samples))
+        left_out = minimise(predict, np.repeat(theta[None], len(points), 0), target, counts=1 - np.eye(len(points)))
+        moved = np.abs(free.whole(left_out.parameters) - whole)
+        about["leave_one_out"] = {parameter: float(moved[:, at].max()) for at, parameter in enumerate(NAMES)}
+    a, b, e, alpha, beta = map(float, whole)
+    return Law(name, a, b, e, alpha, beta, objective=objective, about=about)
+
+
+def _derivatives(points: Sequence[Point], free: Free, target: Floats, delta: float = 1e-3) -> Any:
+    """Gradient and Hessian of the sum of Huber losses, exact."""
+    terms = _terms(points)
+
+    def at(theta: Floats) -> tuple[Floats, Floats]:
+        share, log_loss = _softmax(free.whole(theta[None]), terms)
+        residual = log_loss[0] - target
+        slope = np.einsum("nj,njk->nk", share[0], terms)
+        psi = np.clip(residual, -delta, delta)
+        second = np.einsum("nj,njk,njl->nkl", share[0], terms, terms) - slope[:, :, None] * slope[:, None, :]
+        curvature = np.einsum("n,nk,nl->kl", (np.abs(residual) <= delta).astype(float), slope, slope) + np.einsum("n,nkl->kl", psi, second)
+        return free.columns.T @ (psi @ slope), free.columns.T @ curvature @ free.columns
+
+    return at
+
+
+def rivals(parameters: Floats, objective: Floats, free: Free, limit: float, most: int = 5) -> list[dict[str, float]]:
+    """Other minima, lowest first: those whose objective differs by more than 0.01 % from all before."""
+    found: list[dict[str, float]] = []
+    last = limit
+    for at in np.argsort(objective):
+        if objective[at] > last and np.isfinite(objective[at]):
+            found.append({"objective_value": float(objective[at]), **dict(zip(NAMES, map(float, free.whole(parameters[at][None])[0])))})
+            last = objective[at] * (1 + SAME_MINIMUM)
+        if len(found) == most:
+            break
+    return found
+
+
+def resampled(predict: Model, theta: Floats, target: Floats, count: int, seed: int) -> Floats:
+    """Parameters of fits to `count` resamples of the points, all solved together from the fit to all of them."""
+    random = np.random.Generator(np.random.Philox(seed))
+    counts = random.multinomial(len(target), np.full(len(target), 1 / len(target)), size=count).astype(np.float64)
+    return minimise(predict, np.repeat(theta[None], count, 0), target, counts=counts, steps=100).parameters
+
+
+def intervals(samples: Floats, names: Sequence[str] = NAMES) -> dict[str, list[float]]:
+    """95 % intervals by name."""
+    low, high = np.quantile(samples, [0.025, 0.975], axis=0)
+    return {name: [float(low[at]), float(high[at])] for at, name in enumerate(names)}
+
+
+def r2(prediction: Floats, target: Floats) -> float:
+    """Share of the variance of the log loss that a law explains."""
+    return 1 - float(((prediction - target) ** 2).sum() / ((target - target.mean()) ** 2).sum())
+
+
+# --- approaches 1 and 2 ---
+
+
+@dataclass(frozen=True)
+class Parabola:
+    """Runs of one budget and the quadratic through their losses; `N` is its vertex, or None with the reason in `status`."""
+
+    C: float
+    points: tuple[Point, ...]
+    coefficients: tuple[float, float, float] | None
+    N: float | None
+    status: str
+
+
+def budgets(points: Sequence[Point]) -> list[list[Point]]:
+    """Points by budget; budgets within 2 % of the lowest are one."""
+    groups: list[list[Point]] = []
+    for point in sorted(points, key=lambda point: point.C):
+        if groups and point.C <= groups[-1][0].C * SAME_BUDGET:
+            groups[-1].append(point)
+        else:
+            groups.append([point])
+    return groups
+
+
+def parabolas(points: Sequence[Point]) -> list[Parabola]:
+    """Approach 2: loss against log10 N at each budget."""
+    return [_parabola(group) for group in budgets(points)]
+
+
+def _parabola(group: Sequence[Point]) -> Parabola:
+    C = float(np.exp(np.mean([math.log(point.C) for point in group])))
+    x = np.log10([point.N for point in group])
+    if len({point.N for point in group}) < 3:
+        return Parabola(C, tuple(group), None, None, "fewer than three sizes")
+    c2, c1, c0 = map(float, np.polyfit(x, [point.loss for point in group], 2))
+    if c2 <= 0:
+        return Parabola(C, tuple(group), (c2, c1, c0), None, "unbracketed: no minimum")
+    vertex = -c1 / (2 * c2)
+    if not x.min() <= vertex <= x.max():
+        return Parabola(C, tuple(group), (c2, c1, c0), None, "unbracketed: the minimum lies outside the sizes")
+    return Parabola(C, tuple(group), (c2, c1, c0), 10**vertex, "ok")
+
+
+def power_law(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """(factor, exponent) of y = factor x^exponent by least squares of logarithms."""
+    exponent, constant = np.polyfit(np.log(x), np.log(y), 1)
+    return float(np.exp(constant)), float(exponent)
+
+
+def frontier(points: Sequence[Point], count: int = 1500) -> list[tuple[float, float, float, float]]:
+    """Approach 1: (C, N, D, loss) of the run that is lowest at each of `count` log-spaced budgets, from the curves of the runs."""
+    curves = [curve for point in points if (curve := _curve(point)) is not None]
+    if not curves:
+        raise InputError("runs: no run has a metrics.jsonl with two evaluations; approach 1 follows the curves of runs")
+    low, high = min(curve[0][0] for curve in curves), max(curve[0][-1] for curve in curves)
+    found = []
+    for C in np.geomspace(low, high, count):
+        losses = [(float(np.interp(math.log(C), np.log(x), y)), N) for x, y, N in curves if x[0] <= C <= x[-1]]
+        if losses:
+            loss, N = min(losses)
+            found.append((float(C), N, float(C / 6 / N), loss))
+    return found
+
+
+def _curve(point: Point) -> tuple[NDArray[Any], NDArray[Any], float] | None:
+    """(FLOPs, held-out loss, N) over the evaluations of a run."""
+    pairs = []
+    last = 0
+    for record in read(Path(point.folder) / "metrics.jsonl") if point.folder else []:
+        losses = [value for name, value in record.items() if name.startswith("eval/") and name.endswith("/loss")]
+        if losses and record["tokens"] > last:
+            last = int(record["tokens"])
+            pairs.append((6 * point.N * last, sum(losses) / len(losses)))
+    if len(pairs) < 2:
+        return None
+    x, y = zip(*pairs)
+    return np.array(x), np.array(y), point.N

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.mdm_scaling.small import network
+from transformers import AutoModelForCausalLM
+
+from lm_core.data.vocab import byte_tokenizer
+from lm_core.errors import ConfigError
+from mdm_scaling.config import ExportConfig, ImportConfig
+from mdm_scaling.export import bring, export
+from mdm_scaling.model import load_network
+
+
+def saved(objective: Any, folder: Path) -> str:
+    network(objective, vocabulary=259).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("objective", ["ar", "mdm"])
+def test_export_is_bitwise_and_keeps_padded_rows(objective: Any, tmp_path: Path) -> None:
+    source = saved(objective, tmp_path / "a")
+    export(ExportConfig(checkpoint=source, out=tmp_path / "b"))
+    before, after = (load_network(name).state_dict() for name in (source, str(tmp_path / "b")))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    with pytest.raises(ConfigError, match="is there already"):
+        export(ExportConfig(checkpoint=source, out=tmp_path / "b"))
+
+
+def test_a_causal_export_is_a_stock_llama(tmp_path: Path) -> None:
+    export(ExportConfig(checkpoint=saved("ar", tmp_path / "a"), out=tmp_path / "b"))
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "b")).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.slow
+def test_a_masked_export_loads_without_this_package(tmp_path: Path) -> None:
+    export(ExportConfig(checkpoint=saved("mdm", tmp_path / "a"), out=tmp_path / "b"))
+    model = load_network(str(tmp_path / "b"))
+    tokens = torch.arange(10)[None]
+    torch.save(model(input_ids=tokens).logits.detach(), tmp_path / "logits.pt")
+    code = (
+        "import sys, torch; sys.modules['mdm_scaling'] = None\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'b')!r}, trust_remote_code=True)\n"
+        f"assert torch.equal(model(input_ids=torch.arange(10)[None]).logits, torch.load({str(tmp_path / 'logits.pt')!r}))\n"
+        "print(type(model).__name__)"
+    )
+    import os
+
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert run.stdout.strip() == "MdmForMaskedLM", run.stderr
+
+
+def test_an_imported_model_keeps_its_weights(tmp_path: Path) -> None:
+    source = saved("ar", tmp_path / "a")
+    result = bring(ImportConfig(objective="mdm", out=tmp_path / "b"), source)
+    assert (result["class"], result["vocabulary"]) == ("MdmForMaskedLM", 259)
+    before, after = load_network(source).state_dict(), load_network(str(tmp_path / "b")).state_dict()
+    assert all(torch.equal(before[name], after[name][: len(before[name])]) for name in before)

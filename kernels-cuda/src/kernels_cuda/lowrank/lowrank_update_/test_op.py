@@ -1,0 +1,76 @@
+"""What is particular to this op; what every op must do is in tests/test_ops.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels_cuda import testing
+from kernels_cuda.lowrank import lowrank_update_
+from kernels_cuda.lowrank.lowrank_update_ import binding, reference
+from kernels_cuda.lowrank.lowrank_update_.cases import make
+
+each_implementation = pytest.mark.parametrize("implementation", ["reference", *testing.implementations()])
+
+
+def test_random_words_are_the_published_ones() -> None:
+    """Known answers of Philox4x32-10: zeros, ones, and digits of pi (Random123)."""
+    words = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    original = reference.ROUNDING
+    try:
+        reference.ROUNDING = 0
+        assert reference.random_words(0, 0, 4, torch.device("cpu")).tolist() == words
+    finally:
+        reference.ROUNDING = original
+
+
+@each_implementation
+def test_kernels_draw_the_words_of_the_reference(implementation: str) -> None:
+    """An update of zero rounds the weight itself; one third of a step tells which words were drawn."""
+    device = "cuda" if implementation == "cuda" else "cpu"
+    W = torch.ones(30, 41, dtype=torch.bfloat16, device=device)
+    # back(N) is 2^-8 / 3 everywhere, a third of the step above 1 - 2^-8
+    P, N = torch.ones(1, 30, device=device), torch.full((1, 41), 2.0**-8 / 3, device=device)
+    with testing.using(implementation):
+        lowrank_update_(W, P, N, "left", 1.0, seed=11, offset=5)
+    expected = reference.round_at_random(1 - torch.full((30, 41), 2.0**-8 / 3), 11, 5)
+    assert torch.equal(W.cpu(), expected)
+    assert 0.6 < (W == 1).float().mean() < 0.73
+
+
+@each_implementation
+def test_rounding_at_random_is_right_on_average(implementation: str) -> None:
+    """Within four standard errors; rounding to nearest would lose the update altogether."""
+    W = torch.ones(64, 64, dtype=torch.bfloat16)
+    P, N = torch.ones(1, 64), torch.full((1, 64), 2.0**-11)
+    with testing.using(implementation if implementation != "cuda" else "cpu"):
+        lowrank_update_(W, P, N, "left", 1.0, seed=0, offset=1)
+        nearest = torch.ones(64, 64, dtype=torch.bfloat16)
+        lowrank_update_(nearest, P, N, "left", 1.0)
+    step, probability = 2.0**-8, 2.0**-11 / 2.0**-8
+    error = (1 - W.double()).mean() - 2.0**-11
+    assert abs(error) <= 4 * step * (probability * (1 - probability) / 64**2) ** 0.5
+    assert torch.equal(nearest, torch.ones_like(nearest))
+
+
+@each_implementation
+def test_infinite_and_nan_stay_what_they_are(implementation: str) -> None:
+    W = torch.tensor([[torch.inf, -torch.inf, torch.nan, 3.3e38]], dtype=torch.bfloat16)
+    with testing.using(implementation if implementation != "cuda" else "cpu"):
+        lowrank_update_(W, torch.zeros(1, 1), torch.zeros(1, 4), "left", 1.0, seed=1)
+    assert W[0, :2].tolist() == [torch.inf, -torch.inf]
+    assert W[0, 2].isnan()
+    assert W[0, 3].isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_slices_of_rows_change_nothing(side: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = make(dtype, 50, 37, 6, side, seed=4, basis=torch.float32)
+    with testing.using("cpu"):
+        whole = testing.results(lowrank_update_, arguments)["W"]
+        monkeypatch.setattr(binding, "SLICE_BYTES", {"cpu": 4 * 37 * 7})
+        sliced = testing.results(lowrank_update_, arguments)["W"]
+    # products of fewer rows may differ in the last bit of float32, and then round elsewhere
+    torch.testing.assert_close(sliced, whole, rtol=2**-7 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+    assert (sliced != whole).float().mean() < 0.01

@@ -154,9 +154,17 @@ def test_estimate_without_data_needs_none(capsys: pytest.CaptureFixture[str]) ->
     assert (memory["weights"] + memory["states"]) / 2**30 == pytest.approx(18.6, abs=0.05)
 
 
+def test_the_example_of_the_guide_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--mode pretraining --optimizer lora --model llama_1b --batch_size 32 --num_epochs 20 --shuffle false --lr 3e-4"
+    found = printed(capsys, "train", *words.split(), "--dry-run")
+    assert found["optimizers"]["lora"]["weights"] == 4 * (1_339_082_752 + 24 * 2 * 8 * 4096)
+
+
 def test_presets_are_listed_with_their_sizes_and_shown_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     found = printed(capsys, "presets")
     assert found["models"]["llama_60m"] == 58_073_600
+    # embedding and head, 32 layers of 4 square and 3 rectangular matrices, 65 norms
+    assert found["models"]["llama_3b"] == 2 * 32000 * 2560 + 32 * (4 * 2560**2 + 3 * 2560 * 6848) + 65 * 2560
     assert "tiny" in found["runs"]
     assert printed(capsys, "presets", "llama_60m")["hidden_size"] == 512
     with pytest.raises(ConfigError, match="tny is neither"):

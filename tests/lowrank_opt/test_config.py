@@ -10,7 +10,7 @@ import pytest
 from lm_core.config import build, leaves, to_dict
 from lm_core.errors import ConfigError
 from lm_core.progress import Progress, Size
-from lowrank_opt.config import TrainConfig, refuse_unused, resolved
+from lowrank_opt.config import TrainConfig, refuse_unused, resolved, with_data
 
 # the original guide's options: flag, default, choices
 GUIDE: list[tuple[str, Any]] = [
@@ -156,6 +156,14 @@ def test_a_total_batch_is_a_number_of_micro_batches(monkeypatch: pytest.MonkeyPa
     assert resolved(make(total_batch_size=64)).accumulate == 4
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert resolved(make(total_batch_size=64)).accumulate == 2
+
+
+def test_pretraining_without_data_takes_enough_of_c4_for_an_epoch() -> None:
+    assert with_data(make(data=[], num_training_tokens="1M")).data == ["allenai/c4:en[5000]"]
+    assert with_data(make(data=["c4", "builtin:stdlib"], num_training_tokens="1M", max_length=64)).data[0] == "allenai/c4:en[31250]"
+    assert with_data(make()).data == ["synthetic:markov"]
+    with pytest.raises(ConfigError, match="nothing to train on"):
+        with_data(make(mode="finetuning", data=[]))
 
 
 def test_more_epochs_than_tmax_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lm_core.config import build, to_dict
-from lm_core.errors import ConfigError
+from lm_core.errors import ConfigError, InputError
 from lm_core.method import Method
 from lm_core.options import RunConfig
 from lm_core.run import run
@@ -94,6 +94,13 @@ def test_galore_projects_the_body_and_leaves_embeddings_head_and_norms_dense() -
     groups = {bool(group["rank"]): group["names"] for group in engine.optimizer.param_groups}
     assert len(groups[True]) == 14
     assert all("proj" in name for name in groups[True])
+
+
+def test_models_that_bring_no_tokenizer_have_a_default_one() -> None:
+    config = build(TrainConfig, {"mode": "pretraining", "optimizer": "galore", "model": "llama_test", "data": ["synthetic:markov"]})
+    assert len(LowRank(config).tokenizer()) == 259
+    with pytest.raises(InputError, match=r"t5-base.*bytes"):
+        LowRank(build(TrainConfig, {**to_dict(config), "model": "llama_60m"})).tokenizer()
 
 
 def test_adapter_targets_that_the_model_lacks_are_named_with_those_it_has() -> None:

@@ -10,7 +10,7 @@ import click
 from lm_core.cli import command_group, configured
 from lm_core.cli import main as run_cli
 from lowrank_opt.commands import BenchConfig, CompareConfig, EvalConfig, ExportConfig, InspectConfig, PresetsConfig
-from lowrank_opt.config import TrainConfig, refuse_unused, resolved
+from lowrank_opt.config import TrainConfig, refuse_unused, resolved, with_data
 
 cli = command_group("Train language models in little memory: LoRA, GaLore and full-rank baselines.")
 
@@ -24,6 +24,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     refuse_unused(config)
     config = resolved(config)
+    if config.dry_run and not config.data:
+        from lowrank_opt import estimation
+
+        return estimation.run(config)
+    config = with_data(config)
     from lm_core.run import run
     from lowrank_opt.method import method_for
 

@@ -328,6 +328,18 @@ def resolved(config: TrainConfig) -> TrainConfig:
     return config
 
 
+def with_data(config: TrainConfig) -> TrainConfig:
+    """`config` with the default data of pretraining, C4 from the hub, as many rows as one epoch of tokens takes."""
+    if config.classifies() or (config.data and "c4" not in config.data):
+        return config
+    if not config.data and config.mode == "finetuning":
+        raise ConfigError("data: nothing to train on; give --data, for example --data builtin:python-docs, or a --task")
+    # rows are cut to max_length; the mean document of C4 has more than 200 tokens
+    rows = math.ceil(config.num_training_tokens / min(200, config.max_length / 2))
+    c4 = f"allenai/c4:en[{rows}]"
+    return again(config, data=[c4 if source == "c4" else source for source in config.data or ["c4"]])
+
+
 def again(config: TrainConfig, **values: Any) -> TrainConfig:
     """`config` with other values, whichever of the two was given on the command line."""
     made = replace(config, **values)

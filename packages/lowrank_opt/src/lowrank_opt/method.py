@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from kernels_cuda.head import linear_cross_entropy
+from lm_core.data.vocab import build_tokenizer
 from lm_core.errors import ConfigError
 from lm_core.memory import current_bytes
 from lm_core.method import Batch, Loss, Method
 from lm_core.models import CausalLoss, checkpoint_activations, hf_model, load_model, lora
 from lowrank_opt.base import BaseOptimizer, Group
 from lowrank_opt.choose import low_rank_settings, make_optimizer
-from lowrank_opt.config import LOW_RANK, GaloreOptions, LoraOptions, TrainConfig, moment_bits
+from lowrank_opt.config import LOW_RANK, GaloreOptions, LoraOptions, TrainConfig, again, moment_bits
 from lowrank_opt.csv_sink import CsvSink
 from lowrank_opt.groups import auto_targets, matching
 from lowrank_opt.layerwise import attach_per_layer
-from lowrank_opt.models import PRESETS
+from lowrank_opt.models import PRESETS, default_tokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,7 +59,8 @@ class LowRank(Method):
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         if self.words is None:
-            self.words = super().tokenizer()
+            name = self.config.tokenizer or default_tokenizer(self.config.model)
+            self.words = build_tokenizer(again(self.config, tokenizer=name))
         return self.words
 
     def build(self) -> nn.Module:

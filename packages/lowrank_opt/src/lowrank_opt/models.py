@@ -70,9 +70,18 @@ LLAMA_PRESETS: Mapping[str, Mapping[str, Any]] = {
     "llama_130m": _llama(768, 2048, 12, 12),
     "llama_350m": _llama(1024, 2736, 16, 24),
     "llama_1b": _llama(2048, 5461, 32, 24),
+    "llama_3b": _llama(2560, 6848, 32, 32),
     "llama_7b": _llama(4096, 11008, 32, 32),
     "llama_test": _llama(64, 172, 4, 2, vocabulary=512),
 }
+
+
+def default_tokenizer(model: str) -> str | None:
+    """The tokenizer of models that bring none: T5's, whose special ids they have, and bytes for those of tests."""
+    if model not in PRESETS:
+        return None
+    return "bytes" if model.endswith("_test") else "t5-base"
+
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     **LLAMA_PRESETS,

@@ -173,3 +173,25 @@ def test_split_and_convert_from_the_command(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "moe" / "config.json").read_text())["score_scale_factor"] == 4.0
     assert "num_selects: 9 of 8 experts; use 1 to 8" in call(*words, "--num_selects", 9, "--overwrite", code=2)
     assert math.isfinite(call("eval", "--model", tmp_path / "moe", "--eval-data", "synthetic:copy[3]", "--block_size", 32)["copy"]["loss"])
+
+
+@pytest.mark.slow
+def test_from_activity_to_a_stock_model(tmp_path: Path) -> None:
+    source, text = dense_folder(tmp_path / "dense"), ("--data", "synthetic:markov", "--block_size", 32)
+    found = call("features", "--model_path", source, *text, "--what", "act", "--max_tokens", 256, "--save_path", tmp_path / "act")
+    assert found == {"save_path": str(tmp_path / "act"), "tokens": 256, "bytes": 2 * 2 * 256 * 64}
+    words = ("--model_path", source, "--num_experts", 6, "--save_path", tmp_path / "s.safetensors")
+    made = call("split", "activation", *words, "--features", tmp_path / "act", "--num_shared_experts", 2)
+    assert (made["num_experts"], made["shared"], len(made["cost"])) == (6, 16, 2)
+    words = ("convert", "--model_path", source, "--split_file_path", tmp_path / "s.safetensors", "--save_path", tmp_path / "moe")
+    calibration = ("--gate_init", "ridge", "--calibration_data", "synthetic:markov", "--calibration_tokens", 512)
+    call(*words, "--num_selects", 2, "--gate_network", "linear", *calibration)
+    call("train", "--model", tmp_path / "moe", *text, "--max_steps", 2, "--warmup", 0, "-o", tmp_path / "run", "--no-tensorboard")
+    looked = call("inspect", "--model", tmp_path / "run" / "final", *text, "--max_tokens", 256)
+    assert [sum(shares) for shares in looked["share"]] == pytest.approx([1, 1])
+    exported = call("export", "--model", tmp_path / "run" / "final", "--format", "granitemoeshared", "--save_path", tmp_path / "out")
+    assert exported["difference"] < 1e-4
+    # the split travelled through training
+    assert (
+        call("export", "--model", tmp_path / "run" / "final", "--format", "llama", "--save_path", tmp_path / "dense2")["difference"] < 1e-4
+    )

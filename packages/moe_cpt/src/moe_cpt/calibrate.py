@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lm_core.data import eval_rows
-from lm_core.data.loader import eval_batches
 from lm_core.errors import ConfigError, InputError
 from lm_core.models import load_model, load_tokenizer
 from moe_cpt.config import ScaleConfig
 from moe_cpt.model import LlamaMoEForCausalLM, MoEBlock
+from moe_cpt.split.features import token_rows, watching
 
 Mode = Literal["ratio", "lsq", "rms", "unbiased"]
 
@@ -51,41 +50,24 @@ def calibrate(config: ScaleConfig) -> list[float]:
 def calibration_tokens(config: ScaleConfig) -> list[Tensor]:
     """Rows of token ids of the held-out parts of `config.data`, `max_tokens` of them."""
     tokenizer = load_tokenizer(config.dense_path)
-    rows, left = [], int(config.max_tokens)
-    options = SimpleNamespace(eval_data=config.data, text_column=config.text_column, max_length=config.max_length, packing="stream")
-    for source in eval_rows(options, tokenizer).values():
-        for batch in eval_batches(source, micro_batch=1, tokens=left):
-            rows.append(batch["input_ids"])
-            left -= batch["input_ids"].numel()
-        if left <= 0:
-            break
-    return rows
+    return token_rows(config.data, tokenizer, text_column=config.text_column, length=config.max_length, tokens=int(config.max_tokens))
 
 
-@torch.no_grad()
 def layer_sums(mixture: LlamaMoEForCausalLM, dense: nn.Module, rows: list[Tensor]) -> Tensor:
     """<u,u>, <u,f> and <f,f> per layer (L x 3, float64), each layer on the inputs that the dense one sees."""
     blocks = mixture.blocks()
     sums = torch.zeros(len(blocks), 3, dtype=torch.float64)
 
-    def watch(layer: int, block: MoEBlock) -> None:
-        def after(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            u, f = routed_output(block, inputs[0]).double(), output.double()
-            if block.config.num_shared_experts:
-                f = f - block.config.shared_scale_factor * block.shared_experts(inputs[0]).double()
-            sums[layer] += torch.stack([(u * u).sum(), (u * f).sum(), (f * f).sum()])
+    def watch(layer: int, tensors: Mapping[str, Tensor]) -> None:
+        block, x, f = blocks[layer], tensors["inputs"][None], tensors["output"][None].double()
+        u = routed_output(block, x).double()
+        if block.config.num_shared_experts:
+            f = f - block.config.shared_scale_factor * block.shared_experts(x).double()
+        sums[layer] += torch.stack([(u * u).sum(), (u * f).sum(), (f * f).sum()])
 
-        hooks.append(dense.model.layers[layer].mlp.register_forward_hook(after))  # type: ignore[union-attr, index]
-
-    hooks: list[torch.utils.hooks.RemovableHandle] = []
-    for layer, block in enumerate(blocks):
-        watch(layer, block)
-    try:
+    with watching(dense, watch):
         for row in rows:
             dense(row)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return sums
 
 

@@ -14,9 +14,14 @@ from lm_core.cli import command_group, configured
 from lm_core.cli import main as run_cli
 from lm_core.errors import ConfigError, InputError, RunFailed
 from moe_cpt.config import (
+    ActivationConfig,
+    ClusteringConfig,
     ConvertConfig,
     EvalConfig,
+    ExportConfig,
+    FeaturesConfig,
     FilterConfig,
+    InspectConfig,
     PackConfig,
     PlanConfig,
     ReferenceConfig,
@@ -44,6 +49,82 @@ def random(config: SplitConfig) -> dict[str, Any]:
     return _split("random", config)
 
 
+@split.command()
+@configured(ClusteringConfig)
+def clustering(config: ClusteringConfig) -> dict[str, Any]:
+    """Put neurons with similar weights into one expert.
+
+    Example: moe-cpt split clustering --model_path smollm2-135m --num_experts 16 --save_path split.safetensors
+    """
+    options = {"proj_type": config.proj_type, "metric": config.metric, "max_iter": config.max_iter, "n_init": config.n_init}
+    return _split("clustering", config, **options)
+
+
+@split.command()
+@configured(ActivationConfig)
+def activation(config: ActivationConfig) -> dict[str, Any]:
+    """Put neurons that are active on the same tokens into one expert.
+
+    Example: moe-cpt split activation --model_path smollm2-135m --features act/ --num_experts 16 --save_path split.safetensors
+    """
+    options = {"features": config.features, "num_shared_experts": config.num_shared_experts, "k_act": config.k_act}
+    return _split("activation", config, **options)
+
+
+@cli.command()
+@configured(FeaturesConfig)
+def features(config: FeaturesConfig) -> dict[str, Any]:
+    """Write what the feed-forward layers of a dense model do on a text.
+
+    Example: moe-cpt features --model_path smollm2-135m --data builtin:python-docs --what act --max_tokens 8192 --save_path act/
+    """
+    from lm_core.models import load_model, load_tokenizer
+    from moe_cpt.split.features import bytes_of, token_rows, write_features
+    from moe_cpt.tensors import require_swiglu
+
+    if config.save_path.exists() and not config.overwrite:
+        raise ConfigError(f"save_path: {config.save_path} exists; add --overwrite, or choose another folder")
+    dense = load_model(config.model_path).train(False)
+    require_swiglu(dense.config.to_dict(), config.model_path)
+    tokenizer = load_tokenizer(config.model_path)
+    rows = token_rows(
+        config.data,
+        tokenizer,
+        text_column=config.text_column,
+        length=config.max_length,
+        tokens=int(config.max_tokens),
+        batch=config.batch_size,
+    )
+    tokens = sum(row.numel() for row in rows)
+    print(f"{config.save_path}: {bytes_of(dense.config, tokens, config.what) / 2**20:,.0f} MiB for {tokens:,} tokens")
+    written = write_features(config.save_path, dense, rows, config.what)
+    return {"save_path": str(config.save_path), "tokens": tokens, "bytes": written}
+
+
+@cli.command()
+@configured(InspectConfig)
+def inspect(config: InspectConfig) -> dict[str, Any]:
+    """Count the parameters of a mixture, and with --data the tokens that each expert gets.
+
+    Example: moe-cpt inspect --model moe-4of16 --data builtin:python-docs
+    """
+    from moe_cpt.inspection import inspect as look
+
+    return look(config)
+
+
+@cli.command()
+@configured(ExportConfig)
+def export(config: ExportConfig) -> dict[str, Any]:
+    """Write a mixture as a folder that stock transformers load, and compare its logits.
+
+    Example: moe-cpt export --model moe-4of16 --format llama_moe --save_path exported/
+    """
+    from moe_cpt.export import export as write
+
+    return write(config)
+
+
 @cli.command()
 @configured(ConvertConfig)
 def convert(config: ConvertConfig) -> dict[str, Any]:
@@ -51,14 +132,19 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
 
     Example: moe-cpt convert --model_path smollm2-135m --split_file_path split.safetensors --num_selects 4 --save_path moe-4of16
     """
-    from lm_core.models import model_folder
+    from lm_core.models import load_tokenizer, model_folder
     from moe_cpt.calibrate import read_scales
     from moe_cpt.convert import convert as write
     from moe_cpt.plan import parameter_counts
     from moe_cpt.split import Split
+    from moe_cpt.split.features import token_rows
 
     chosen = Split.load(config.split_file_path)
     file = config.score_scale_factor_file_path
+    rows = []
+    if config.gate_init == "ridge" and config.calibration_data:
+        tokenizer, tokens = load_tokenizer(config.model_path), int(config.calibration_tokens)
+        rows = token_rows(config.calibration_data, tokenizer, text_column=config.text_column, length=512, tokens=tokens)
     made = write(
         model_folder(config.model_path),
         chosen,
@@ -67,6 +153,7 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
         score_scale_factor=config.score_scale_factor if file is None else read_scales(file, len(chosen.indices)),
         gate_network=config.gate_network,
         gate_init=config.gate_init,
+        calibration=rows,
         use_softmax=config.use_softmax,
         multiply_gate_scores=config.multiply_gate_scores,
         seed=config.seed,
@@ -94,7 +181,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
     from lm_core.run import run
     from moe_cpt.method import MoeCPT
 
-    return run(config, MoeCPT(config))
+    method = MoeCPT(config)
+    result = run(config, method)
+    method.keep_split()
+    return result
 
 
 @cli.command(name="eval")
@@ -282,17 +372,27 @@ def require_launched(config: TrainConfig) -> None:
         raise ConfigError(f"num_gpu_per_node: {named} are named, but this run has {running}; correct them, or the launcher")
 
 
-def _split(method: str, config: SplitConfig) -> dict[str, Any]:
+def _split(method: str, config: SplitConfig, **options: Any) -> dict[str, Any]:
     from lm_core.models import model_folder
     from moe_cpt.split import split_ffn
 
     if config.save_path.exists() and not config.overwrite:
         raise ConfigError(f"save_path: {config.save_path} exists; add --overwrite, or choose another file")
     folder = model_folder(config.model_path)
-    made = split_ffn(folder, method, num_experts=config.num_experts, seed=config.seed)
+    made = split_ffn(folder, method, num_experts=config.num_experts, seed=config.seed, **options)
     made.save(config.save_path)
-    print(f"{config.save_path}: {len(made.indices)} layers, {made.num_experts} experts of {made.indices[0].shape[1]} neurons each")
-    return {"save_path": str(config.save_path), "layers": len(made.indices), "num_experts": made.num_experts}
+    neurons, costs = made.indices[0].shape[1], made.args.get("cost", [])
+    shared = len(made.shared[0]) if made.shared else 0
+    for layer, cost in enumerate(costs):
+        print(f"layer {layer}: cost {cost:.5g}")
+    print(f"{config.save_path}: {len(made.indices)} layers, {made.num_experts} experts of {neurons} neurons, {shared} shared neurons")
+    return {
+        "save_path": str(config.save_path),
+        "layers": len(made.indices),
+        "num_experts": made.num_experts,
+        "shared": shared,
+        "cost": costs,
+    }
 
 
 def main() -> None:

@@ -33,6 +33,72 @@ class SplitConfig:
 
 
 @config
+class ClusteringConfig(SplitConfig):
+    """Split by similar weights: balanced k-means of the normalised rows of one projection."""
+
+    proj_type: Literal["up_proj", "gate_proj"] = opt("up_proj", "Projection whose rows are compared.")
+    metric: Literal["l2", "cos"] = opt("l2", "Distance of a row to a centre.")
+    max_iter: int = opt(500, "Most iterations of k-means.", ge=1)
+    n_init: int = opt(1, "Starts, of which the best is kept.", ge=1)
+
+
+@config
+class ActivationConfig(SplitConfig):
+    """Split by common activity: balanced k-means of the neurons' activations, the most active neurons shared."""
+
+    num_experts: int = change(SplitConfig, "num_experts", help="Routed experts per layer; with the shared ones they divide the neurons.")
+    features: Path = opt(help="Folder written by moe-cpt features --what act.")
+    num_shared_experts: int = opt(0, "Experts made of the most active neurons, which see every token.", ge=0)
+    k_act: int = opt(10, "Neurons that count as active on a token.", ge=1)
+
+
+@config
+class FeaturesConfig:
+    """What the feed-forward layers of a dense model do on a text."""
+
+    model_path: str = opt(help="Dense model: a folder, a .gguf file, smollm2-135m or a hub id.")
+    data: list[str] = opt(help="Text, written like --data of train.", min_length=1)
+    text_column: str = opt("text", "Column or key that holds the text.")
+    save_path: Path = opt(help="Folder to write, one file per layer.", flags=("-o",))
+    max_length: int = opt(2048, "Tokens per sample.", ge=2, flags=("--block_size",))
+    batch_size: int = opt(4, "Samples in one forward pass.", ge=1)
+    max_tokens: Count = opt(1_000_000, "Tokens to run on.", ge=1)
+    what: list[Literal["inputs", "gate", "up", "act"]] = opt(
+        help="Tensors to keep, repeatable: the layer's inputs, its two projections, or their product after the activation.",
+        factory=lambda: ["act"],
+    )
+    overwrite: bool = opt(False, "Write into a folder that exists.")
+
+
+@config
+class InspectConfig:
+    """Parameters of a mixture, and how its routers choose on a text."""
+
+    model: str = opt(help="Mixture written by moe-cpt convert or train.")
+    data: list[str] = opt(help="Text to route, written like --data of train; without it only parameters are counted.", factory=list)
+    text_column: str = opt("text", "Column or key that holds the text.")
+    max_length: int = opt(512, "Tokens per sample.", ge=2, flags=("--block_size",))
+    max_tokens: Count = opt(8192, "Tokens to route.", ge=1)
+
+
+@config
+class ExportConfig:
+    """A mixture as a folder that stock transformers load."""
+
+    model: str = opt(help="Mixture written by moe-cpt convert or train.")
+    save_path: Path = opt(help=SAVE_PATH, flags=("-o",))
+    format: Literal["llama_moe", "mixtral", "granitemoeshared", "llama"] = opt(
+        help="llama_moe brings its own code; mixtral and granitemoeshared need a linear router, the second one shared experts; llama is the dense model."
+    )
+    keep_noise: bool = opt(False, "With llama_moe: keep the weights of routing noise.")
+    overwrite: bool = opt(False, "Replace what is at --save-path.")
+
+    def check(self) -> None:
+        if self.keep_noise and self.format != "llama_moe":
+            raise ConfigError(f"keep_noise: {self.format} has no place for noise; use --format llama_moe, or leave it out")
+
+
+@config
 class ConvertConfig:
     """Write the mixture of experts of a dense model and a split."""
 
@@ -48,7 +114,13 @@ class ConvertConfig:
         flags=("--moe_calculator_score_scale_factor",),
     )
     gate_network: GateNetwork = opt("mlp", "Shape of the router.", flags=("--gate_network_type",))
-    gate_init: Literal["normal", "zeros"] = opt("normal", "Initial router weights; zeros needs training with noise before it routes.")
+    gate_init: Literal["normal", "zeros", "centroid", "ridge"] = opt(
+        "normal",
+        "Initial router: random, zero (needs training with noise before it routes), the experts' mean gate rows, or a fit to their output on a text.",
+    )
+    calibration_data: list[str] = opt(help="Text for --gate-init ridge, written like --data of train.", factory=list)
+    calibration_tokens: Count = opt(65536, "Tokens for --gate-init ridge.", ge=1)
+    text_column: str = opt("text", "Column or key that holds the text.")
     use_softmax: bool = opt(True, "Scores are a softmax over the selected logits, not the logits.")
     multiply_gate_scores: bool = opt(True, "Multiply expert outputs by their scores; without it every selected expert has weight 1.")
     seed: int = opt(1227, "Address of all randomness.", ge=0)
@@ -162,7 +234,7 @@ class TrainConfig(RunConfig):
         flags=("--model_name_or_path",),
     )
     tokenizer: str | None = change(ModelOptions, "tokenizer", flags=("--tokenizer_name_or_path",))
-    from_dense: Literal["none", "random"] = opt(
+    from_dense: Literal["none", "random", "clustering"] = opt(
         "none", "Split and convert a dense --model first, by this method, into init/ of the run folder."
     )
     num_experts: int = opt(16, "With --from-dense: routed experts per layer.", ge=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,13 +14,15 @@ from torch import Tensor
 
 from lm_core import counter
 from lm_core.errors import ConfigError
+from lm_core.models import load_model
 from moe_cpt.hf.configuration_llama_moe import LlamaMoEConfig
+from moe_cpt.router_init import RouterOf, centroid, ridge
 from moe_cpt.split import FILE, Split
 from moe_cpt.tensors import FFN, ModelTensors, ModelWriter, read_config, require_swiglu
 
 logger = logging.getLogger(__name__)
 
-GateInit = Literal["normal", "zeros"]
+GateInit = Literal["normal", "zeros", "centroid", "ridge"]
 _FFN_NAME = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)\.weight")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "chat_template*")
 
@@ -37,18 +39,22 @@ def convert(
     use_softmax: bool = True,
     multiply_gate_scores: bool = True,
     add_noise: bool = True,
+    calibration: Sequence[Tensor] = (),
     seed: int = 1227,
     overwrite: bool = False,
 ) -> LlamaMoEConfig:
     """Write the mixture of the dense model in `model_path` into `save_path`; its config.
 
     Tensors outside the feed-forward layers are copied bit for bit and keep their type. At most one output file and two layers
-    are in memory. `score_scale_factor` defaults to N / K. An interrupted conversion leaves nothing under `save_path`.
+    are in memory. `score_scale_factor` defaults to N / K; `calibration` are rows of token ids for a ridge router, which loads the
+    dense model. An interrupted conversion leaves nothing under `save_path`.
     """
     source = ModelTensors(model_path)
     dense = read_config(model_path)
     require_swiglu(dense, str(model_path))
     split.require_model(source, dense, "the split")
+    if gate_init == "ridge" and not calibration:
+        raise ConfigError("calibration_data: a ridge router is fitted to text; give for example --calibration-data builtin:python-docs")
     if gate_init == "zeros" and not add_noise and num_selects < split.num_experts:
         raise ConfigError("gate_init: zeros without noise sends every token to the same experts; use normal, or all experts")
     config = moe_config(
@@ -68,17 +74,28 @@ def convert(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     writer = ModelWriter(partial)
-    for name, tensor in converted(source, split, config, initial_router(config, gate_init, seed)):
+    if gate_init == "centroid":
+        router = centroid(config, source, split)
+    elif gate_init == "ridge":
+        router = ridge(config, load_model(str(model_path)).train(False), split, calibration)
+    else:
+        router = initial_router(config, gate_init, seed)
+    for name, tensor in converted(source, split, config, router):
         writer.add(name, tensor)
     writer.close()
     config.save_pretrained(partial)
     split.save(partial / FILE)
-    for pattern in (*_TOKENIZER_FILES, "generation_config.json"):
-        for file in model_path.glob(pattern):
-            shutil.copy2(file, partial / file.name)
+    copy_tokenizer(model_path, partial)
     shutil.rmtree(save_path, ignore_errors=True)
     partial.rename(save_path)
     return config
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the files of a tokenizer, and how to generate."""
+    for pattern in (*_TOKENIZER_FILES, "generation_config.json"):
+        for file in source.glob(pattern):
+            shutil.copy2(file, target / file.name)
 
 
 def moe_config(dense: Mapping[str, Any], *, score_scale_factor: float | list[float] | None = None, **changes: Any) -> LlamaMoEConfig:
@@ -91,9 +108,7 @@ def moe_config(dense: Mapping[str, Any], *, score_scale_factor: float | list[flo
         raise ConfigError(str(error)) from None
 
 
-def converted(
-    source: ModelTensors, split: Split, config: LlamaMoEConfig, router: Callable[[int], Mapping[str, Tensor]]
-) -> Iterator[tuple[str, Tensor]]:
+def converted(source: ModelTensors, split: Split, config: LlamaMoEConfig, router: RouterOf) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of the mixture, in the order in which the dense ones are stored."""
     waiting: dict[int, dict[str, Tensor]] = {}
     for name in source:
@@ -133,7 +148,7 @@ def expert_tensors(
     return tensors
 
 
-def initial_router(config: LlamaMoEConfig, init: GateInit, seed: int) -> Callable[[int], dict[str, Tensor]]:
+def initial_router(config: LlamaMoEConfig, init: Literal["normal", "zeros"], seed: int) -> RouterOf:
     """Router weights of a layer: normal with the config's initializer_range, or zero. Noise weights are zero."""
 
     def weights(layer: int) -> dict[str, Tensor]:

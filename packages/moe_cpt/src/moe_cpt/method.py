@@ -28,7 +28,7 @@ from moe_cpt.models import PRESETS
 from moe_cpt.plan import parameter_counts
 from moe_cpt.report import Meter, RouterSink
 from moe_cpt.routing import Routing, balance_loss
-from moe_cpt.split import split_ffn
+from moe_cpt.split import FILE, split_ffn
 from moe_cpt.tensors import read_config
 from moe_cpt.weights import read_reference, update_weights
 
@@ -130,6 +130,13 @@ class MoeCPT(Method):
                 seed=config.seed,
                 overwrite=True,
             )
+
+    def keep_split(self) -> None:
+        """Copy the split beside the trained weights, so that they can be put back into a dense model."""
+        config = self.config
+        source = Path(config.model) if config.from_dense == "none" else config.run_folder() / "init"
+        if dist.rank() == 0 and not config.dry_run and (source / FILE).is_file():
+            shutil.copy2(source / FILE, config.run_folder() / "final" / FILE)
 
     def override(self, model: LlamaMoEConfig) -> None:
         """Routing options that were given win over the checkpoint's; says where each value comes from."""

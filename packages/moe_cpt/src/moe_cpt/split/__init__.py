@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ def split_ffn(model: str | Path | Mapping[str, Tensor], method: str, **options: 
     >>> [sorted(expert) for expert in split_ffn(state, "random", num_experts=1).indices[0].tolist()]
     [[0, 1, 2, 3, 4, 5, 6, 7]]
     """
-    from moe_cpt.split import random
+    from moe_cpt.split import activation, clustering, random
     from moe_cpt.tensors import ModelTensors, ffn_name
 
     if isinstance(model, Mapping):
@@ -137,10 +137,16 @@ def split_ffn(model: str | Path | Mapping[str, Tensor], method: str, **options: 
         layers = read_config(Path(model))["num_hidden_layers"]
     name = ffn_name(0, "gate_proj")
     width = tensors.shape(name)[0] if isinstance(tensors, ModelTensors) else len(tensors[name])
-    methods = {"random": random.split}
+    methods: dict[str, Callable[..., list[Part]]] = {
+        "random": random.split,
+        "clustering": clustering.split,
+        "activation": activation.split,
+    }
     seed = options.pop("seed", 1227)
     parts = methods[method](tensors, layers, width, seed=seed, **options)
-    return Split(method, [part.routed for part in parts], width, model_hash(tensors, layers), seed, options, shared_of(parts))
+    facts = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    facts |= {"cost": [part.cost for part in parts]} if parts[0].cost is not None else {}
+    return Split(method, [part.routed for part in parts], width, model_hash(tensors, layers), seed, facts, shared_of(parts))
 
 
 @dataclass(frozen=True)

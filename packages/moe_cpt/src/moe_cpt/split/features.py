@@ -1,0 +1,139 @@
+"""What the feed-forward layers of a dense model see and do on a text, kept on disk or handed on as it comes."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from lm_core.data import eval_rows
+from lm_core.data.loader import eval_batches
+from lm_core.errors import InputError
+
+# layer -> inputs (R x D), gate, up and act (R x M), output (R x D)
+Watch = Callable[[int, Mapping[str, Tensor]], None]
+
+
+@contextmanager
+def watching(dense: Any, watch: Watch) -> Iterator[None]:
+    """Call `watch(layer, tensors)` for every feed-forward layer that runs inside; tensors are `inputs, gate, up, act, output`."""
+    hooks, seen = [], dict[str, Tensor]()
+
+    def keep(name: str, *, of_input: bool = False) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            seen[name] = (inputs[0] if of_input else output).flatten(0, -2)
+
+        return hook
+
+    def done(layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            watch(layer, {**seen, "inputs": inputs[0].flatten(0, -2), "output": output.flatten(0, -2)})
+            seen.clear()
+
+        return hook
+
+    for layer, block in enumerate(dense.model.layers):
+        hooks.append(block.mlp.gate_proj.register_forward_hook(keep("gate")))
+        hooks.append(block.mlp.up_proj.register_forward_hook(keep("up")))
+        hooks.append(block.mlp.down_proj.register_forward_hook(keep("act", of_input=True)))
+        hooks.append(block.mlp.register_forward_hook(done(layer)))
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def token_rows(data: Sequence[str], tokenizer: Any, *, text_column: str, length: int, tokens: int, batch: int = 1) -> list[Tensor]:
+    """Token ids (rows x length) of the held-out parts of data arguments, about `tokens` of them in all, shared evenly by the sources."""
+    options = SimpleNamespace(eval_data=list(data), text_column=text_column, max_length=length, packing="stream")
+    sources = eval_rows(options, tokenizer)
+    share = -(-tokens // len(sources))
+    found = []
+    for rows in sources.values():
+        for part in eval_batches(rows, micro_batch=batch, tokens=share):
+            ids, mask = part["input_ids"], part.get("attention_mask")
+            real = part.index >= 0
+            # a shorter last row would bring padding along
+            whole = real if mask is None else real & (mask.sum(1) == ids.shape[1])
+            if whole.any():
+                found.append(ids[whole])
+            elif mask is not None and real.any():
+                found.append(ids[real][:1, : int(mask[real][0].sum())])
+    return found
+
+
+def write_features(folder: Path, dense: Any, rows: Sequence[Tensor], what: Sequence[str]) -> int:
+    """Write `layer_<i>.safetensors` with a bfloat16 tensor [tokens, d or m] per name in `what`; the bytes written.
+
+    Files are laid out first and filled as the model runs, so memory does not grow with the tokens.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = dense.config
+    tokens = sum(row.numel() for row in rows)
+    widths = {name: config.hidden_size if name == "inputs" else config.intermediate_size for name in what}
+    files = [_layout(folder / f"layer_{layer}.safetensors", tokens, widths) for layer in range(config.num_hidden_layers)]
+    filled = [0] * len(files)
+
+    def watch(layer: int, tensors: Mapping[str, Tensor]) -> None:
+        count = len(tensors["act"])
+        for name in what:
+            # numpy knows no bfloat16; the bits are what is stored
+            files[layer][name][filled[layer] : filled[layer] + count] = tensors[name].to(torch.bfloat16).view(torch.int16).numpy()
+        filled[layer] += count
+
+    with watching(dense, watch):
+        for row in rows:
+            dense.model(row)
+    for tables in files:
+        for table in tables.values():
+            table.flush()
+    return bytes_of(config, tokens, what)
+
+
+def bytes_of(config: Any, tokens: int, what: Sequence[str]) -> int:
+    """Size of all files of `write_features`."""
+    width = sum(config.hidden_size if name == "inputs" else config.intermediate_size for name in what)
+    return int(2 * tokens * width * config.num_hidden_layers)
+
+
+def _layout(path: Path, tokens: int, widths: Mapping[str, int]) -> dict[str, Any]:
+    """An empty safetensors file of the final size, and its tables, mapped."""
+    header, at = dict[str, Any](), 0
+    for name, width in widths.items():
+        header[name] = {"dtype": "BF16", "shape": [tokens, width], "data_offsets": [at, at + 2 * tokens * width]}
+        at += 2 * tokens * width
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + at)
+    start = 8 + len(text)
+    return {
+        name: np.memmap(path, dtype=np.int16, mode="r+", offset=start + header[name]["data_offsets"][0], shape=(tokens, width))
+        for name, width in widths.items()
+    }
+
+
+def read_features(folder: Path, layer: int, what: str, width: int) -> Tensor:
+    """One table of one layer. Raises InputError when it is absent or of another model."""
+    path = folder / f"layer_{layer}.safetensors"
+    if not path.is_file():
+        raise InputError(f"features: {path} is missing; write it with moe-cpt features --what {what}")
+    with safe_open(path, framework="pt") as file:
+        if what not in file.keys():  # noqa: SIM118 - no mapping
+            raise InputError(f"features: {path} holds no {what}; write it with moe-cpt features --what {what}")
+        table: Tensor = file.get_tensor(what)
+    if table.shape[1] != width:
+        raise InputError(f"features: {path} has {table.shape[1]} columns, the model {width} neurons; write the features of this model")
+    return table

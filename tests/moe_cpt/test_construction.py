@@ -1,0 +1,198 @@
+"""Splits and routers that look at the model: what they do on known cases, and how much better they are than chance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lm_core.errors import ConfigError, InputError
+from lm_core.models import load_model
+from moe_cpt.calibrate import scale_of
+from moe_cpt.convert import convert
+from moe_cpt.experts import swiglu
+from moe_cpt.inspection import load_mixture
+from moe_cpt.router_init import expert_norms, ridge, solved
+from moe_cpt.split import split_ffn
+from moe_cpt.split.activation import layer_split, mark_rate
+from moe_cpt.split.features import read_features, watching, write_features
+from moe_cpt.split.random import permutation
+from tests.moe_cpt.small import dense_folder, dense_model, tokens
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_neurons_that_fire_together_share_an_expert_and_the_busiest_are_shared() -> None:
+    # tokens of four kinds; neuron n fires on kind n % 4, neurons 0..3 on every token and hardest
+    kind = torch.arange(400) % 4
+    h = (kind[:, None] == torch.arange(20) % 4).float() + 0.01 * draw(400, 20).abs()
+    h[:, :4] = 5 + 0.1 * draw(400, 4)
+    part = layer_split(h, num_experts=4, num_shared=4, k_act=6, seed=0)
+    assert part.shared is not None
+    assert part.shared.tolist() == [0, 1, 2, 3]
+    assert sorted(sorted(set((expert % 4).tolist())) for expert in part.routed) == [[0], [1], [2], [3]]
+
+
+def test_mark_rate_counts_the_largest_of_each_token() -> None:
+    h = torch.tensor([[3.0, -4, 1, 0], [0, -2, 5, 1], [0, 9, 8, -7]])
+    torch.testing.assert_close(mark_rate(h, 2), torch.tensor([1, 3, 2, 0], dtype=torch.float64) / 3, atol=1e-9, rtol=0)
+
+
+def test_clustering_puts_equal_directions_together() -> None:
+    state = dense_model().state_dict()
+    directions = draw(4, 32)
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
+    for layer in range(2):
+        rows = directions[order % 4] * (1 + torch.rand(64, 1)) + 0.01 * draw(64, 32)
+        state[f"model.layers.{layer}.mlp.up_proj.weight"] = rows
+    for metric in ("l2", "cos"):
+        split = split_ffn(state, "clustering", num_experts=4, metric=metric, n_init=3)
+        assert all(len(set((order[expert] % 4).tolist())) == 1 for indices in split.indices for expert in indices)
+        assert len(split.args["cost"]) == 2
+
+
+def test_features_on_disk_are_what_the_layers_do(tmp_path: Path) -> None:
+    model, rows = dense_model(), [tokens(2, 9), tokens(1, 5)]
+    size = write_features(tmp_path, model, rows, ["inputs", "act"])
+    seen: dict[int, list[Tensor]] = {0: [], 1: []}
+    with watching(model, lambda layer, tensors: seen[layer].append(tensors["inputs"])):
+        for row in rows:
+            model.model(row)
+    for layer, block in enumerate(model.model.layers):
+        x = torch.cat(seen[layer])
+        act = F.silu(block.mlp.gate_proj(x)) * block.mlp.up_proj(x)
+        assert torch.equal(read_features(tmp_path, layer, "act", 64), act.bfloat16())
+        assert torch.equal(read_features(tmp_path, layer, "inputs", 32), x.bfloat16())
+    assert size == 2 * 2 * 23 * (32 + 64)
+    assert not any(block.mlp._forward_hooks for block in model.model.layers)
+    with pytest.raises(InputError, match="holds no gate"):
+        read_features(tmp_path, 0, "gate", 64)
+    with pytest.raises(InputError, match="has 64 columns, the model 60 neurons"):
+        read_features(tmp_path, 0, "act", 60)
+    with pytest.raises(InputError, match="is missing; write it with moe-cpt features"):
+        read_features(tmp_path, 2, "act", 64)
+
+
+def test_ridge_is_the_closed_form_of_its_definition() -> None:
+    x, z = draw(50, 6).double(), draw(50, 3, seed=1).double()
+    weight = solved(x.T @ x, x.T @ z)
+    # the minimum of ||x w - z||^2 + 0.1 mean(x^2) n ||w||^2
+    weight.requires_grad_()
+    ((x @ weight - z).square().sum() + 0.1 * x.square().mean() * 50 * weight.square().sum()).backward()
+    assert weight.grad is not None
+    assert float(weight.grad.abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize("network", ["linear", "mlp"])
+def test_a_ridge_router_prefers_experts_with_large_outputs(network: str, tmp_path: Path) -> None:
+    source = dense_folder(tmp_path / "dense")
+    split = split_ffn(source, "random", num_experts=8)
+    rows = [tokens(4, 32, seed=seed) for seed in range(4)]
+    convert(source, split, tmp_path / "moe", gate_network=network, gate_init="ridge", calibration=rows, num_selects=2)  # type: ignore[arg-type]
+    mixture, dense = load_mixture(str(tmp_path / "moe")), load_model(str(source)).train(False)
+    norms, chosen = {}, {}
+
+    def watch(layer: int, tensors: dict[str, Tensor]) -> None:
+        norms[layer] = expert_norms(tensors["act"], dense.model.layers[layer].mlp.down_proj.weight, split.indices[layer])
+        chosen[layer] = mixture.blocks()[layer](tensors["inputs"][None])[1].experts_RK
+
+    with watching(dense, watch):  # type: ignore[arg-type]
+        dense.model(rows[0])
+    for layer in range(2):
+        picked = norms[layer].gather(1, chosen[layer]).mean()
+        assert picked > 1.1 * norms[layer].mean()
+
+
+def test_a_centroid_router_is_the_mean_of_gate_directions(tmp_path: Path) -> None:
+    source = dense_folder(tmp_path / "dense")
+    split = split_ffn(source, "random", num_experts=8)
+    convert(source, split, tmp_path / "moe", gate_network="linear", gate_init="centroid")
+    block, gate = load_mixture(str(tmp_path / "moe")).blocks()[1], dense_model().model.layers[1].mlp.gate_proj.weight
+    expected = torch.stack([(gate[expert] / gate[expert].norm(dim=1, keepdim=True)).mean(0) for expert in split.indices[1]])
+    torch.testing.assert_close(block.router.proj.weight, expected)
+
+
+def test_a_ridge_router_needs_text(tmp_path: Path) -> None:
+    source = dense_folder(tmp_path / "dense")
+    with pytest.raises(ConfigError, match="calibration_data: a ridge router is fitted to text"):
+        convert(source, split_ffn(source, "random", num_experts=8), tmp_path / "moe", gate_init="ridge")
+
+
+def random_ffn(hidden: int = 48, width: int = 1024) -> tuple[Tensor, Tensor, Tensor]:
+    return draw(width, hidden, seed=1) / hidden**0.5, draw(width, hidden, seed=2) / hidden**0.5, draw(hidden, width, seed=3) / width**0.5
+
+
+@pytest.mark.parametrize(("experts", "selects"), [(16, 4), (16, 2), (8, 2), (16, 8)])
+def test_calibrated_factors_tend_to_their_limits_for_random_selection(experts: int, selects: int) -> None:
+    gate, up, down = random_ffn()
+    x = draw(6000, 48)
+    h = swiglu(torch.cat([x @ gate.T, x @ up.T], dim=1))
+    parts = permutation(1024, 0, 0).view(experts, -1)
+    each_RND = torch.stack([h[:, part] @ down[:, part].T for part in parts], dim=1)
+    chosen = torch.rand(6000, experts, generator=torch.Generator().manual_seed(4)).topk(selects).indices
+    u = each_RND.gather(1, chosen[:, :, None].expand(-1, -1, 48)).sum(1) / selects
+    f = each_RND.sum(1)
+    sums = [float((a * b).sum()) for a, b in ((u, u), (u, f), (f, f))]
+    for mode, limit in (("lsq", selects), ("rms", (selects * experts) ** 0.5), ("unbiased", experts)):
+        assert scale_of(mode, *sums, experts, selects) == pytest.approx(limit, rel=0.05)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def clustered_ffn() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A SwiGLU layer (64 -> 512 -> 64) fitted to eight Gaussian clusters with a linear map each, and inputs."""
+    generator = torch.Generator().manual_seed(0)
+    centres, maps = 3 * draw(8, 64, seed=1), draw(8, 64, 64, seed=2) / 8
+    kind = torch.randint(0, 8, (4096,), generator=generator)
+    x = centres[kind] + torch.randn(4096, 64, generator=generator)
+    y = torch.einsum("td,tde->te", x, maps[kind])
+    weights = [
+        (part / shape).requires_grad_()
+        for part, shape in ((draw(512, 64, seed=3), 8), (draw(512, 64, seed=4), 8), (draw(64, 512, seed=5), 23))
+    ]
+    optimizer = torch.optim.Adam(weights, lr=3e-3)
+    for step in range(400):
+        rows = slice(step % 8 * 512, step % 8 * 512 + 512)
+        loss = (F.linear(F.silu(x[rows] @ weights[0].T) * (x[rows] @ weights[1].T), weights[2]) - y[rows]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    gate, up, down = (weight.detach() for weight in weights)
+    return gate, up, down, x
+
+
+def relative_error(clustered: tuple[Tensor, Tensor, Tensor, Tensor], parts_NE: Tensor, logits_RN: Tensor, selects: int = 4) -> float:
+    """Of the mixture with the best single factor, on the second half of the inputs."""
+    gate, up, down, x = clustered
+    h = F.silu(x @ gate.T) * (x @ up.T)
+    each = torch.stack([h[:, part] @ down[:, part].T for part in parts_NE], dim=1)
+    top = logits_RN.topk(selects)
+    u = (each.gather(1, top.indices[:, :, None].expand(-1, -1, 64)) * top.values.softmax(1)[:, :, None]).sum(1)
+    f = each.sum(1)
+    scale = (u * f).sum() / (u * u).sum()
+    return float((scale * u - f)[2048:].norm() / f[2048:].norm())
+
+
+def test_activation_split_with_ridge_router_beats_chance_by_the_target(clustered_ffn: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    gate, up, down, x = clustered_ffn
+    h = F.silu(x @ gate.T) * (x @ up.T)
+    fit = slice(0, 2048)
+    parts = layer_split(h[fit], num_experts=16, num_shared=0, k_act=10, seed=0).routed
+    z = expert_norms(h[fit], down, parts).clamp(min=1e-12).log()
+    weight = solved((x[fit].T @ x[fit]).double(), (x[fit].T @ (z - z.mean(1, keepdim=True))).double()).float()
+    good = relative_error(clustered_ffn, parts, x @ weight)
+    chance = relative_error(clustered_ffn, permutation(512, 0, 0).view(16, 32), x @ (0.02 * draw(64, 16, seed=9)))
+    assert good <= 0.65 * chance, f"{good:.3f} of {chance:.3f}"
+
+
+def test_the_whole_router_of_ridge_is_that_of_its_layers(tmp_path: Path) -> None:
+    source = dense_folder(tmp_path / "dense")
+    split, dense = split_ffn(source, "random", num_experts=8), load_model(str(source)).train(False)
+    made = convert(source, split, tmp_path / "moe", gate_network="linear")
+    rows = [tokens(2, 16)]
+    one, two = ridge(made, dense, split, rows), ridge(made, dense, split, [rows[0][:1], rows[0][1:]])
+    torch.testing.assert_close(one(1)["proj.weight"], two(1)["proj.weight"], rtol=1e-3, atol=1e-4)

@@ -21,6 +21,7 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    PreTrainedModel,
 )
 
 from lm_core.errors import ConfigError, InputError, RunFailed
@@ -276,7 +277,7 @@ def _common(config: LlamaMoEConfig) -> dict[str, Any]:
 
 def _loaded(cls: type[Stock], config: Any, tensors: Mapping[str, Tensor], model: LlamaMoEForCausalLM) -> Stock:
     """A stock model with these weights; every tensor of it is given."""
-    made: Any = cls(config).to(model.dtype)  # type: ignore[arg-type]
+    made: Any = cls(config).to(model.dtype)
     given = {name: tensor.detach() for name, tensor in tensors.items()}
     missing, unexpected = made.load_state_dict(given, strict=False)
     assert not unexpected, unexpected

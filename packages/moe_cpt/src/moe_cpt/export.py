@@ -277,7 +277,8 @@ def _common(config: LlamaMoEConfig) -> dict[str, Any]:
 
 def _loaded(cls: type[Stock], config: Any, tensors: Mapping[str, Tensor], model: LlamaMoEForCausalLM) -> Stock:
     """A stock model with these weights; every tensor of it is given."""
-    made: Any = cls(config).to(model.dtype)
+    made: Any = cls(config)
+    made.to(model.dtype)
     given = {name: tensor.detach() for name, tensor in tensors.items()}
     missing, unexpected = made.load_state_dict(given, strict=False)
     assert not unexpected, unexpected

@@ -51,13 +51,13 @@ def plus_plus(points: Floats, clusters: int, seed: int) -> Floats:
     """Centres among the points: the first at random, each next with probability by squared distance to the nearest so far."""
     draws = counter.uniform(seed, "split", 0, clusters).double().numpy()
     chosen = [int(draws[0] * len(points))]
-    nearest = np.square(points - points[chosen[0]]).sum(1)
+    nearest = costs(points, points[chosen[:1]], "l2")[:, 0]
     for draw in draws[1:]:
         total = nearest.sum()
         # all points may already be centres
         at = int(np.searchsorted(np.cumsum(nearest), draw * total, side="right")) if total > 0 else int(draw * len(points))
         chosen.append(min(at, len(points) - 1))
-        nearest = np.minimum(nearest, np.square(points - points[chosen[-1]]).sum(1))
+        nearest = np.minimum(nearest, costs(points, points[chosen[-1:]], "l2")[:, 0])
     return points[chosen]
 
 
@@ -66,10 +66,14 @@ def costs(points: Floats, centres: Floats, metric: Metric) -> Floats:
     if metric == "cos":
         lengths = np.linalg.norm(centres, axis=1, keepdims=True)
         directions = centres / np.maximum(lengths, 1e-12)
-        norms = np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
-        return np.asarray(1 - (points / norms) @ directions.T)
-    squares = np.square(points).sum(1)[:, None] + np.square(centres).sum(1)[None]
+        norms = np.maximum(np.sqrt(_squares(points)), 1e-12)
+        return np.asarray(1 - points @ directions.T / norms[:, None])
+    squares = _squares(points)[:, None] + _squares(centres)[None]
     return np.asarray(np.maximum(squares - 2 * points @ centres.T, 0.0))
+
+
+def _squares(rows: Floats) -> Floats:
+    return np.asarray(np.einsum("ij,ij->i", rows, rows))
 
 
 def balanced_assignment(cost: Floats, start: Labels | None = None) -> Labels:

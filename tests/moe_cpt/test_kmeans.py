@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_cpt.split.kmeans import balanced_assignment, balanced_kmeans, costs
+from moe_cpt.split.kmeans import as_many_columns_as_rows, balanced_assignment, balanced_kmeans, costs
 
 
 def draw(*shape: int, seed: int = 0) -> np.ndarray:
@@ -63,3 +63,10 @@ def test_degenerate_rows_still_give_equal_clusters(points: np.ndarray, metric: s
     assert np.bincount(labels, minlength=6).tolist() == [4] * 6
     assert np.isfinite(cost)
     assert (labels == balanced_kmeans(points, 6, seed=0, metric=metric)[0]).all()  # type: ignore[arg-type]
+
+
+def test_fewer_columns_keep_products() -> None:
+    points = draw(10, 40)
+    square = as_many_columns_as_rows(points)
+    assert square.shape == (10, 10)
+    np.testing.assert_allclose(square @ square.T, points @ points.T, atol=1e-10)

@@ -25,6 +25,8 @@ def balanced_kmeans(
     squared distances to the centres, or with `cos` of 1 - cosine to their direction. Deterministic in `seed`.
     """
     points = np.asarray(rows, dtype=np.float64)
+    if points.shape[1] > len(points):
+        points = as_many_columns_as_rows(points)
     best: tuple[float, Labels] | None = None
     for start in range(n_init):
         labels, cost = _once(points, clusters, counter.derive(seed, "split", start), metric, max_iter)
@@ -32,6 +34,12 @@ def balanced_kmeans(
             best = cost, labels
     assert best is not None
     return best[1], best[0]
+
+
+def as_many_columns_as_rows(points: Floats) -> Floats:
+    """Points at the same distances and angles with a square matrix of coordinates, from the eigenvectors of their products."""
+    values, vectors = np.linalg.eigh(points @ points.T)
+    return np.asarray(vectors * np.sqrt(np.maximum(values, 0.0)))
 
 
 def _once(points: Floats, clusters: int, seed: int, metric: Metric, max_iter: int) -> tuple[Labels, float]:

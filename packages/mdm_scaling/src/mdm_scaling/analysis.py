@@ -41,7 +41,9 @@ class PlanConfig:
 class SweepConfig:
     """A grid of runs."""
 
-    kind: Literal["isoflop", "data-value", "lr"] = opt(help="What varies: size and budget, epochs at a budget, or the learning rate.")
+    kind: Literal["isoflop", "data-value", "experiment", "lr"] = opt(
+        help="What varies: size and budget, epochs at a budget, the knobs of the experiments, or the learning rate."
+    )
     base: Path | None = opt(None, "YAML file with the options that do not vary.")
     flops: list[float] = opt(help="Budgets, as 1e13,3e13.", factory=list, gt=0)
     epochs: list[float] = opt(help="Epochs of kind data-value.", factory=lambda: [1.0, 2.0, 4.0, 10.0, 20.0, 50.0, 100.0], gt=0)

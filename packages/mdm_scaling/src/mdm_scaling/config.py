@@ -70,7 +70,20 @@ class DiffusionOptions:
 
 
 @config
-class PretrainConfig(RunConfig, ShapeOptions, DiffusionOptions):
+class ExperimentOptions:
+    """Perturbations of training, all neutral by default and off in evaluations."""
+
+    ar_ratio: float = opt(0.0, "Chance that the mask of a sequence is its suffix of the same length; only mdm.", ge=0, le=1)
+    randmask_ratio: float = opt(0.0, "Chance to select a position for token masking; only ar.", ge=0, le=1)
+    randmask_mode: Literal["attention", "column", "input"] = opt(
+        "attention", "What a selected position does: hide earlier keys at random, be hidden from other positions, or become the mask."
+    )
+    num_order_list: int = opt(0, "Number of orders, of which each sequence draws one; the first is from left to right; only ar.", ge=0)
+    use_predefined_order: bool = opt(False, "Orders that move further away from left to right one by one, instead of uniform ones.")
+
+
+@config
+class PretrainConfig(RunConfig, ShapeOptions, DiffusionOptions, ExperimentOptions):
     """Pre-training by masked diffusion or next-token prediction."""
 
     objective: Literal["ar", "mdm"] = opt(help="Autoregressive, or masked diffusion.")
@@ -151,6 +164,17 @@ class PretrainConfig(RunConfig, ShapeOptions, DiffusionOptions):
         _ = self.shape
         if self.objective == "ar" and (wrong := [name for name in DIFFUSION_ONLY if name in explicit(self)]):
             raise ConfigError(f"{wrong[0]}: only --objective mdm masks tokens; drop --{wrong[0].replace('_', '-')}")
+        if self.objective == "ar" and self.ar_ratio:
+            raise ConfigError("ar_ratio: replaces masks, which --objective ar has none of; use --objective mdm")
+        if self.objective == "mdm" and (self.randmask_ratio or self.num_orders > 1):
+            name = "randmask_ratio" if self.randmask_ratio else "num_order_list"
+            raise ConfigError(f"{name}: perturbs next-token prediction; use --objective ar")
+        if self.num_orders > 1 and (self.eod_mask_loss or self.variable_length_ratio or self.randmask_ratio):
+            raise ConfigError(
+                "num_order_list: goes with neither --eod-mask-loss, --variable-length-ratio nor --randmask-ratio; drop one of the two"
+            )
+        if self.randmask_ratio and self.randmask_mode != "input" and self.variable_length_ratio:
+            raise ConfigError("randmask_ratio: of this mode does not go with --variable-length-ratio; drop one of the two")
         if self.mask_mode == "fixed-count" and self.t_sampling == "shift":
             raise ConfigError("t_sampling: shift gives every step the same counts under --mask-mode fixed-count; use stratified or iid")
         if self.min_lr is not None and self.min_lr > self.lr:
@@ -181,6 +205,11 @@ class PretrainConfig(RunConfig, ShapeOptions, DiffusionOptions):
         ffn = self.ffn_hidden_size or (base.ffn if base and not self.hidden_size else None)
         vocabulary = base.vocabulary if base else sizes.NOMINAL_VOCABULARY
         return sizes.shape(layers, hidden, heads, head_size, ffn, self.num_key_value_heads, vocabulary)
+
+    @property
+    def num_orders(self) -> int:
+        """Orders to predict in; 1 is plain next-token prediction."""
+        return max(1, self.num_order_list)
 
     @property
     def count(self) -> int:

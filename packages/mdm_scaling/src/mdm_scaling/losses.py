@@ -34,6 +34,14 @@ def masked_total(predict: Predictor, ids_BS: Tensor, masked_BS: Tensor, weight_B
     return predict(noisy, ids_BS.flatten()[rows], rows, weights, **inputs)
 
 
+def masked_each(predict: Predictor, ids_BS: Tensor, masked_BS: Tensor, weight_B: Tensor, mask_id: int, **inputs: Any) -> Tensor:
+    """`masked_total` by sequence (B)."""
+    rows = _rows(masked_BS)
+    weights = weight_B[:, None].expand_as(ids_BS).flatten()[rows]
+    nll = predict(ids_BS.masked_fill(masked_BS, mask_id), ids_BS.flatten()[rows], rows, weights, reduction="none", **inputs)
+    return torch.zeros(len(ids_BS), dtype=nll.dtype, device=nll.device).index_add(0, rows // ids_BS.shape[1], nll)
+
+
 def _rows(masked_BS: Tensor) -> Tensor:
     if masked_BS.is_meta:
         # how many there are depends on values; all is the most

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from lm_core import dist
 from lm_core.errors import ConfigError
 from lm_core.method import IGNORE, Batch, Loss, Method
 from lm_core.models import checkpoint_activations, load_tokenizer
-from mdm_scaling import losses, sizes
+from mdm_scaling import experiments, losses, sizes
 from mdm_scaling.config import PretrainConfig
 from mdm_scaling.data import rows
 from mdm_scaling.model import Scorer, checkpoint_folder, fresh, load_network, warm
@@ -89,12 +89,44 @@ class Pretrain(Method):
     def losses(self, model: nn.Module, batch: Batch) -> Iterator[Loss]:
         ids, labels, attention = self.cut(batch)
         if self.config.objective == "ar":
-            yield Loss(total=model(ids, labels.flatten(), attention_mask=attention))
+            inputs = self.perturbed(batch, ids, labels, attention) if model.training else {"input_ids_BS": ids, "attention_mask": attention}
+            yield Loss(total=model(**{"targets_M": labels.flatten(), **inputs}))
             return
-        for masked, weight, share in self.masks(batch, labels != IGNORE):
+        eligible = labels != IGNORE
+        for masked, weight, share in self.masks(batch, eligible):
+            counts = torch.stack([masked.sum(), eligible.sum()]).double()
+            if self.config.ar_ratio and "t" not in batch:
+                yield self.compared(model, batch, masked, eligible, weight, counts)
+                continue
             total = losses.masked_total(model, ids, masked, weight * share, self.mask_id, attention_mask=attention)
-            counts = torch.stack([masked.sum(), (labels != IGNORE).sum()]).double()
             yield Loss(total=total, metrics=self.measures(batch, total, counts))
+
+    def perturbed(self, batch: Batch, ids: Tensor, labels: Tensor, attention: Tensor | None) -> dict[str, Any]:
+        """What the network gets of an AR batch in training, with the experiments that are on."""
+        config, size = self.config, ids.shape[1]
+        inputs: dict[str, Any] = {"input_ids_BS": ids, "attention_mask": attention}
+        if config.num_orders > 1:
+            table = experiments.orders(config.num_orders, size, config.use_predefined_order, config.seed)
+            given, targets, positions = experiments.reordered(ids, labels, table, config.seed, batch.index)
+            # positions out of order are no packed documents
+            mask = experiments.causal(len(ids), size, ids.device)
+            return {"input_ids_BS": given, "targets_M": targets.flatten(), "position_ids": positions, "attention_mask": mask}
+        if config.randmask_ratio and config.randmask_mode == "input":
+            inputs["input_ids_BS"] = experiments.replaced(ids, config.randmask_ratio, self.mask_id, config.seed, batch.index)
+        elif config.randmask_ratio and config.randmask_mode != "input":
+            mode, ratio = config.randmask_mode, config.randmask_ratio
+            inputs["attention_mask"] = experiments.seen(mode, size, ratio, config.mask_eps, config.seed, batch.index)
+        return inputs
+
+    def compared(self, model: nn.Module, batch: Batch, masked: Tensor, eligible: Tensor, weight: Tensor, counts: Tensor) -> Loss:
+        """The loss with some masks turned into suffixes, and separately those of both kinds of sequences."""
+        ids, _, attention = self.cut(batch)
+        masked, chosen = experiments.suffixes(masked, eligible, self.config.ar_ratio, self.config.seed, batch.index)
+        each = losses.masked_each(model, ids, masked, weight, self.mask_id, attention_mask=attention)
+        metrics = {"mask_ratio": counts}
+        for name, group in (("suffix_mask_loss", chosen), ("random_mask_loss", ~chosen)):
+            metrics[name] = torch.stack([each.detach()[group].sum().double(), eligible[group].sum().double()])
+        return Loss(total=each.sum(), metrics=metrics)
 
     def measures(self, batch: Batch, total: Tensor, counts: Tensor) -> dict[str, Tensor]:
         """The share of masked tokens; of an evaluation the name of its estimate, since an MDM's loss is a bound."""

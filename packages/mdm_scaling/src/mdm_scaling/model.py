@@ -219,13 +219,17 @@ class Scorer(nn.Module):
         weights_M: Tensor | None = None,
         attention_mask: Tensor | None = None,
         reduction: Literal["sum", "none"] = "sum",
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """Sum of weights x -log p(target) over the rows (positions counted through the batch; all of them by default), or each one.
 
-        `attention_mask` (B x S, 0 = seen by nobody) is for sequences that end early.
+        `attention_mask` (B x S, 0 = seen by nobody) is for sequences that end early; one of B x 1 x S x S (bool) says who sees
+        whom, and must be given with positions that are out of order, which would be taken for packed documents.
         """
         inner: Any = hf_model(self.model)
-        hidden = inner.model(input_ids=input_ids_BS, attention_mask=attention_mask, use_cache=False).last_hidden_state.flatten(0, 1)
+        hidden = inner.model(
+            input_ids=input_ids_BS, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        ).last_hidden_state.flatten(0, 1)
         chosen = hidden if rows_M is None else hidden[rows_M]
         return cast(Tensor, inner.lm_head(chosen, targets_M, weights_M, reduction))
 

@@ -25,9 +25,25 @@ from mdm_scaling.fit.points import write_table
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["isoflop", "data-value", "lr"]
+Kind = Literal["isoflop", "data-value", "experiment", "lr"]
 EPOCHS = (1, 2, 4, 10, 20, 50, 100)
 PEAKS = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
+# what the experiments vary, by objective
+KNOBS: dict[str, list[dict[str, Any]]] = {
+    "mdm": [
+        *({"ar_ratio": ratio} for ratio in (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)),
+        *({"attention_dropout": p} for p in (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)),
+    ],
+    "ar": [
+        *({"attention_dropout": p} for p in (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)),
+        *(
+            {"randmask_mode": mode, "randmask_ratio": ratio}
+            for mode in ("attention", "column", "input")
+            for ratio in (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
+        ),
+        *({"num_order_list": count, "use_predefined_order": how} for how in (False, True) for count in (1, 2, 4, 8, 16)),
+    ],
+}
 # options that say where a run is written or how it is watched, not what it is
 _ELSEWHERE = (
     "output_dir",
@@ -68,6 +84,8 @@ def grid(
 
 
 def _changes(kind: Kind, common: Mapping[str, Any], flops: Sequence[float], epochs: Sequence[float]) -> Iterable[dict[str, Any]]:
+    if kind == "experiment":
+        return ({"flops": budget, **knob} for budget in flops for knob in KNOBS[common["objective"]])
     if kind == "isoflop":
         return ({"flops": budget} for budget in flops)
     if kind == "lr":
@@ -245,7 +263,15 @@ def _row(path: Path) -> dict[str, Any] | None:
     scaling = result.get("scaling")
     if not scaling or result.get("status") != "done" or scaling.get("best_loss") is None:
         return None
-    return {**scaling, "run_id": result["id"], "experiment": "", "knob": "", "U": scaling["U"] or scaling["D"], "folder": str(path.parent)}
+    knobs = {name: value for name, value in scaling.get("knobs", {}).items() if value}
+    return {
+        **scaling,
+        "run_id": result["id"],
+        "experiment": " ".join(knobs),
+        "knob": " ".join(f"{value}" for value in knobs.values()),
+        "U": scaling["U"] or scaling["D"],
+        "folder": str(path.parent),
+    }
 
 
 if __name__ == "__main__":

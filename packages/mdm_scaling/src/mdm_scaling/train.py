@@ -16,12 +16,17 @@ from mdm_scaling.method import Pretrain, describe
 from mdm_scaling.sweep import run_id
 
 logger = logging.getLogger(__name__)
+KNOBS = ("attention_dropout", "ar_ratio", "randmask_ratio", "randmask_mode", "num_order_list", "use_predefined_order")
 STATUS = {"budget": "done", "loss": "done", "killed": "killed", "interrupted": "preempted", "failed": "failed"}
 
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Train, and write beside core's entries of `result.json` what tables and fits need."""
     logger.info(describe(config))
+    if config.num_orders > 1:
+        logger.warning(
+            "num_order_list: a model is not told which position comes next, so what it should predict in other orders is ambiguous"
+        )
     if config.kill_file is not None and config.kill_file.exists():
         logger.warning("kill_file: %s exists, so nothing is trained", config.kill_file)
         return {"status": "killed", "steps": 0}
@@ -72,7 +77,7 @@ def extend(folder: Path, config: PretrainConfig) -> None:
                 "final_loss": means[steps[-1]] if steps else None,
                 "loss_se": error(folder, best) if best is not None else None,
                 "seed": config.seed,
-                "knobs": {"attention_dropout": config.attention_dropout, "hidden_dropout": config.hidden_dropout},
+                "knobs": {name: getattr(config, name) for name in KNOBS},
             },
         },
     )

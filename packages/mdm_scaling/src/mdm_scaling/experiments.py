@@ -1,0 +1,82 @@
+"""Perturbations of training that ask what the two objectives owe to which tokens they see; all are off in evaluations.
+
+B sequences, S positions. Every draw has the sample's address, so layouts and restarts change nothing; at their neutral
+values nothing is drawn and nothing differs, bit for bit.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lm_core import counter
+from mdm_scaling.noise import WHOLE, at, unit, words
+
+RandmaskMode = Literal["attention", "column", "input"]
+# lanes of a sample's word in the stream order
+SUFFIX, ORDER = 0, 1
+
+
+def suffixes(masked_BS: Tensor, eligible_BS: Tensor, ratio: float, seed: int, index_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Left-to-right masking: (masks, which sequences changed). With probability `ratio` a mask becomes the suffix of the same length."""
+    chosen_B = unit(words(seed, "order", index_B, WHOLE, 4)[:, SUFFIX]) < ratio
+    from_end_BS = eligible_BS.flip(1).cumsum(1).flip(1)
+    suffix_BS = eligible_BS & (from_end_BS <= masked_BS.sum(1, keepdim=True))
+    return torch.where(chosen_B[:, None], suffix_BS, masked_BS), chosen_B
+
+
+def replaced(ids_BS: Tensor, ratio: float, mask_id: int, seed: int, index_B: Tensor) -> Tensor:
+    """Token masking of mode input: each input token becomes the mask with probability `ratio`."""
+    return ids_BS.masked_fill(unit(words(seed, "mask", index_B, 0, ids_BS.shape[1])) < ratio, mask_id)
+
+
+def seen(mode: Literal["attention", "column"], size: int, ratio: float, eps: float, seed: int, index_B: Tensor) -> Tensor:
+    """Who sees whom under token masking (B x 1 x S queries x S keys, bool): the past, less what is hidden, and oneself always.
+
+    attention: a query is selected with probability `ratio` and then hides each earlier key with probability
+    p = eps + (1 - eps) u of its own; column: a selected key is hidden from every query but its own.
+    """
+    place = torch.arange(size, device=index_B.device)
+    itself = place[:, None] == place
+    # word 2^31 + i of a sample: whether row (or column) i is selected, and its p
+    own = words(seed, "mask", index_B, WHOLE, 4 * size).view(len(index_B), size, 4)
+    selected_BS = unit(own[:, :, 0]) < ratio
+    if mode == "column":
+        hidden = selected_BS[:, None, :].expand(-1, size, -1)
+    else:
+        p_BS = eps + (1 - eps) * unit(own[:, :, 1])
+        pairs = unit(words(seed, "mask", index_B, 0, size * size)).view(-1, size, size)
+        hidden = selected_BS[:, :, None] & (pairs < p_BS[:, :, None])
+    return (((place <= place[:, None]) & ~hidden) | itself)[:, None]
+
+
+@lru_cache(maxsize=8)
+def orders(count: int, size: int, predefined: bool, seed: int) -> Tensor:
+    """Permutations of 0 .. size-1 (count x size): the identity first, then uniform ones.
+
+    predefined: order i sorts a + i z for one standard normal vector z, so that inversions never fall as i grows.
+    """
+    place = torch.arange(size)
+    if predefined:
+        z = counter.normal(seed, "order", -1, size).double()
+        return torch.stack([torch.argsort(place + i * z, stable=True) for i in range(count)])
+    drawn = [torch.argsort(counter.bits(seed, "order", -1 - i, size), stable=True) for i in range(1, count)]
+    return torch.stack([place, *drawn])
+
+
+def reordered(ids_BS: Tensor, labels_BS: Tensor, table: Tensor, seed: int, index_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(inputs, labels, positions) of next-token prediction in another order: the first token stays, each sequence draws one order."""
+    draw = at(seed, "order", index_B, torch.full_like(index_B, ORDER), WHOLE)
+    order_BS = table.to(ids_BS.device)[draw * len(table) >> 32]
+    targets = labels_BS.gather(1, order_BS)
+    inputs = torch.cat([ids_BS[:, :1], targets[:, :-1]], dim=1)
+    positions = torch.cat([torch.zeros_like(order_BS[:, :1]), order_BS[:, :-1] + 1], dim=1)
+    return inputs, targets, positions
+
+
+def causal(batch: int, size: int, device: torch.device) -> Tensor:
+    """The past and oneself (B x 1 x S x S, bool), for calls whose positions are out of order."""
+    return torch.ones(size, size, dtype=torch.bool, device=device).tril().expand(batch, 1, size, size)

@@ -101,6 +101,8 @@ def test_the_rate_stays_at_the_floor_after_tmax_epochs_but_oscillates_in_steps()
         ({"galore": {"proj_type": "up"}}, "galore.proj_type"),
         ({"optimizer": "galor"}, "optimizer"),
         ({"budgett": "3 steps"}, "budgett"),
+        ({"model": "smollm2-135m", "model_path": "x"}, "model_path: .*--model x"),
+        ({"model_path": "x", "init": "random"}, "model_path: .*--init random"),
         ({"galore": {"rank": 4.5}}, "galore.rank: 4.5 is neither"),
         ({"budget": "1000 tokens"}, r"budget: 1,000 tokens are less than one update of 8,192 \(16 samples"),
         ({"num_training_tokens": 100, "num_epochs": 2}, "num_training_tokens: 200 tokens"),

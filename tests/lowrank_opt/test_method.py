@@ -14,12 +14,14 @@ from transformers import AutoModelForCausalLM
 from lm_core.config import build, to_dict
 from lm_core.errors import ConfigError, InputError
 from lm_core.method import Method
+from lm_core.models import load_model
 from lm_core.options import RunConfig
 from lm_core.run import run
 from lm_core.testing import Conformance, spawn
 from lowrank_opt import csv_sink
 from lowrank_opt.config import OPTIMIZERS, TrainConfig
 from lowrank_opt.method import LowRank
+from lowrank_opt.models import PRESETS
 
 
 class LowRankConformance(Conformance):
@@ -94,6 +96,16 @@ def test_galore_projects_the_body_and_leaves_embeddings_head_and_norms_dense() -
     groups = {bool(group["rank"]): group["names"] for group in engine.optimizer.param_groups}
     assert len(groups[True]) == 14
     assert all("proj" in name for name in groups[True])
+
+
+def test_weights_for_a_named_size_come_from_a_folder_of_that_size(tmp_path: Path) -> None:
+    suite = LowRankConformance()
+    load_model("llama_test", presets=PRESETS, seed=3).save_pretrained(tmp_path / "trained")
+    config = suite.options(model_path=tmp_path / "trained", mode="finetuning")
+    built = suite.method(config).build().state_dict()
+    assert torch.equal(built["model.lm_head.weight"], load_model("llama_test", presets=PRESETS, seed=3).lm_head.weight)
+    with pytest.raises(ConfigError, match="has hidden_size 64, llama_60m has 512"):
+        suite.method(suite.options(model="llama_60m", model_path=tmp_path / "trained", mode="finetuning")).build()
 
 
 def test_models_that_bring_no_tokenizer_have_a_default_one() -> None:

@@ -33,6 +33,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
     from lowrank_opt.method import method_for
 
     result = run(config, method_for(config))
+    if not config.dry_run:
+        memory = result["memory"]
+        print(
+            f"peak of memory  predicted {memory['predicted_peak_bytes'] / 2**30:.2f} GiB  measured {memory['measured_peak_bytes'] / 2**30:.2f} GiB"
+        )
     if config.classifies() and not config.dry_run:
         from lowrank_opt.glue import summary
 

@@ -122,6 +122,7 @@ class TrainConfig(RunConfig):
     init: Literal["auto", "pretrained", "random"] = opt(
         "auto", "Initial weights; auto: random in pretraining and for *_test models, else pretrained."
     )
+    model_path: Path | None = opt(None, "Folder with trained weights (and tokenizer) for a --model that is a named size.")
     micro_batch_size: int = change(EngineOptions, "micro_batch_size", default=16, flags=("-b", "--batch_size"))
     accumulate: int = change(EngineOptions, "accumulate", flags=("--grad_accumulation",))
     total_batch_size: int | None = opt(None, "Samples of one update over all processes; replaces --accumulate.", ge=1)
@@ -191,8 +192,12 @@ class TrainConfig(RunConfig):
         return layers
 
     def check(self) -> None:
-        if self.model in PRESETS and not self.random_init():
-            raise ConfigError(f"model: {self.model} has no trained weights; add --init random, or name a folder or hub id")
+        if self.model in PRESETS and not self.random_init() and self.model_path is None:
+            raise ConfigError(f"model: {self.model} has no trained weights; add --init random, --model-path FOLDER, or name a hub id")
+        if self.model_path is not None and self.model not in PRESETS:
+            raise ConfigError(f"model_path: {self.model} is no named size; write --model {self.model_path} instead")
+        if self.model_path is not None and self.init == "random":
+            raise ConfigError(f"model_path: the weights in {self.model_path} would be ignored under --init random; drop one of them")
         if self.param_dtype == "bf16" and self.precision != "bf16":
             raise ConfigError(f"param_dtype: bf16 weights need bf16 arithmetic, not {self.precision}; add --precision bf16")
         if self.model.startswith("roberta") and not self.classifies():
@@ -291,6 +296,8 @@ class TrainConfig(RunConfig):
 
     def random_init(self) -> bool:
         """Whether the weights start random."""
+        if self.model_path is not None:
+            return False
         if self.init == "auto":
             return self.mode == "pretraining" or self.model.endswith("_test")
         return self.init == "random"

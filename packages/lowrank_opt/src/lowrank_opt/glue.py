@@ -42,7 +42,7 @@ class Classifier(LowRank):
     def load(self, dtype: torch.dtype) -> PreTrainedModel:
         config = self.config
         model = load_classifier(
-            config.model,
+            config.model if config.model_path is None else str(config.model_path),
             config.num_labels or TASKS[config.task].labels,
             presets=PRESETS,
             init="random" if config.random_init() else "pretrained",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_core.sinks import Sink
 
@@ -59,13 +59,16 @@ class LowRank(Method):
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         if self.words is None:
-            name = self.config.tokenizer or default_tokenizer(self.config.model)
+            path = self.config.model_path
+            name = self.config.tokenizer or (None if path is None else str(path)) or default_tokenizer(self.config.model)
             self.words = build_tokenizer(again(self.config, tokenizer=name))
         return self.words
 
     def build(self) -> nn.Module:
         config = self.config
         model = self.load(torch.bfloat16 if config.weights_dtype() == "bf16" else torch.float32)
+        if config.model_path is not None:
+            check_size(config, model.config)
         limit = getattr(model.config, "max_position_embeddings", None)
         if model.config.model_type == "roberta" and limit is not None:
             # positions are counted from the padding id on
@@ -97,9 +100,8 @@ class LowRank(Method):
     def load(self, dtype: torch.dtype) -> PreTrainedModel:
         """The model before adapters and losses."""
         config = self.config
-        return load_model(
-            config.model, presets=PRESETS, init="random" if config.random_init() else "pretrained", seed=config.seed, dtype=dtype
-        )
+        name = config.model if config.model_path is None else str(config.model_path)
+        return load_model(name, presets=PRESETS, init="random" if config.random_init() else "pretrained", seed=config.seed, dtype=dtype)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The module to train around the model, with its adapters if any."""
@@ -197,6 +199,15 @@ def fused_loss(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor
         with torch.autocast(kind, enabled=False):
             return linear_cross_entropy(hidden_ND.float(), weight_VD.float(), labels_N)
     return linear_cross_entropy(hidden_ND, weight_VD, labels_N)
+
+
+def check_size(config: TrainConfig, found: PretrainedConfig) -> None:
+    """Refuse weights of another size than the one that is named."""
+    for key, wanted in PRESETS[config.model].items():
+        if isinstance(wanted, int) and not key.endswith("_token_id") and getattr(found, key, wanted) != wanted:
+            raise ConfigError(
+                f"model_path: {config.model_path} has {key} {getattr(found, key)}, {config.model} has {wanted}; write --model {config.model_path}"
+            )
 
 
 def check_adapter_targets(model: nn.Module, targets: list[str] | str) -> None:

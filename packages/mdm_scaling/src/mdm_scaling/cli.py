@@ -22,7 +22,7 @@ from mdm_scaling.analysis import (
     StudyConfig,
     SweepConfig,
 )
-from mdm_scaling.config import EvalConfig, ExportConfig, GenerateConfig, ImportConfig, PretrainConfig, TokenizeConfig, settled
+from mdm_scaling.config import EvalConfig, ExportConfig, GenerateConfig, ImportConfig, PretrainConfig, TasksConfig, TokenizeConfig, settled
 
 cli = command_group("Pre-train masked diffusion and autoregressive language models, compare them, and fit their scaling laws.")
 
@@ -116,6 +116,18 @@ def eval_loss(config: EvalConfig) -> dict[str, Any]:
     from mdm_scaling.evaluate import corpus_loss
 
     return corpus_loss(config)
+
+
+@evaluation.command("tasks")
+@configured(TasksConfig)
+def eval_tasks(config: TasksConfig) -> dict[str, Any]:
+    """Multiple-choice and cloze tasks.
+
+    Example: mdm-scaling eval tasks --checkpoint smollm2-135m --tasks questions.jsonl
+    """
+    from mdm_scaling.tasks import run
+
+    return run(config)
 
 
 @cli.command()

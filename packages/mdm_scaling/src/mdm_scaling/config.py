@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -193,6 +194,9 @@ class PretrainConfig(RunConfig, ShapeOptions, DiffusionOptions, ExperimentOption
     @property
     def shape(self) -> Shape | None:
         """The sizes of a new network; None where a model brings its own."""
+        if re.fullmatch(r"\d+[kKmMbB]?", self.model):
+            # no model is called so: a size, perhaps with a typing error
+            sizes.named(self.model)
         if self.model and self.model not in sizes.ALL:
             return None
         base = sizes.ALL.get(self.model)
@@ -336,6 +340,22 @@ class EvalConfig:
     def check(self) -> None:
         if self.estimator == "exact" and self.max_length > 14:
             raise ConfigError(f"estimator: exact runs 2^S forward passes, too many for S = {self.max_length}; use --seq-length 14 or less")
+
+
+@config
+class TasksConfig:
+    """Multiple-choice and cloze tasks."""
+
+    checkpoint: str = opt(help="Model: a run folder, a model folder, smollm2-135m or a hub id.", flags=("--model",))
+    tasks: Path = opt(help="JSONL file of {context, choices, answer} or {context, target}.")
+    method: Literal["mc", "chain", "greedy"] | None = opt(
+        None,
+        "Bound by draws, left-to-right likelihood, or whether the likeliest text is the target; default: mc for a masked model, else chain.",
+    )
+    num_mc: int = opt(32, "Draws of the noise per target.", ge=1)
+    max_chunk_size: int = opt(32, "Masked versions of a sequence in one forward pass.", ge=1)
+    eval_seed: int = opt(4321, "Address of the noise.", ge=0)
+    limit: int | None = opt(None, "Only the first so many items.", ge=1)
 
 
 @config

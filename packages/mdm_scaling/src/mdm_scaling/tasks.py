@@ -1,0 +1,190 @@
+"""Multiple-choice and cloze tasks: the likelihood of a target given its context, by either kind of model.
+
+T positions of context and target together, K masked versions of one sequence.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lm_core.errors import InputError
+from lm_core.models import load_tokenizer
+from mdm_scaling import losses
+from mdm_scaling.config import TasksConfig
+from mdm_scaling.model import Scorer, checkpoint_folder, load_network, objective_of, vocabulary_of
+from mdm_scaling.noise import Noise, levels, masks
+from mdm_scaling.sampling import fill
+
+How = Literal["mc", "chain", "greedy"]
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question: texts that may follow a context, and the number of the right one; a single text is a cloze."""
+
+    context: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+def read_items(path: Path) -> list[Item]:
+    """Lines {context, choices, answer} or {context, target}. Raises InputError naming the line that is neither."""
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"tasks: {path} cannot be read ({error}); name a .jsonl file") from None
+    items = [_item(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not items:
+        raise InputError(f"tasks: {path} holds no item; write lines of context, choices and answer")
+    return items
+
+
+def _item(line: str, where: str) -> Item:
+    try:
+        value = json.loads(line)
+        context = str(value["context"])
+        if "target" in value:
+            return Item(context, (str(value["target"]),), 0)
+        item = Item(context, tuple(map(str, value["choices"])), int(value["answer"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"tasks: {where} lacks context, choices and answer, or context and target ({error!r}); correct the line") from None
+    if not 0 <= item.answer < len(item.choices):
+        raise InputError(f"tasks: {where}: the answer {item.answer} is none of {len(item.choices)} choices; count from 0")
+    return item
+
+
+@torch.no_grad()
+def target_nll(
+    predict: losses.Predictor,
+    context: Sequence[int],
+    target: Sequence[int],
+    *,
+    how: Literal["mc", "chain"],
+    mask_id: int,
+    num_mc: int,
+    seed: int,
+    address: int,
+    chunk: int,
+) -> float:
+    """Negative log-likelihood of the target given the context under a masked model, of which only target tokens are masked.
+
+    chain: token i given the ones before it, with everything from i to the end masked. mc: the bound over levels, `num_mc`
+    stratified draws at (seed, eval, address). Chunks only bound the memory.
+    """
+    ids = torch.tensor([*context, *target])
+    size, first = len(target), len(context)
+    own = torch.zeros(len(ids), dtype=torch.bool)
+    own[first:] = True
+    if how == "chain":
+        hidden = torch.zeros(size, len(ids), dtype=torch.bool)
+        hidden[:, first:] = torch.ones(size, size, dtype=torch.bool).triu()
+        scored = torch.zeros_like(hidden)
+        scored[torch.arange(size), first + torch.arange(size)] = True
+        weights = torch.ones(size, dtype=torch.float64)
+    else:
+        slots = torch.arange(num_mc)
+        t = levels("stratified", seed, "eval", address, slots, slots + address * num_mc, num_mc)
+        # a fixed number of masks: unbiased for the exact bound, however short the target
+        hidden, weight = masks(Noise(mode="fixed-count"), t, own.expand(num_mc, -1), seed, "eval", slots + address * num_mc)
+        scored, weights = hidden, weight.double() / num_mc
+    total = 0.0
+    for start in range(0, len(hidden), chunk):
+        part = slice(start, start + chunk)
+        rows = ids.expand(len(hidden[part]), -1)
+        nll = losses.sums(predict, rows.masked_fill(hidden[part], mask_id), rows, scored[part])
+        total += float((nll * weights[part]).sum())
+    return total
+
+
+@torch.no_grad()
+def causal_nll(predict: losses.Predictor, context: Sequence[int], target: Sequence[int]) -> float:
+    """Negative log-likelihood of the target given the context under an autoregressive model."""
+    ids = torch.tensor([[*context, *target]])
+    rows = torch.arange(len(context) - 1, ids.shape[1] - 1)
+    return float(predict(ids[:, :-1], ids[0, 1:][rows], rows, reduction="none").double().sum())
+
+
+def run(config: TasksConfig) -> dict[str, Any]:
+    """Accuracies, exact matches and mean losses of one file of items."""
+    model = load_network(config.checkpoint)
+    tokenizer = load_tokenizer(checkpoint_folder(config.checkpoint))
+    masked = objective_of(model) == "mdm"
+    how: How = config.method or ("mc" if masked else "chain")
+    if how == "mc" and not masked:
+        raise InputError(f"method: mc is the bound of masked models, and {config.checkpoint} is autoregressive; use --method chain")
+    scorer = Scorer(model).eval()
+    items = read_items(config.tasks)[: config.limit]
+    mask_id, end = vocabulary_of(model), tokenizer.eos_token_id or 0
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+    found: list[dict[str, float]] = []
+    for number, item in enumerate(items):
+        context, choices = encode(item.context) or [end], [encode(choice) for choice in item.choices]
+        _require(context, choices, int(model.config.max_position_embeddings), number)
+        if how == "greedy":
+            found.append({"exact_match": float(_greedy(model, context, choices[item.answer], masked, mask_id))})
+            continue
+        nll = [
+            target_nll(
+                scorer, context, choice, how=how, mask_id=mask_id, num_mc=config.num_mc, seed=config.eval_seed, address=number * 64 + at,
+                chunk=config.max_chunk_size,
+            )
+            if masked
+            else causal_nll(scorer, context, choice)
+            for at, choice in enumerate(choices)
+        ]  # fmt: skip
+        found.append(_scores(item, nll, [len(choice) for choice in choices]))
+    return _report(config, found, how, bound=masked and how == "mc")
+
+
+def _require(context: Sequence[int], choices: Sequence[Sequence[int]], positions: int, number: int) -> None:
+    longest = len(context) + max(map(len, choices))
+    if longest > positions:
+        raise InputError(f"tasks: item {number} has {longest} tokens, more than the {positions} positions of the model; shorten it")
+    if not all(choices):
+        raise InputError(f"tasks: item {number} has an empty choice; write at least one character")
+
+
+def _scores(item: Item, nll: Sequence[float], lengths: Sequence[int]) -> dict[str, float]:
+    per_token = [value / length for value, length in zip(nll, lengths)]
+    scores = {"nll": nll[item.answer], "nll_per_token": per_token[item.answer]}
+    if len(nll) > 1:
+        scores["accuracy"] = float(min(range(len(nll)), key=lambda at: nll[at]) == item.answer)
+        scores["accuracy_by_length"] = float(min(range(len(nll)), key=lambda at: per_token[at]) == item.answer)
+    return scores
+
+
+def _greedy(model: Any, context: Sequence[int], target: Sequence[int], masked: bool, mask_id: int) -> bool:
+    """Whether the likeliest continuation is the target."""
+    if masked:
+        predict: Callable[[Tensor], Tensor] = lambda ids: model(input_ids=ids).logits  # noqa: E731
+        start = torch.tensor([[*context, *[mask_id] * len(target)]])
+        return fill(predict, start, mask_id, len(target), index=torch.arange(1))[0][0][len(context) :] == list(target)
+    ids = torch.tensor([[*context, *target]])
+    with torch.no_grad():
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits[0, len(context) - 1 :, :mask_id]
+    return bool((logits.argmax(-1) == torch.tensor(target)).all())
+
+
+def _report(config: TasksConfig, found: Sequence[Mapping[str, float]], how: How, *, bound: bool) -> dict[str, Any]:
+    result: dict[str, Any] = {"tasks": str(config.tasks), "method": how, "items": len(found), "bound": bound}
+    for name in dict.fromkeys(name for scores in found for name in scores):
+        values = torch.tensor([scores[name] for scores in found if name in scores], dtype=torch.float64)
+        error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+        result[name], result[f"{name}_standard_error"] = float(values.mean()), error
+        print(
+            f"{name:20} {result[name]:.4f}"
+            + ("" if math.isnan(error) else f" ± {error:.4f}")
+            + ("  upper bound" if bound and name.startswith("nll") else "")
+        )
+    return result

@@ -88,6 +88,9 @@ def plot_against(folders: Sequence[Path], out: Path, peak_gib: Mapping[Path, flo
             line = ("-", "--", ":")[number // len(COLOURS) % 3]
             style = {"color": COLOURS[number % len(COLOURS)], "linestyle": line, "label": name}
             marked = {**style, "marker": MARKERS[number % len(MARKERS)], "markersize": 5}
+            if number >= len(COLOURS):
+                # colours and markers begin anew: hollow ones
+                marked["markerfacecolor"] = "white"
             by_step.plot(*_curve(records, "train/loss", "step"), **style, linewidth=1.2)
             held_out = _held_out(records, "seconds")
             by_time.plot(*held_out, **marked)

@@ -49,7 +49,19 @@ def test_from_text_to_shards_to_a_run(tmp_path: Path) -> None:
     for facts in found:
         assert facts["github"]["documents"] < 20
         assert facts["github"]["share"] == facts["en_book"]["share"] == 0.5  # 0.045 each of the LLaMA shares
-    call("train", *common, "--dataset_dir", tmp_path / "packed", "--max_steps", 2, "-o", tmp_path / "run", "--no-tensorboard")
+    call(
+        "train",
+        *common,
+        "--dataset_dir",
+        tmp_path / "packed",
+        "--max_steps",
+        2,
+        "-o",
+        tmp_path / "run",
+        "--no-tensorboard",
+        "--eval_every",
+        "never",
+    )
     assert (tmp_path / "run" / "final" / "model.safetensors").exists()
 
 
@@ -139,7 +151,7 @@ def test_checklist_marks_what_looks_wrong(tmp_path: Path) -> None:
 
 def test_header_is_the_first_thing_a_run_says(tmp_path: Path) -> None:
     words = ["train", "--model", str(mixture_folder(tmp_path)), "--data", "synthetic:markov", "--block_size", "32", "--num_tokens", "512"]
-    result = CliRunner().invoke(cli, [*words, "--warmup", "0", "-o", str(tmp_path / "run"), "--no-tensorboard"])
+    result = CliRunner().invoke(cli, [*words, "--warmup", "0", "-o", str(tmp_path / "run"), "--no-tensorboard", "--eval_every", "never"])
     assert result.stderr.startswith("max_steps: 2\nglobal batch size: 8\n#tokens/batch: 256\nmax_train_samples: 16\n")
 
 
@@ -186,7 +198,21 @@ def test_from_activity_to_a_stock_model(tmp_path: Path) -> None:
     words = ("convert", "--model_path", source, "--split_file_path", tmp_path / "s.safetensors", "--save_path", tmp_path / "moe")
     calibration = ("--gate_init", "ridge", "--calibration_data", "synthetic:markov", "--calibration_tokens", 512)
     call(*words, "--num_selects", 2, "--gate_network", "linear", *calibration)
-    call("train", "--model", tmp_path / "moe", *text, "--max_steps", 2, "--warmup", 0, "-o", tmp_path / "run", "--no-tensorboard")
+    call(
+        "train",
+        "--model",
+        tmp_path / "moe",
+        *text,
+        "--max_steps",
+        2,
+        "--warmup",
+        0,
+        "-o",
+        tmp_path / "run",
+        "--no-tensorboard",
+        "--eval_every",
+        "never",
+    )
     looked = call("inspect", "--model", tmp_path / "run" / "final", *text, "--max_tokens", 256)
     assert [sum(shares) for shares in looked["share"]] == pytest.approx([1, 1])
     exported = call("export", "--model", tmp_path / "run" / "final", "--format", "granitemoeshared", "--save_path", tmp_path / "out")

@@ -112,5 +112,6 @@ def draw_tables(tables: Mapping[str, list[list[float]]], path: Path) -> Path:
             axes.set_title(f"{name} / mean of the layer")
             axes.set_xlabel("expert")
             axes.set_ylabel("layer")
+            axes.yaxis.get_major_locator().set_params(integer=True)
             canvas.colorbar(image, ax=axes)
     return path

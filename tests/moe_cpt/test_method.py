@@ -250,8 +250,9 @@ def test_flops_are_those_of_active_parameters(tmp_path: Path) -> None:
     assert method.flops_per_token(engine.model) == 6 * active + 12 * 2 * 64 * 64
 
 
-def test_a_dry_run_leaves_no_folder(tmp_path: Path) -> None:
-    config = build(TrainConfig, {**TINY, "budget": "2 steps", "output_dir": tmp_path / "run", "dry_run": True})
+@pytest.mark.parametrize("method", ["random", "clustering"])
+def test_a_dry_run_leaves_no_folder(method: str, tmp_path: Path) -> None:
+    config = build(TrainConfig, {**TINY, "from_dense": method, "budget": "2 steps", "output_dir": tmp_path / "run", "dry_run": True})
     result = run(config, MoeCPT(config))
     assert result["parameters"]["active"] < result["parameters"]["total"]
     assert not (tmp_path / "run").exists()

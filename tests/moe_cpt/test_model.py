@@ -145,3 +145,14 @@ def test_impossible_configs_are_refused(change: dict[str, object], message: str)
 def test_config_survives_json() -> None:
     made = config(score_scale_factor=[1.0, 2.0], num_shared_experts=0)
     assert LlamaMoEConfig(**made.to_dict()).to_dict() == made.to_dict()
+
+
+def test_noise_can_be_turned_off_and_on_where_there_are_weights_for_it() -> None:
+    model, ids = LlamaMoEForCausalLM(config()).train(), tokens(1)
+    noisy = model(ids).logits
+    model.set_gate_noise(False)
+    quiet_logits = model(ids).logits
+    assert torch.equal(quiet_logits, model.train(False)(ids).logits)
+    assert not torch.equal(quiet_logits, noisy)
+    with pytest.raises(ValueError, match="no noise weights"):
+        LlamaMoEForCausalLM(config(gate_add_noise=False)).set_gate_noise(True)

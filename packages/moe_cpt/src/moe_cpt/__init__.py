@@ -16,6 +16,7 @@ _HOME = {
     "convert": "convert",
     "moe_ffn": "experts",
     "split_ffn": "split",
+    "update_weights": "weights",
 }
 
 __all__ = sorted(_HOME)

@@ -22,6 +22,7 @@ from moe_cpt.config import (
     FeaturesConfig,
     FilterConfig,
     InspectConfig,
+    LegacyConfig,
     PackConfig,
     PlanConfig,
     ReferenceConfig,
@@ -111,6 +112,21 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     from moe_cpt.inspection import inspect as look
 
     return look(config)
+
+
+@cli.command(name="import-legacy")
+@configured(LegacyConfig)
+def import_legacy(config: LegacyConfig) -> dict[str, Any]:
+    """Write a checkpoint of the original LLaMA-MoE code as a mixture of this package.
+
+    Example: moe-cpt import-legacy --model LLaMA-MoE-v1-3_5B-4_16 --save_path moe-4of16
+    """
+    from lm_core.models import model_folder
+    from moe_cpt.legacy import import_legacy as write
+
+    made = write(model_folder(config.model), config.save_path, overwrite=config.overwrite)
+    print(f"{config.save_path}: {made.num_selects} of {made.num_experts} experts, scale factor {made.score_scale_factor}")
+    return {"save_path": str(config.save_path), "num_experts": made.num_experts, "num_selects": made.num_selects}
 
 
 @cli.command()

@@ -82,6 +82,15 @@ class InspectConfig:
 
 
 @config
+class LegacyConfig:
+    """A checkpoint of the original LLaMA-MoE code in this package's layout."""
+
+    model: str = opt(help="Folder of the checkpoint.")
+    save_path: Path = opt(help=SAVE_PATH, flags=("-o",))
+    overwrite: bool = opt(False, "Replace what is at --save-path.")
+
+
+@config
 class ExportConfig:
     """A mixture as a folder that stock transformers load."""
 

@@ -216,6 +216,12 @@ class LlamaMoEForCausalLM(LlamaMoEPreTrainedModel, LlamaForCausalLM):
     def set_balance_loss_weight(self, weight: float) -> None:
         self.config.gate_balance_loss_weight = weight
 
+    def set_gate_noise(self, on: bool) -> None:
+        """Turn routing noise in training on or off; a mixture made without noise weights cannot turn it on."""
+        if on and not hasattr(self.blocks()[0].router, "noise"):
+            raise ValueError("gate_add_noise: the mixture has no noise weights; convert it with noise")
+        self.config.gate_add_noise = on
+
     def reset_router(self, std: float | None = None) -> None:
         """Draw the router weights anew from torch's generator (zeros for `std` 0); noise weights become zero."""
         std = self.config.initializer_range if std is None else std

@@ -22,7 +22,19 @@ from mdm_scaling.analysis import (
     StudyConfig,
     SweepConfig,
 )
-from mdm_scaling.config import EvalConfig, ExportConfig, GenerateConfig, ImportConfig, PretrainConfig, TasksConfig, TokenizeConfig, settled
+from mdm_scaling.config import (
+    ConcatConfig,
+    EvalConfig,
+    ExportConfig,
+    GenerateConfig,
+    ImportConfig,
+    PretrainConfig,
+    SubsetConfig,
+    TasksConfig,
+    TokenizeConfig,
+    VerifyConfig,
+    settled,
+)
 
 cli = command_group("Pre-train masked diffusion and autoregressive language models, compare them, and fit their scaling laws.")
 
@@ -55,6 +67,51 @@ def data_tokenize(config: TokenizeConfig) -> dict[str, Any]:
     from mdm_scaling.data.tokenize import tokenize
 
     return tokenize(config)
+
+
+@data.command("inspect")
+@click.argument("prefix")
+def data_inspect(prefix: str) -> None:
+    """What the header of a corpus says, and counts."""
+    from mdm_scaling.data.tools import inspect
+
+    inspect(prefix)
+
+
+@data.command("verify")
+@configured(VerifyConfig)
+@click.argument("prefix")
+def data_verify(config: VerifyConfig, prefix: str) -> dict[str, Any]:
+    """Check header, offsets, sizes, trailing bytes and the range of tokens."""
+    from mdm_scaling.data.tools import verify
+
+    return verify(prefix, config.vocabulary)
+
+
+@data.command("concat")
+@configured(ConcatConfig)
+@click.argument("pattern")
+def data_concat(config: ConcatConfig, pattern: str) -> dict[str, Any]:
+    """Join the corpora that match a quoted pattern, in natural order.
+
+    Example: mdm-scaling data concat 'corpora/part_*.bin' --output-prefix corpora/all
+    """
+    from mdm_scaling.data.tools import concat
+
+    return concat(config, pattern)
+
+
+@data.command("subset")
+@configured(SubsetConfig)
+@click.argument("source", type=click.Path(path_type=Path))
+def data_subset(config: SubsetConfig, source: Path) -> dict[str, Any]:
+    """The first documents of a .jsonl file that hold so many tokens; smaller subsets are prefixes of larger ones.
+
+    Example: mdm-scaling data subset c4.jsonl.gz --tokens 100M --out c4_100m.jsonl
+    """
+    from mdm_scaling.data.tools import subset
+
+    return subset(config, source)
 
 
 @cli.group()

@@ -321,6 +321,31 @@ class TokenizeConfig:
 
 
 @config
+class VerifyConfig:
+    """Check a corpus in Megatron's format."""
+
+    vocabulary: int | None = opt(None, "Entries of the tokenizer; default: tokens are only checked for being above 0.", ge=1)
+
+
+@config
+class ConcatConfig:
+    """Join corpora in Megatron's format."""
+
+    output_prefix: Path = opt(help="Prefix of the files to write.")
+    overwrite: bool = opt(False, "Replace files that are there.")
+
+
+@config
+class SubsetConfig:
+    """The first documents of a text file."""
+
+    tokens: Count = opt(help="Tokens to take, as 100M; by the mean length of a document.", ge=1)
+    tokens_per_doc: str = opt("c4", "Mean tokens of a document: c4, slimpajama, oscar or a number.")
+    out: Path = opt(help="File to write (.jsonl).")
+    overwrite: bool = opt(False, "Replace what is there.")
+
+
+@config
 class EvalConfig:
     """The likelihood of a corpus under a model."""
 

@@ -13,8 +13,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,6 +37,7 @@ class Shape:
     baseline_name: str
     flops: int  # of the matrix products that cannot be avoided
     bytes: int  # that must be read or written at least once
+    peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # others to compare with, by name
 
 
 @dataclass(frozen=True)
@@ -87,24 +88,28 @@ def measure_gpu(function: Callable[[], Any]) -> Measured:
 
 
 def paired(shape: Shape, repeats: int, device: str = "cpu") -> tuple[Measured, Measured]:
-    """Medians of the op and of its baseline, run in turns on the same input, after one run of each that does not count and one from
-    which the peak of memory is taken."""
+    """The op and its baseline, as `in_turns` measures them."""
+    ours, theirs = in_turns(shape, [shape.function, shape.baseline], repeats, device)
+    return ours, theirs
+
+
+def in_turns(shape: Shape, functions: Sequence[Callable[..., Any]], repeats: int, device: str = "cpu") -> list[Measured]:
+    """Medians of all functions, run in turns on the same input, after one run of each that does not count and one from which the peak
+    of memory is taken."""
     arguments = testing.moved(shape.make(), device=device)
     leaves = [value for value in arguments.values() if isinstance(value, Tensor) and value.requires_grad]
 
     def run(function: Callable[..., Any], fresh: bool) -> Measured:
         def call() -> Any:
-            return torch.autograd.grad(function(**arguments) / 1024, leaves) if leaves else function(**arguments)
+            return torch.autograd.grad(function(**arguments).sum() / 1024, leaves) if leaves else function(**arguments)
 
         return measure(call, fresh=fresh) if device == "cpu" else measure_gpu(call)
 
-    both = shape.function, shape.baseline
-    for function in both:
+    for function in functions:
         run(function, False)
-    peaks = [run(function, True).peak_bytes for function in both]
-    runs = [[run(function, False) for function in both] for _ in range(repeats)]
-    ours, theirs = (_middle(each, peak) for each, peak in zip(zip(*runs, strict=True), peaks, strict=True))
-    return ours, theirs
+    peaks = [run(function, True).peak_bytes for function in functions]
+    runs = [[run(function, False) for function in functions] for _ in range(repeats)]
+    return [_middle(each, peak) for each, peak in zip(zip(*runs, strict=True), peaks, strict=True)]
 
 
 def _middle(runs: Sequence[Measured], peak_bytes: int) -> Measured:
@@ -132,19 +137,24 @@ def shapes(op: str) -> list[Shape]:
 
 
 def report(op: str, shape: Shape, repeats: int, device: str = "cpu") -> str:
-    """One line with everything."""
+    """A line for the op, and one for each function it is compared with."""
     flops, speed = ceilings(shape.dtype, device)
-    ours, theirs = paired(shape, repeats, device)
+    others = {shape.baseline_name: shape.baseline, **shape.peers}
+    ours, *theirs = in_turns(shape, [shape.function, *others.values()], repeats, device)
     floor = max(shape.flops / flops, shape.bytes / speed)
     dtype = str(shape.dtype).removeprefix("torch.")
     mib = 2**20
-    return (
+    own = (
         f"{op}  {shape.name} {dtype}  {ours.cpu_seconds * 1000:.4g} ms +- {ours.spread / 2:.0%}"
         f"  floor {floor * 1000:.4g} ms ({flops / 1e9:.4g} GFLOP/s, {speed / 1e9:.3g} GB/s)  {ours.cpu_seconds / floor:.2f}x floor"
-        f"  baseline {theirs.cpu_seconds * 1000:.4g} ms +- {theirs.spread / 2:.0%}  {ours.cpu_seconds / theirs.cpu_seconds:.2f}x baseline"
-        f"  peak {ours.peak_bytes / mib:.0f} of {theirs.peak_bytes / mib:.0f} MiB"
-        f"  [{shape.baseline_name}; {_place(device)}]"
+        f"  peak {ours.peak_bytes / mib:.0f} MiB  [{_place(device)}]"
     )
+    lines = [
+        f"    {ours.cpu_seconds / other.cpu_seconds:.2f}x of {other.cpu_seconds * 1000:.4g} ms +- {other.spread / 2:.0%}"
+        f"  peak {other.peak_bytes / mib:.0f} MiB  {name}"
+        for name, other in zip(others, theirs, strict=True)
+    ]
+    return "\n".join([own, *lines])
 
 
 def _place(device: str) -> str:

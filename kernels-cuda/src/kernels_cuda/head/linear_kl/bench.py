@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels_cuda.bench import Shape
 from kernels_cuda.head import linear_kl
+from kernels_cuda.head.linear_kl import reference
 from kernels_cuda.testing import Arguments
 
 
@@ -32,6 +33,11 @@ def loss(h_s: Tensor, W_s: Tensor, teacher: Sequence[Tensor], chunk: int = 128, 
     return linear_kl(h_s, W_s, teacher, chunk=chunk, direction=direction)[0]  # type: ignore[arg-type]
 
 
+def reference_loss(h_s: Tensor, W_s: Tensor, teacher: Sequence[Tensor]) -> Tensor:
+    """The reference."""
+    return reference.linear_kl(h_s, W_s, teacher)[0]
+
+
 def plain(h_s: Tensor, W_s: Tensor, teacher: Sequence[Tensor]) -> Tensor:
     """What people write."""
     log_p = F.log_softmax(F.linear(*teacher).float(), -1)
@@ -51,6 +57,7 @@ def shape(rows: int, width: int, vocabulary: int, dtype: torch.dtype) -> Shape:
         flops=4 * 2 * rows * width * vocabulary,
         # inputs are read and gradients written, each once
         bytes=3 * dtype.itemsize * width * (rows + vocabulary),
+        peers={"the reference": reference_loss},
     )
 
 

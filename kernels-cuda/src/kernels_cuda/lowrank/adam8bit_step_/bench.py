@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels_cuda.bench import Shape
 from kernels_cuda.lowrank import adam8bit_step_
+from kernels_cuda.lowrank.adam8bit_step_ import reference
 from kernels_cuda.lowrank.adam8bit_step_.cases import make
 from kernels_cuda.testing import Arguments
 
@@ -50,7 +51,17 @@ def shapes(size: int) -> list[Shape]:
     # gradient, weight read and written, codes of two moments read and written, one maximum each per 256
     moved = size * size * (4 + 8 + 4) + size * size // 256 * 16
     return [
-        Shape(f"{size} x {size}", torch.float32, arguments, adam8bit_step_, baseline, name, flops=0, bytes=moved)
+        Shape(
+            f"{size} x {size}",
+            torch.float32,
+            arguments,
+            adam8bit_step_,
+            baseline,
+            name,
+            0,
+            moved,
+            {"the reference": reference.adam8bit_step_},
+        )
         for name, baseline in baselines.items()
     ]
 

@@ -9,6 +9,7 @@ import torch
 from kernels_cuda.bench import Shape
 from kernels_cuda.lowrank import adam_step_
 from kernels_cuda.lowrank.adam8bit_step_.bench import FUSED, optimizer
+from kernels_cuda.lowrank.adam_step_ import reference
 from kernels_cuda.lowrank.adam_step_.cases import make
 
 SIZE = 2048
@@ -22,5 +23,6 @@ SHAPES = [
         baseline_name=FUSED,
         flops=0,
         bytes=SIZE * SIZE * 28,
+        peers={"the reference": reference.adam_step_},
     )
 ]

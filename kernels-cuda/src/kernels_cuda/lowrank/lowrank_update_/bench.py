@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels_cuda.bench import Shape
 from kernels_cuda.lowrank import lowrank_update_
+from kernels_cuda.lowrank.lowrank_update_ import reference
 from kernels_cuda.lowrank.lowrank_update_.cases import make
 
 
@@ -33,6 +34,7 @@ def shape(size: int, rank: int, dtype: torch.dtype) -> Shape:
         baseline_name="decay W - alpha P.T @ N, with torch.randint where W is bfloat16",
         flops=2 * size * size * rank,
         bytes=2 * dtype.itemsize * size * size,
+        peers={"the reference": reference.lowrank_update_},
     )
 
 

@@ -10,12 +10,18 @@ from torch import Tensor
 
 from kernels_cuda.bench import Shape
 from kernels_cuda.rwkv_distill import tmix_out
+from kernels_cuda.rwkv_distill.tmix_out import reference
 from kernels_cuda.rwkv_distill.tmix_out.cases import make
 
 
 def function(**arguments: Any) -> Tensor:
     """The op, as one number to differentiate."""
     return tmix_out(**arguments).sum()
+
+
+def reference_sum(**arguments: Any) -> Tensor:
+    """The reference."""
+    return reference.tmix_out(**arguments).sum()
 
 
 def plain(y: Tensor, r: Tensor, k: Tensor, v: Tensor, r_k: Tensor, gn_w: Tensor, gn_b: Tensor, gate: Tensor, eps: float) -> Tensor:
@@ -37,6 +43,7 @@ def shape(time: int, heads: int, size: int) -> Shape:
         flops=0,
         # five are read and one is written; then six are read and five written
         bytes=(6 + 11) * 4 * time * heads * size,
+        peers={"the reference": reference_sum},
     )
 
 

@@ -7,12 +7,18 @@ from torch import Tensor
 
 from kernels_cuda.bench import Shape
 from kernels_cuda.rwkv_distill import tmix_shift
+from kernels_cuda.rwkv_distill.tmix_shift import reference
 from kernels_cuda.rwkv_distill.tmix_shift.cases import make
 
 
 def function(h: Tensor, prev: Tensor | None, seg: Tensor | None, mus: Tensor) -> Tensor:
     """The op, as one number to differentiate."""
     return tmix_shift(h, prev, seg, mus).sum()
+
+
+def reference_sum(h: Tensor, prev: Tensor | None, seg: Tensor | None, mus: Tensor) -> Tensor:
+    """The reference."""
+    return reference.tmix_shift(h, prev, seg, mus).sum()
 
 
 def plain(h: Tensor, prev: Tensor | None, seg: Tensor | None, mus: Tensor) -> Tensor:
@@ -33,6 +39,7 @@ def shape(time: int, width: int, dtype: torch.dtype) -> Shape:
         flops=0,
         # h is read and six mixes are written; then seven are read and one is written
         bytes=(7 + 8) * dtype.itemsize * time * width,
+        peers={"the reference": reference_sum},
     )
 
 

@@ -18,7 +18,9 @@ from lm_core.options import RunConfig
 from lm_core.testing import Conformance
 from rwkv_distill.config import TrainConfig
 from rwkv_distill.distill import Distill, DistilledLogits, require_same_tokens
+from rwkv_distill.finetune import Finetune, LabelledText
 from rwkv_distill.hf.modeling_rwkv_distill import RwkvDistillForCausalLM
+from rwkv_distill.student import untie
 from rwkv_distill.weights import load_into
 from tests.rwkv_distill.small import student, teacher, tokens
 from tests.rwkv_distill.test_method import TINY
@@ -37,6 +39,43 @@ class TestDistill(Conformance):
     def method(self, config: RunConfig) -> Distill:
         assert isinstance(config, TrainConfig)
         return Distill(config)
+
+
+@pytest.mark.slow
+class TestFinetune(Conformance):
+    def configure(self, **options: Any) -> TrainConfig:
+        return config(**{"stage": 3, **options})
+
+    def method(self, config: RunConfig) -> Finetune:
+        assert isinstance(config, TrainConfig)
+        return Finetune(config)
+
+
+def test_stage_3_learns_the_cross_entropy_of_the_text() -> None:
+    module = LabelledText(student("qwen2"))
+    first, second = tokens(1, 7), tokens(1, 5, seed=1)
+    packed = batch_of(torch.cat([first, second], 1), document_ids=torch.tensor([[0] * 7 + [1] * 5]))
+    packed["labels"][0, 7] = -100
+    method = Finetune(config(stage=3))
+    (loss,) = method.losses(module, packed)
+    expected = sum(F.cross_entropy(module.student(ids).logits[0, :-1], ids[0, 1:], reduction="sum") for ids in (first, second))
+    torch.testing.assert_close(loss.total, expected, rtol=1e-5, atol=1e-5)
+    assert method.targets(packed) == 10
+
+
+def test_a_trained_head_is_not_lost_where_the_student_begins_tied(tmp_path: Path) -> None:
+    shape = {"tie_word_embeddings": True}
+    source = student(shape=shape)
+    untie(source)
+    with torch.no_grad():
+        source.lm_head.weight.add_(1)
+    source.save_pretrained(tmp_path)
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        target = student(shape=shape, busy=False)
+        assert target.lm_head.weight is target.model.embed_tokens.weight
+        load_into(target, tmp_path / file)
+        assert torch.equal(target.lm_head.weight, source.lm_head.weight)
+        assert torch.equal(target.model.embed_tokens.weight, source.model.embed_tokens.weight)
 
 
 def batch_of(ids: Tensor, **more: Tensor) -> Batch:
@@ -210,7 +249,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 def test_options_of_the_other_stage_are_refused() -> None:
-    with pytest.raises(ConfigError, match="full_params: belongs to stage 2, not to --stage 1"):
+    with pytest.raises(ConfigError, match="full_params: belongs to stage 2 and 3, not to --stage 1"):
         build(TrainConfig, {**TINY, "full_params": True})
     with pytest.raises(ConfigError, match="align_loss: belongs to stage 1, not to --stage 2"):
         config(align_loss="mse")

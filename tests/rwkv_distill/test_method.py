@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from lm_core.config import build
+from lm_core.errors import ConfigError
 from lm_core.method import Method
 from lm_core.options import RunConfig
 from lm_core.run import run
@@ -65,6 +66,13 @@ def test_only_mixers_are_trained_and_the_teachers_attention_is_in_no_file(tmp_pa
     assert isinstance(method, Align)
 
 
+@pytest.mark.parametrize(("options", "message"), [({"engine": "sharded"}, "engine: sharded"), ({"zero_stage": 3}, "zero_stage: 3")])
+def test_engines_that_split_layers_are_refused_in_stage_1(options: dict[str, Any], message: str) -> None:
+    suite = AlignConformance()
+    with pytest.raises(ConfigError, match=message):
+        suite.method(suite.options(**options)).build()
+
+
 def test_calibration_starts_the_run_at_a_smaller_error(tmp_path: Path) -> None:
     suite = AlignConformance()
     first = {}
@@ -80,7 +88,7 @@ def test_calibration_starts_the_run_at_a_smaller_error(tmp_path: Path) -> None:
 def test_stage_1_brings_a_real_student_nearer_to_its_teacher(tmp_path: Path) -> None:
     values = {
         "model": "smollm2-135m", "data": ["builtin:python-docs"], "max_length": 128, "accumulate": 2, "warmup": 1, "budget": "4 steps",
-        "eval_every": "1.0", "eval_tokens": 512, "log_every": 1, "tensorboard": False, "device": "cpu", "output_dir": tmp_path,
+        "eval_every": "0.99", "eval_tokens": 512, "log_every": 1, "tensorboard": False, "device": "cpu", "output_dir": tmp_path,
     }  # fmt: skip
     config = build(TrainConfig, values)
     result = run(config, Align(config))
@@ -96,7 +104,7 @@ def test_stage_1_brings_a_real_student_nearer_to_its_teacher(tmp_path: Path) -> 
 def test_stage_2_brings_a_real_students_words_nearer_to_its_teachers(tmp_path: Path) -> None:
     values = {
         "model": "smollm2-135m", "data": ["builtin:python-docs"], "max_length": 64, "accumulate": 2, "warmup": 1, "budget": "4 steps",
-        "eval_every": "1.0", "eval_tokens": 256, "log_every": 1, "tensorboard": False, "device": "cpu", "stage": 2, "output_dir": tmp_path,
+        "eval_every": "0.99", "eval_tokens": 256, "log_every": 1, "tensorboard": False, "device": "cpu", "stage": 2, "output_dir": tmp_path,
     }  # fmt: skip
     config = build(TrainConfig, values)
     run(config, Distill(config))

@@ -174,13 +174,16 @@ class Align(Method):
 
     def build(self) -> nn.Module:
         config = self.config
+        if config.engine == "sharded" or (config.zero_stage or 0) > 1:
+            which = "engine: sharded" if config.engine == "sharded" else f"zero_stage: {config.zero_stage}"
+            raise ConfigError(f"{which} splits weights that stage 1 uses part by part; use --engine replicated or --zero-stage 1")
         teacher: Any = load_model(config.model, presets=MODELS, seed=config.seed)
         require_positions(teacher.config, config.max_length)
         attentions = [layer.self_attn for layer in teacher.base_model.layers]
         student = StudentModel.from_teacher(teacher, config.student)
         if not student.mixers():
             raise ConfigError("layers: no layer is replaced, so there is nothing to train; name at least one layer")
-        layers = AlignedLayers(student, attentions, recompute=config.gradient_checkpointing and not self.local())
+        layers = AlignedLayers(student, attentions, recompute=config.gradient_checkpointing and not config.layer_local)
         if config.ckpt_file is not None and torch.get_default_device().type != "meta":
             load_into(student, config.ckpt_file, fresh_mixers=config.chose_init())
         elif config.calibrate and torch.get_default_device().type != "meta":
@@ -197,12 +200,8 @@ class Align(Method):
         scale_outputs(layers.student, factors)
         log.info("calibrated the output of %d mixers by %.3g to %.3g", len(factors), min(factors.values()), max(factors.values()))
 
-    def local(self) -> bool:
-        """Whether layers are back-propagated one by one: not where an engine gathers weights in one forward pass."""
-        return self.config.layer_local and self.config.engine in ("auto", "replicated") and not (self.config.zero_stage or 0) > 1
-
     def losses(self, model: nn.Module, batch: Batch) -> Iterator[Loss]:
-        real, local = unmasked(batch), self.local()
+        real, local = unmasked(batch), self.config.layer_local
         terms = model(
             batch["input_ids"], batch.get("attention_mask"), batch.get("document_ids"), real, kind=self.config.align_loss, local=local
         )

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from lm_core.data.pack import BestFit, OneDocument
 from lm_core.models import load_model
+from lm_core.plot import COLOURS, MARKERS, drawing
 from rwkv_distill import ops, reference
 from rwkv_distill.align import AlignedLayers
 from rwkv_distill.command_config import BenchConfig
@@ -35,6 +37,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     report = {name: part(config) for name, part in parts.items() if config.op in (name, "all")}
     if config.output is not None:
         config.output.write_text(json.dumps(report, indent=1) + "\n")
+    if config.figure is not None and "decode" in report:
+        draw(report["decode"], config.figure)
     click.echo(json.dumps(report, indent=1))
     return report
 
@@ -130,6 +134,23 @@ def _bytes(state: Any) -> int:
     if hasattr(state, "bytes"):
         return int(state.bytes())
     return sum(tensor.nbytes for layer in state.layers for tensor in (layer.keys, layer.values))
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Milliseconds of a token and bytes remembered against the tokens before it."""
+    with drawing(path) as figure:
+        left, right = figure.subplots(1, 2)
+        for place, side in enumerate(side for side in ("teacher", "student") if side in report):
+            contexts = report[side]["contexts"]
+            for axes, key, unit in ((left, "milliseconds", 1.0), (right, "state_bytes", 2.0**20)):
+                values = [entry[key] / unit for entry in contexts.values()]
+                axes.plot([int(length) for length in contexts], values, color=COLOURS[place], marker=MARKERS[place], label=side)
+        left.set_ylabel("processor time of one token (ms)")
+        right.set_ylabel("memory of the text (MiB)")
+        for axes in (left, right):
+            axes.set_xlabel("tokens before")
+            axes.set_ylim(bottom=0)
+            axes.legend()
 
 
 def stage1(config: BenchConfig) -> dict[str, Any]:

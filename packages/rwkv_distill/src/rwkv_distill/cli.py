@@ -30,9 +30,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
         from rwkv_distill.align import Align
 
         return run(config, Align(config))
-    from rwkv_distill.distill import Distill
+    if config.stage == 2:
+        from rwkv_distill.distill import Distill
 
-    return run(config, Distill(config))
+        return run(config, Distill(config))
+    from rwkv_distill.finetune import Finetune
+
+    return run(config, Finetune(config))
 
 
 @cli.command("eval")

@@ -52,6 +52,7 @@ class BenchConfig:
     context: int = opt(8192, "Longest context of decoding.", ge=64)
     tokens: int = opt(16, "Tokens decoded behind each context.", ge=1)
     output: Path | None = opt(None, "File for the report, as JSON.", flags=("-o",))
+    figure: Path | None = opt(None, "File for a picture of decoding: time and memory against context (PNG).")
 
 
 @config

@@ -28,10 +28,10 @@ MODELS = {
 }
 BATCHING = {"pad": "document", "concat": "stream", "pack": "best-fit"}
 WARMUP_FLOOR = 0.01
-ONLY_IN_STAGE_1 = ("align_loss", "layer_local")
-ONLY_IN_STAGE_2 = (
-    "teacher_model_id", "full_params", "freeze_mlp", "kl_weight", "ce_weight", "temperature", "kl_direction", "kl_chunk", "dropout",
-)  # fmt: skip
+# options that only some stages use: a choice elsewhere is refused, never ignored
+STAGES: dict[str, tuple[int, ...]] = dict.fromkeys(("align_loss", "layer_local"), (1,))
+STAGES |= dict.fromkeys(("teacher_model_id", "kl_weight", "ce_weight", "temperature", "kl_direction", "kl_chunk"), (2,))
+STAGES |= dict.fromkeys(("full_params", "freeze_mlp", "dropout"), (2, 3))
 KERNELS = {"auto": "auto", "cuda": "cuda", "cpu": "cpu", "torch": "reference"}
 
 
@@ -52,8 +52,10 @@ class TrainConfig(RunConfig):
     )
     need_to_pad: bool = opt(False, "Same as --batching concat.", flags=("-N",))
 
-    stage: Literal[1, 2] = opt(
-        1, "1 aligns each layer's output with the teacher's attention; 2 distils the teacher's next-token distribution.", flags=("-s",)
+    stage: Literal[1, 2, 3] = opt(
+        1,
+        "1 aligns each layer's output with the teacher's attention; 2 distils the teacher's next-token distribution; 3 trains on the text.",
+        flags=("-s",),
     )
     ckpt_file: Path | None = opt(
         None, "Weights to start from: a .bin or .safetensors file, a checkpoint, a final/ folder or a run folder.", flags=("-k",)
@@ -61,8 +63,8 @@ class TrainConfig(RunConfig):
     teacher_model_id: str | None = opt(
         None, "Another model whose distribution is learned, with the same tokens (stage 2); default: --model.", flags=("-i",)
     )
-    full_params: bool = opt(False, "Train embedding, final norm and head, too (stage 2).", flags=("-F",))
-    freeze_mlp: bool = opt(False, "Leave the MLPs as they are (stage 2).", flags=("-z",))
+    full_params: bool = opt(False, "Train embedding, final norm and head, too (stages 2 and 3).", flags=("-F",))
+    freeze_mlp: bool = opt(False, "Leave the MLPs as they are (stages 2 and 3).", flags=("-z",))
     align_loss: Literal["l2", "mse", "relative"] = opt("l2", "Distance between a mixer's output and the teacher's attention (stage 1).")
     layer_local: bool = opt(True, "Free every layer's activations before the next layer runs (stage 1; memory does not grow with depth).")
     calibrate: bool = opt(True, "Scale the output projections so that stage 1 starts at the least squared error; not with -k.")
@@ -73,7 +75,7 @@ class TrainConfig(RunConfig):
         "forward", "Which divergence: KL(teacher|student), KL(student|teacher), or a mixture by where they differ (stage 2)."
     )
     kl_chunk: int = opt(256, "Positions whose logits exist at a time (stage 2).", ge=1)
-    dropout: float = opt(0.05, "Share of the mixers' output that is dropped (stage 2).", ge=0, lt=1)
+    dropout: float = opt(0.05, "Share of the mixers' output that is dropped (stages 2 and 3).", ge=0, lt=1)
 
     micro_batch_size: int = change(EngineOptions, "micro_batch_size", default=1, flags=("-b", "--micro-bsz"))
     accumulate: int = change(EngineOptions, "accumulate", default=4, flags=("-a", "--accumulate-grad-batches"))
@@ -123,10 +125,10 @@ class TrainConfig(RunConfig):
             raise ConfigError(f"num_nodes: {self.num_nodes} machines need a launcher; use launchers/slurm.sh, or torchrun on each of them")
         defaults = {leaf.path: leaf.default for leaf in leaves(type(self))}
         # the guide gives -F 0 in every stage, so a default is no choice
-        unused = ONLY_IN_STAGE_2 if self.stage == 1 else ONLY_IN_STAGE_1
-        if wrong := [name for name in unused if getattr(self, name) != defaults[name]]:
-            other = 2 if self.stage == 1 else 1
-            raise ConfigError(f"{wrong[0]}: belongs to stage {other}, not to --stage {self.stage}; drop it, or add --stage {other}")
+        for name, stages in STAGES.items():
+            if self.stage not in stages and getattr(self, name) != defaults[name]:
+                where = " and ".join(map(str, stages))
+                raise ConfigError(f"{name}: belongs to stage {where}, not to --stage {self.stage}; drop it, or add --stage {stages[0]}")
         if self.stage == 2 and self.kl_weight == 0 == self.ce_weight:
             raise ConfigError("kl_weight: 0 beside a ce_weight of 0 leaves nothing to learn from; give one of them a weight")
         if self.deepspeed_offload and self.zero_stage == 0 and self.device != "cpu":
@@ -191,7 +193,8 @@ def settle(config: TrainConfig) -> TrainConfig:
     if config.deepspeed_offload and not cuda:
         log.warning("deepspeed_offload: there is no GPU to offload from; ignored")
     elif config.deepspeed_offload:
-        stage = config.zero_stage or 3
+        # stage 1 uses parts of layers, which ZeRO 3 would not have whole
+        stage = config.zero_stage or (1 if config.stage == 1 else 3)
         changes |= {"zero_stage": stage, "offload": "all" if stage == 3 else "optimizer"}
     if config.lr_final > config.lr:
         log.warning("lr_final: %g is above --lr %g; the rate rises", config.lr_final, config.lr)

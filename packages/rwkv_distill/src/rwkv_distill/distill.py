@@ -21,7 +21,7 @@ from rwkv_distill.align import hf_student, require_positions, unmasked
 from rwkv_distill.config import MODELS, TrainConfig
 from rwkv_distill.hf.modeling_rwkv_distill import positions
 from rwkv_distill.rules import student_rules
-from rwkv_distill.student import StudentModel
+from rwkv_distill.student import StudentModel, untie
 from rwkv_distill.weights import load_into
 
 WithWeight = Callable[[Tensor], Any]
@@ -96,6 +96,18 @@ class DistilledLogits(nn.Module):
         return found
 
 
+def whole_student(config: TrainConfig) -> StudentModel:
+    """The student of stages 2 and 3, with the parts of a teacher of its own, since it will change them."""
+    student = StudentModel.from_teacher(load_model(config.model, presets=MODELS, seed=config.seed), config.student)
+    if config.ckpt_file is not None and torch.get_default_device().type != "meta":
+        load_into(student, config.ckpt_file, fresh_mixers=config.chose_init())
+    if config.full_params:
+        untie(student)
+    for layer in student.model.layers:
+        layer.dropout = config.dropout
+    return student
+
+
 class Distill(Method):
     """Stage 2: divergence from the teacher, and cross entropy of the text, each with its weight."""
 
@@ -108,18 +120,11 @@ class Distill(Method):
         config = self.config
         teacher: Any = load_model(config.teacher_model_id or config.model, presets=MODELS, seed=config.seed)
         require_positions(teacher.config, config.max_length)
-        # the student takes over parts of a teacher of its own, since it will change them
-        student = StudentModel.from_teacher(load_model(config.model, presets=MODELS, seed=config.seed), config.student)
+        student = whole_student(config)
         self.columns = min(teacher.config.vocab_size, student.config.vocab_size)
         # made-up models have no tokenizer of their own
         if config.teacher_model_id is not None and config.teacher_model_id not in MODELS:
             require_same_tokens(self.tokenizer(), load_tokenizer(config.teacher_model_id), self.columns)
-        if config.ckpt_file is not None and torch.get_default_device().type != "meta":
-            load_into(student, config.ckpt_file, fresh_mixers=config.chose_init())
-        if config.full_params and student.config.tie_word_embeddings:
-            untie(student)
-        for layer in student.model.layers:
-            layer.dropout = config.dropout
         if config.precision == "bf16":
             teacher = teacher.to(torch.bfloat16)
         module = DistilledLogits(student, teacher)
@@ -182,11 +187,3 @@ def require_same_tokens(ours: Any, theirs: Any, columns: int) -> None:
             raise ConfigError(
                 f"teacher_model_id: id {number} is {mine!r} for the student and {other!r} for this teacher; use a teacher with the same tokens"
             )
-
-
-@torch.no_grad()
-def untie(student: StudentModel) -> None:
-    """Give the head weights of its own."""
-    student.lm_head.weight = nn.Parameter(student.lm_head.weight.detach().clone())
-    student.config.tie_word_embeddings = False
-    student.config.teacher["tie_word_embeddings"] = False

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -77,6 +78,16 @@ class StudentModel(RwkvDistillForCausalLM):  # type: ignore[no-untyped-call]
         self.config.save_pretrained(save_directory)
         for file in sorted(Path(hf.__file__).parent.glob("*_rwkv_distill.py")):
             shutil.copy(file, save_directory)
+
+
+@torch.no_grad()
+def untie(student: StudentModel) -> None:
+    """Give the head weights of its own, if it shares those of the embedding."""
+    if not student.config.tie_word_embeddings:
+        return
+    student.lm_head.weight = nn.Parameter(student.lm_head.weight.detach().clone())
+    student.config.tie_word_embeddings = False
+    student.config.teacher["tie_word_embeddings"] = False
 
 
 AutoModelForCausalLM.register(RwkvDistillConfig, StudentModel)

@@ -15,7 +15,7 @@ from torch import Tensor
 from lm_core import checkpoint
 from lm_core.engine.state import weights
 from lm_core.errors import InputError
-from rwkv_distill.student import StudentModel
+from rwkv_distill.student import StudentModel, untie
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,12 @@ def load_into(student: StudentModel, path: str | Path, *, fresh_mixers: bool = F
     """
     waiting = weights(student)
     expected, loaded, unexpected = len(waiting), 0, []
+    head: Tensor | None = None
     for name, tensor in read(Path(path)):
+        if name == "lm_head.weight" and name not in waiting:
+            # a tied student, and maybe the file of one whose head was trained
+            head = tensor
+            continue
         mine = waiting.pop(name, None)
         if mine is None:
             unexpected.append(name)
@@ -40,8 +45,10 @@ def load_into(student: StudentModel, path: str | Path, *, fresh_mixers: bool = F
         with torch.no_grad():
             mine.copy_(tensor)
         loaded += 1
-    # a tied head stands in files of untied students, and under its first name only in those of tied ones
-    unexpected = [name for name in unexpected if name != "lm_head.weight"]
+    if head is not None and not torch.equal(head, student.model.embed_tokens.weight.detach()):
+        untie(student)
+        with torch.no_grad():
+            student.lm_head.weight.copy_(head)
     absent = [name for name in waiting if "time_mixer" in name]
     if absent and not fresh_mixers:
         raise InputError(

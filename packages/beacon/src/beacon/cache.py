@@ -13,9 +13,9 @@ from transformers import Cache
 
 from beacon.errors import CacheError
 from beacon.modeling.attention import gather, rotate
-from beacon.modeling.block import Block
+from beacon.modeling.block import Block, Rotation
 from beacon.modeling.layer import joined
-from beacon.plan import BEACON, RAW, Cursor
+from beacon.plan import BEACON, Cursor
 
 if TYPE_CHECKING:
     from beacon.modeling.causal_lm import BeaconMixin
@@ -53,7 +53,7 @@ class BeaconCache(Cache):
         if update.memory_BM is not None and update.memory_rotation is not None:
             fresh_k = rotate(gather(k, update.memory_BM), update.memory_rotation).transpose(1, 2)
             fresh = (fresh_k, gather(v, update.memory_BM).transpose(1, 2))
-            self.memory[layer] = _behind(self.memory[layer], fresh, update.merge_BM)
+            self.memory[layer] = _behind(self.memory[layer], fresh, update.merge_BM, update.shift)
         self.open[layer] = (k, v) if update.open_BK is None else (gather(k, update.open_BK), gather(v, update.open_BK))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -156,9 +156,7 @@ class BeaconCache(Cache):
 
 
 def _lengths(cursor: Cursor) -> dict[str, int]:
-    # windows that are kept raw hold raw entries, too: sinks are the raw entries beside them
-    raw_windows = sum(cursor.config.stride for ratio in cursor.ratios if ratio == 0)
-    sinks = int((cursor.memory.kind == RAW).sum()) - raw_windows
+    sinks = len(cursor.memory) - sum(cursor.sizes)
     beacons = int((cursor.open.kind == BEACON).sum())
     return {
         "sink": sinks,
@@ -169,9 +167,10 @@ def _lengths(cursor: Cursor) -> dict[str, int]:
     }
 
 
-def _behind(memory: Pair | None, fresh: Pair, merge: Tensor | None) -> Pair:
-    """Memory with new entries behind it; `merge` places them where rows differ in length."""
+def _behind(memory: Pair | None, fresh: Pair, merge: Tensor | None, shift: Rotation | None) -> Pair:
+    """Memory with new entries behind it; `merge` places them where rows differ in length or lose entries, whose successors move up."""
     k, v = fresh if memory is None else (torch.cat((memory[0], fresh[0]), dim=2), torch.cat((memory[1], fresh[1]), dim=2))
     if merge is None:
         return k, v
-    return gather(k.transpose(1, 2), merge).transpose(1, 2), gather(v.transpose(1, 2), merge).transpose(1, 2)
+    k, v = gather(k.transpose(1, 2), merge), gather(v.transpose(1, 2), merge)
+    return (k if shift is None else rotate(k, shift)).transpose(1, 2), v.transpose(1, 2)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from beacon.options import LmConfig, TrainConfig
+import click
+
+from beacon.options import CompressConfig, ExportConfig, GenerateConfig, ImportConfig, LmConfig, TrainConfig
 from lm_core.cli import command_group, configured
 from lm_core.cli import main as run_cli
 
@@ -22,6 +25,63 @@ def train(config: TrainConfig) -> dict[str, Any]:
     from lm_core.run import run
 
     return run(config, Beacon(config))
+
+
+@cli.command()
+@configured(CompressConfig)
+def compress(config: CompressConfig) -> dict[str, Any]:
+    """Read a text once, and keep its memory in a file.
+
+    Example: beacon compress --model runs/docs --input builtin:python-docs[8] --output docs.mem
+    """
+    from beacon.use import compress as run
+
+    return run(config)
+
+
+@cli.command()
+@configured(GenerateConfig)
+def generate(config: GenerateConfig) -> dict[str, Any]:
+    """Write on from a prompt, after a memory if one is given.
+
+    Example: beacon generate --model runs/docs --memory docs.mem --prompt "The with statement" --stream
+    """
+    from beacon.use import generate as run
+
+    return run(config)
+
+
+@cli.command()
+@click.argument("path", type=click.Path(exists=True, path_type=Path))
+def inspect(path: Path) -> None:
+    """Say what a model folder or a memory file holds."""
+    from beacon.use import inspect as run
+
+    run(path)
+
+
+@cli.command()
+@configured(ExportConfig)
+def export(config: ExportConfig) -> dict[str, Any]:
+    """Write a model folder whole, or its beacon weights alone.
+
+    Example: beacon export --model runs/docs --format adapter --output-dir adapter
+    """
+    from beacon.use import export as run
+
+    return run(config)
+
+
+@cli.command("import")
+@configured(ImportConfig)
+def import_(config: ImportConfig) -> dict[str, Any]:
+    """Bring a folder with flat beacon_* settings into our layout.
+
+    Example: beacon import --from downloaded --output-dir model
+    """
+    from beacon.use import import_folder as run
+
+    return run(config)
 
 
 @cli.group("eval")

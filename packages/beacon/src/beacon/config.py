@@ -29,6 +29,13 @@ class BeaconConfig:
     param: list[str] = opt(list(LETTERS), "Projections of which beacons have their own copy: q, k, v, o.", min_length=1)
     pos: Literal["append", "interleave"] = opt("append", "Beacons after their window, or one after every unit.")
     embed_init: Literal["eos", "bos"] = opt("eos", "Token whose embedding the beacon starts from.")
+    memory_budget: int | None = opt(None, "Memory entries per row at most, sinks included.", ge=1)
+    on_budget: Literal["error", "evict", "adapt"] = opt(
+        "error", "When memory outgrows its budget: stop, drop the oldest windows, or choose the ratio for it beforehand."
+    )
+    on_capacity: Literal["error", "warn", "evict"] = opt(
+        "error", "When a text needs more positions than the model has, outside training: stop, go on, or drop the oldest windows."
+    )
     format_version: int = opt(FORMAT_VERSION, "Version of this layout.")
 
     def check(self) -> None:
@@ -58,6 +65,9 @@ class BeaconConfig:
             raise ConfigError(f"param: {unknown[0]!r} is unknown; choose from {', '.join(LETTERS)}")
         if not {"k", "v"} & set(self.param):
             raise ConfigError(f"param: {self.param} holds neither k nor v, so memory could not learn; add one of them")
+
+        if self.memory_budget is not None and self.memory_budget < (least := self.sink_size + max(map(self.entries, self.usable()))):
+            raise ConfigError(f"memory_budget: {self.memory_budget} does not hold the sinks and one compaction; use at least {least}")
 
     def usable(self) -> list[int]:
         """The ratios that divide the stride, with repetitions; 0 stands for raw."""

@@ -10,4 +10,8 @@ class CacheError(UserError):
 
 
 class CapacityError(UserError):
-    """A text that needs more positions or more memory than there are."""
+    """A text that needs more positions or more memory than there are; exit code 3 once a stream has begun."""
+
+    def __init__(self, message: str, begun: bool) -> None:
+        super().__init__(message)
+        self.code = 3 if begun else 2

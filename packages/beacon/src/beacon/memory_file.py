@@ -33,7 +33,9 @@ def save(cache: BeaconCache, path: Path) -> None:
     for number, cursor in enumerate(cache.cursors):
         for part, entries in (("memory", cursor.memory), ("open", cursor.open)):
             tensors[f"rows.{number}.{part}"] = torch.from_numpy(np.stack(entries.columns()[:3]))
-        rows.append({"seen": cursor.seen, "ratios": cursor.ratios, "before": cursor.before, "rule": vars(cursor.ratio)})
+        rows.append(
+            {"seen": cursor.seen, "ratios": cursor.ratios, "before": cursor.before, "sizes": cursor.sizes, "rule": vars(cursor.ratio)}
+        )
     about = {
         "format_version": FORMAT_VERSION,
         "beacon": cache.model.config.beacon,
@@ -68,7 +70,10 @@ def load(path: Path, model: Any) -> BeaconCache:
         raise CacheError(f"memory: {path} was written by a model with other weights; load that model, or compress the text again")
     for name, value in about["beacon"].items():
         # ratios may change while a text is read, geometry may not
-        if name not in ("ratio", "ratio_mix", "inference_ratio_mix") and model.config.beacon[name] != value:
+        if (
+            name not in ("ratio", "ratio_mix", "inference_ratio_mix", "memory_budget", "on_budget", "on_capacity")
+            and model.config.beacon[name] != value
+        ):
             raise CacheError(
                 f"memory: {path} was written with {name} {value}, the model has {model.config.beacon[name]}; use the same settings"
             )
@@ -77,9 +82,9 @@ def load(path: Path, model: Any) -> BeaconCache:
         cursors = []
         for number, row in enumerate(about["rows"]):
             rule = Rule(**{**row["rule"], "ratios": tuple(row["rule"]["ratios"])})
-            cursor = Cursor(config, rule, None, model.sliding_window())
+            cursor = Cursor(config, rule, None, model.sliding_window(), model.positions)
             cursor.seen, cursor.ratios, cursor.before = row["seen"], list(row["ratios"]), row["before"]
-            cursor.compactions = len(cursor.ratios)
+            cursor.compactions, cursor.sizes = len(cursor.ratios), list(row["sizes"])
             for part in ("memory", "open"):
                 kind, place, document = file.get_tensor(f"rows.{number}.{part}").numpy()
                 setattr(cursor, part, Entries(kind, place, document, np.arange(len(kind))))

@@ -33,10 +33,19 @@ class BeaconOptions:
     beacon_pos: Literal["append", "interleave"] | None = opt(None, "Beacons after their window (default), or one after every unit.")
     beacon_embed_init: Literal["eos", "bos"] | None = opt(None, "Token whose embedding the beacon starts from; default: eos.")
 
+    memory_budget: int | None = opt(None, "Memory entries per row at most, sinks included; default: no limit.", ge=1)
+    on_budget: Literal["error", "evict", "adapt"] | None = opt(
+        None, "When memory outgrows its budget: stop (default), drop the oldest windows, or choose the ratio for it beforehand."
+    )
+    on_capacity: Literal["error", "warn", "evict"] | None = opt(
+        None, "When a text needs more positions than the model has, outside training: stop (default), go on, or drop the oldest windows."
+    )
+
     def chosen(self) -> dict[str, Any]:
         """Given settings, under the names of BeaconConfig."""
         names = [name for name in BeaconConfig.__dataclass_fields__ if name != "format_version"]
-        fields = {name: getattr(self, f"beacon_{name}") for name in names}
+        own = ("memory_budget", "on_budget", "on_capacity")
+        fields = {name: getattr(self, name if name in own else f"beacon_{name}") for name in names}
         return {name: value for name, value in fields.items() if value not in (None, [])}
 
 
@@ -130,3 +139,55 @@ class LmConfig(ReadOptions):
             raise ConfigError(
                 f"stride: {self.stride} is larger than max_length ({self.max_length}) and would skip tokens; use at most that"
             )
+
+
+@config
+class CompressConfig(ReadOptions):
+    """Read a text into a memory file."""
+
+    input: list[str] = opt(help="Text: data arguments such as builtin:python-docs[8]; rows are joined by a blank line.", factory=list)
+    output: Path = opt(help="Memory file to write.", flags=("-o",))
+    text_column: str = change(DataOptions, "text_column")
+    expected_length: int | None = opt(None, "Tokens that will be read in all, if more is to come; adaptive ratios are chosen for it.", ge=1)
+
+    def check(self) -> None:
+        if not self.input:
+            raise ConfigError("input: nothing to read; give for example --input builtin:python-docs[8]")
+
+
+@config
+class GenerateConfig(ReadOptions):
+    """Write on from a prompt, and from a memory."""
+
+    prompt: str | None = opt(None, "Text to go on from.")
+    prompt_file: Path | None = opt(None, "File with the text to go on from.")
+    memory: Path | None = opt(None, "Memory file that comes before the prompt.")
+    max_new_tokens: int = opt(256, "Tokens to write at most.", ge=1)
+    do_sample: bool = opt(False, "Draw tokens instead of taking the most likely one.")
+    temperature: float = opt(1.0, "Temperature of --do-sample.", gt=0)
+    top_p: float = opt(1.0, "Share of the probability that --do-sample draws from.", gt=0, le=1)
+    stream: bool = opt(False, "Print words as they are written.")
+
+    def check(self) -> None:
+        if (self.prompt is None) == (self.prompt_file is None):
+            raise ConfigError("prompt: give the text to go on from, by exactly one of --prompt and --prompt-file")
+        if self.prompt == "":
+            raise ConfigError("prompt: empty; give at least one word")
+
+
+@config
+class ExportConfig:
+    """Write a model folder in another form."""
+
+    model: str = change(ModelOptions, "model", flags=("--model-name-or-path",), help="A run folder, or a folder with beacon weights.")
+    output_dir: Path = opt(help="Folder to write.", flags=("-o",))
+    format: Literal["full", "adapter"] = opt("full", "The whole model, or the beacon weights alone.")
+    base: str | None = opt(None, "Name of the base model that an adapter refers to; default: that of the run.")
+
+
+@config
+class ImportConfig:
+    """Read a folder with flat beacon_* settings and write it in our layout."""
+
+    source: Path = opt(help="Folder with config.json and safetensors or pytorch_model.bin files.", flags=("--from",))
+    output_dir: Path = opt(help="Folder to write.", flags=("-o",))

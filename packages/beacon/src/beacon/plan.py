@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from beacon.config import BeaconConfig
+from beacon.errors import CapacityError
 from lm_core.errors import ConfigError, InputError
 
 # T queries, K keys of the open window, M memory entries
@@ -78,9 +79,16 @@ class Cursor:
     """One row: how far it is read, what its memory and its open window hold."""
 
     def __init__(
-        self, config: BeaconConfig, ratio: Callable[[int], int], limit: int | None = None, sliding_window: int | None = None
+        self,
+        config: BeaconConfig,
+        ratio: Callable[[int], int],
+        limit: int | None = None,
+        sliding_window: int | None = None,
+        positions: int | None = None,
     ) -> None:
         self.config, self.ratio, self.limit, self.sliding_window = config, ratio, limit, sliding_window
+        self.positions = positions  # that the model has; None: limits are not looked at
+        self.sizes: list[int] = []  # of the compactions that memory holds, oldest first, sinks aside
         self.seen = 0
         self.compactions = 0
         self.ratios: list[int] = []  # of the compactions so far
@@ -97,11 +105,11 @@ class Cursor:
 
     def follow(self, other: Cursor) -> None:
         """Stand where `other` stands."""
-        self.__dict__.update({**vars(other), "ratios": list(other.ratios)})
+        self.__dict__.update({**vars(other), "ratios": list(other.ratios), "sizes": list(other.sizes)})
 
     def copied(self) -> Cursor:
         """A cursor at the same place that goes its own way."""
-        other = Cursor(self.config, self.ratio, self.limit, self.sliding_window)
+        other = Cursor(self.config, self.ratio, self.limit, self.sliding_window, self.positions)
         other.follow(self)
         return other
 
@@ -161,6 +169,7 @@ class Cursor:
             self._beacons += len(numbers)
         else:
             beacons = Entries.empty()
+        self._check_positions(full, ratio)
         keys, queries = keys + beacons, new + beacons
         local = _local(config, queries, keys, self.start, ratio, self.sliding_window)
         memory = queries.document[:, None] == self.memory.document[None, :]
@@ -192,6 +201,60 @@ class Cursor:
         self.open = raw[raw.place >= end]
         self.compactions += 1
         self.ratios.append(ratio)
+        self.sizes.append(self.config.entries(ratio))
+        self._make_room()
+
+    # --- limits ---
+
+    @property
+    def evicts(self) -> bool:
+        """Whether old windows are dropped, which is done one window at a time."""
+        budget = self.config.memory_budget is not None and self.config.on_budget == "evict"
+        return self.positions is not None and (budget or self.config.on_capacity == "evict")
+
+    def _check_positions(self, full: bool, ratio: int) -> None:
+        """Raise CapacityError where the window needs positions that the model does not have."""
+        if self.positions is None or self.config.on_capacity != "error":
+            return
+        beacons = self.config.beacons(ratio) if full else 0
+        needed = len(self.memory) + (self.config.window + beacons if full else self.seen - self.start)
+        if needed > self.positions:
+            fits = [r for r in sorted(set(self.config.usable())) if r and self.config.capacity(r, self.positions) >= self.seen]
+            way = f"use ratio {fits[0]}" if fits else "use on_capacity evict, or a shorter text"
+            raise CapacityError(
+                f"on_capacity: {self.seen} tokens need {needed} positions, the model has {self.positions}; {way}",
+                begun=self.compactions > 0,
+            )
+
+    def _make_room(self) -> None:
+        """Keep to the budget, and to the positions that the next window needs."""
+        config = self.config
+        if self.positions is None:
+            return
+        if config.memory_budget is not None and len(self.memory) > config.memory_budget:
+            if config.on_budget != "evict":
+                raise CapacityError(
+                    f"memory_budget: {self.seen} tokens need {len(self.memory)} memory entries, the budget is {config.memory_budget}; "
+                    "use a higher ratio, on_budget evict, or a larger budget",
+                    begun=True,
+                )
+            self._evict(config.memory_budget)
+        if config.on_capacity == "evict":
+            self._evict(self.positions - config.window - config.beacons(self.ratio(self.compactions)))
+
+    def _evict(self, most: int) -> None:
+        """Drop whole oldest compactions behind the sinks until memory holds at most `most` entries; the newest one stays."""
+        if len(self.memory) <= most:
+            return
+        if len(np.unique(self.memory.document)) > 1:
+            raise CapacityError("memory_budget: a row of several documents cannot be evicted; use on_budget error", begun=True)
+        sinks, gone = len(self.memory) - sum(self.sizes), 0
+        while len(self.memory) - gone > most and len(self.sizes) > 1:
+            gone += self.sizes.pop(0)
+        if len(self.memory) - gone > most:
+            raise CapacityError(f"on_capacity: {most} positions do not hold the sinks and one compaction; use a smaller window", begun=True)
+        kept = np.r_[0:sinks, sinks + gone : len(self.memory)]
+        self.memory = self.memory[kept]
 
     def _with_sinks(self, raw: Entries, beacons: Entries) -> Entries:
         """Beacons, each document's first one preceded by its sinks if the document starts inside the window."""

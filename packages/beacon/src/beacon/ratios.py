@@ -77,6 +77,22 @@ def choose(config: BeaconConfig, mix: str, seed: int | None, length: int, expect
     return Rule("draw", usable, seed, step)
 
 
+def fitting(config: BeaconConfig, rule: Rule, expected: int, budget: int) -> Rule:
+    """`rule`, or the smallest single ratio with which the memory of `expected` tokens keeps to `budget` entries.
+
+    Raises ConfigError when no ratio does.
+    """
+    count = config.compactions(expected)
+    if config.sink_size + sum(config.entries(rule(i)) for i in range(count)) <= budget:
+        return rule
+    for ratio in sorted(set(config.usable()) - {0}):
+        if config.sink_size + count * config.entries(ratio) <= budget:
+            return Rule("list", (ratio,))
+    raise ConfigError(
+        f"memory_budget: no ratio of {config.ratio} fits {expected} tokens into {budget} entries; use a larger budget or on_budget evict"
+    )
+
+
 def adapted(config: BeaconConfig, extra: int, length: int, expected: int, positions: int) -> int:
     """The smallest ratio whose memory holds `length + extra` tokens and whose capacity reaches `expected`; else the largest.
 

@@ -47,7 +47,8 @@ class Update:
 
     memory_BM: Tensor | None  # None: no compaction
     memory_rotation: Rotation | None
-    merge_BM: Tensor | None  # places in [memory | new entries] where rows differ in length; None: put behind
+    merge_BM: Tensor | None  # places in [memory | new entries] where rows differ in length or lose entries; None: put behind
+    shift: Rotation | None  # of merged keys whose place in memory has moved
     open_BK: Tensor | None  # None: all of them in order
 
 
@@ -73,9 +74,14 @@ class Angles:
         self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
 
     def __call__(self, positions: Integers) -> Rotation:
-        at = torch.from_numpy(positions).to(self.frequencies.device)
+        turned = self.shift(positions)
+        return Rotation(turned.cos * self.scaling, turned.sin * self.scaling)
+
+    def shift(self, distances: Integers) -> Rotation:
+        """The rotation from one position to another: without the scaling, which was applied before."""
+        at = torch.from_numpy(distances).to(self.frequencies.device)
         angle = at[..., None].to(self.dtype) * self.frequencies.to(self.dtype)
-        return Rotation(angle.cos() * self.scaling, angle.sin() * self.scaling)
+        return Rotation(angle.cos(), angle.sin())
 
     @property
     def device(self) -> torch.device:
@@ -132,7 +138,8 @@ class Row:
         self.held_open, self.held_memory = held_open, held_memory
         self.num_raw = sum(segment.num_raw for segment in segments)
         self.num_beacons = sum(len(segment.queries) - segment.num_raw for segment in segments)
-        self.fresh: Entries = cursor.memory[held_memory:]
+        self.kept = int((cursor.memory.source < NEW_RAW).sum())
+        self.fresh: Entries = cursor.memory[self.kept :]
         # of the new memory, what some segment of this block sees
         self.seen_memory = max((segment.memory.shape[1] - held_memory for segment in segments), default=0)
 
@@ -230,18 +237,22 @@ def _update(rows: Sequence[Row], at: _Places, held_memory: int, new_memory: int,
     position = np.zeros_like(memory)
     total = max(len(row.cursor.memory) for row in rows)
     merge = np.zeros((len(rows), total), dtype=np.int64)
+    shift = np.zeros_like(merge)
     for b, row in enumerate(rows):
         open_[b, : len(row.cursor.open)] = at(row.cursor.open.source)
         memory[b, : len(row.fresh)] = at(row.fresh.source)
-        position[b, : len(row.fresh)] = row.held_memory + np.arange(len(row.fresh))
-        merge[b, : row.held_memory] = np.arange(row.held_memory)
-        merge[b, row.held_memory : len(row.cursor.memory)] = held_memory + np.arange(len(row.fresh))
+        position[b, : len(row.fresh)] = row.kept + np.arange(len(row.fresh))
+        old = row.cursor.memory.source[: row.kept]
+        merge[b, : row.kept] = old
+        merge[b, row.kept : len(row.cursor.memory)] = held_memory + np.arange(len(row.fresh))
+        shift[b, : row.kept] = np.arange(row.kept) - old
     ragged = bool((merge != np.arange(total)).any()) or total != held_memory + new_memory
     plain = width == everything and bool((open_ == np.arange(everything)).all())
     return Update(
         _tensor(memory, angles) if new_memory else None,
         angles(position) if new_memory else None,
         _tensor(merge, angles) if ragged and new_memory else None,
+        angles.shift(shift) if shift.any() else None,
         None if plain else _tensor(open_, angles),
     )
 

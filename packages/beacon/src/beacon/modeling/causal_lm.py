@@ -20,7 +20,7 @@ from beacon.modeling.generation import Generation
 from beacon.modeling.layer import beacon_layer
 from beacon.modeling.walk import Hidden, Walk, documents_of, spans_of
 from beacon.plan import Cursor
-from beacon.ratios import Rule, choose
+from beacon.ratios import Rule, choose, fitting
 from lm_core.errors import ConfigError, InputError
 from lm_core.head import chunked_cross_entropy
 from lm_core.method import IGNORE
@@ -149,15 +149,17 @@ class BeaconMixin(Generation):
         engine: str = "auto",
         keep: int | None = None,
         expected_length: int | None = None,
+        limited: bool = True,
     ) -> Hidden:
         """Final hidden states of `input_ids` (B x T; rows padded on one side), going on from `past`.
 
         `ratios` gives per row, from its length, the ratio of compaction i. Evaluation compacts every full window, training
-        does not compact a window that ends with its row, as nobody would read it. `keep` asks for the last columns only.
+        does not compact a window that ends with its row, as nobody would read it. `keep` asks for the last columns only;
+        without `limited` neither positions nor the memory budget end the call.
         """
         spans = spans_of(attention_mask, *input_ids.shape)
         learning = self.training and past is None
-        cache = past if past is not None else self.new_cache(spans, ratios, seed, expected_length, learning)
+        cache = past if past is not None else self.new_cache(spans, ratios, seed, expected_length, learning, limited and not learning)
         if len(cache.cursors) != len(spans):
             raise InputError(
                 f"input_ids: {len(spans)} rows, but the cache holds {len(cache.cursors)}; give as many rows, or fork the cache"
@@ -171,7 +173,13 @@ class BeaconMixin(Generation):
         return walk.hidden()
 
     def new_cache(
-        self, spans: Sequence[tuple[int, int]], ratios: RatioRule | None, seed: int | None, expected: int | None, learning: bool
+        self,
+        spans: Sequence[tuple[int, int]],
+        ratios: RatioRule | None,
+        seed: int | None,
+        expected: int | None,
+        learning: bool,
+        limited: bool = True,
     ) -> BeaconCache:
         """An empty cache for rows of these lengths."""
         config, positions = self.beacon, self.positions
@@ -183,7 +191,11 @@ class BeaconMixin(Generation):
                 if ratios is not None
                 else choose(config, config.inference_ratio_mix, seed, length, max(length, expected or 0), positions)
             )
-            cursors.append(Cursor(config, rule, config.compactions(length, training=True) if learning else None, self.sliding_window()))
+            if config.memory_budget is not None and config.on_budget == "adapt" and limited:
+                rule = fitting(config, rule, max(length, expected or 0), config.memory_budget)
+            limit = config.compactions(length, training=True) if learning else None
+            # a random draw must not end a training run: there positions are only counted
+            cursors.append(Cursor(config, rule, limit, self.sliding_window(), positions if limited else None))
         return BeaconCache(cursors, self)
 
     def sliding_window(self) -> int | None:

@@ -85,7 +85,9 @@ class Walk:
             cursor.begin()
             segments: list[Segment] = []
             begin, left = self.read[b], self.spans[b][1] - self.spans[b][0]
-            while self.read[b] < left and (many or not segments):
+            # evicted entries leave the cache between two windows
+            several = many and not cursor.evicts
+            while self.read[b] < left and (several or not segments):
                 count = min(cursor.room, left - self.read[b])
                 segments.append(cursor.advance(self.documents[b][self.read[b] : self.read[b] + count]))
                 self.read[b] += count

@@ -98,6 +98,36 @@ def test_targets_are_known_before_the_forward(options: dict[str, Any]) -> None:
     assert made.targets(batch([41, 30, 9, 8])) == 40 + 29 + 8 + 7
 
 
+def test_packed_documents_count_the_targets_that_their_own_beacons_help() -> None:
+    made = method(packing="best-fit", beacon_doc_mask=True)
+    documents = torch.tensor([[0] * 15 + [1] * 26, [0] * 30 + [-1] * 11])
+    rows = batch([41, 30])
+    packed = Batch({**rows, "document_ids": documents}, index=rows.index, step=0)
+    expected = 0
+    for row, length in enumerate((41, 30)):
+        ratios = [made.rule(0)(length)(i) for i in range(made.settings.compactions(length, training=True))]
+        expected += int(build_plan(length, made.settings, ratios, doc_ids=documents[row, :length], training=True).label_mask.sum())
+    assert made.targets(packed) == expected < made.targets(rows)
+    (loss,) = made.losses(made.module, packed)
+    assert sum(int(value[1]) for name, value in loss.metrics.items() if name.startswith("loss_ratio/")) == expected
+
+
+@pytest.mark.slow
+def test_packed_documents_train(tmp_path: Path) -> None:
+    result = BeaconConformance().run(
+        tmp_path,
+        packing="best-fit",
+        beacon_doc_mask=True,
+        data=["builtin:python-docs"],
+        max_length=200,
+        beacon_window=32,
+        budget="3 steps",
+        eval_every="1",
+    )
+    assert result["progress"]["steps"] == 3
+    assert result["eval"]["eval/python-docs/loss"] > 0
+
+
 def test_a_batch_without_targets_has_loss_0_and_no_gradient() -> None:
     made = method()
     (loss,) = made.losses(made.module, batch([8, 5]))
@@ -158,6 +188,8 @@ def test_an_adapter_finds_its_base_and_refuses_another(tmp_path: Path) -> None:
     [
         ({"beacon_window": 4, "beacon_stride": 8}, ConfigError, "stride: 8 is larger than the window"),
         ({"beacon_window": 64}, InputError, "data: markov keeps none of its .* without a target behind a window of 64"),
+        ({"packing": "best-fit"}, ConfigError, "packing: best-fit joins documents"),
+        ({"packing": "stream", "beacon_doc_mask": True}, ConfigError, "beacon_doc_mask: a stream does not say"),
         ({"min_length": 99}, ConfigError, "min_length: 99 is larger than max_length"),
         ({"save_format": "adapter", "only_train_beacon": False}, ConfigError, "save_format: adapter would lose"),
         ({"model": "llama_tiny", "budget": "2 steps", "max_steps": 3}, ConfigError, "max_steps: 3 and --budget"),

@@ -213,6 +213,36 @@ def test_an_aligned_document_is_read_as_if_alone() -> None:
     torch.testing.assert_close(packed, alone, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("kind", ["mistral", "qwen2"])
+@pytest.mark.parametrize("sliding", [None, 5])
+def test_other_families_read_like_their_stock_models(kind: str, sliding: int | None) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from beacon.attach import attach_beacon
+
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    more = {"use_sliding_window": sliding is not None, "max_window_layers": 0} if kind == "qwen2" else {}
+    config = AutoConfig.for_model(
+        kind, **sizes, **more, sliding_window=sliding, max_position_embeddings=256, eos_token_id=3, pad_token_id=0
+    )
+    plain = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    rows = ids(2, 15)
+    expected = plain(rows).logits
+    model = attach_beacon(plain, BeaconConfig(window=16, stride=16, ratio=[2], sink_size=1))
+    torch.testing.assert_close(model(rows).logits, expected, rtol=1e-5, atol=1e-5)
+    assert model.config.model_type == f"beacon_{kind}"
+    long = ids(2, 53)
+    torch.testing.assert_close(model(long, engine="parallel").logits, model(long, engine="loop").logits, rtol=1e-4, atol=1e-5)
+
+
 def test_padding_inside_a_row_is_refused() -> None:
     mask = torch.ones(1, 9, dtype=torch.long)
     mask[0, 4] = 0
@@ -225,5 +255,5 @@ def test_an_unknown_architecture_is_refused() -> None:
 
     from beacon.attach import attach_beacon
 
-    with pytest.raises(ConfigError, match=r"model: the architecture gpt2 .*supported: llama"):
+    with pytest.raises(ConfigError, match=r"model: the architecture gpt2 .*supported: llama, mistral, qwen2"):
         attach_beacon(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=20)), BeaconConfig())

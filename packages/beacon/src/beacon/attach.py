@@ -26,6 +26,8 @@ def attach_beacon(model: Any, config: BeaconConfig) -> Any:
     family = FAMILIES.get(kind)
     if family is None or type(model) is not family.stock:
         raise ConfigError(f"model: the architecture {kind} ({type(model).__name__}) cannot carry beacons; supported: {', '.join(FAMILIES)}")
+    if len(set(getattr(model.config, "layer_types", None) or ["full"])) > 1:
+        raise ConfigError("model: some layers look back over a sliding window and some do not; beacons need the same for all")
     model.requires_grad_(False)
     model.config.__class__ = family.config
     model.config.beacon = config.to_dict()

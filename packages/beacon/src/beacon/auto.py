@@ -14,8 +14,9 @@ from importlib.util import find_spec
 from types import ModuleType
 
 _CONFIGS, _MODELS = "transformers.models.auto.configuration_auto", "transformers.models.auto.modeling_auto"
-_STOCK_CONFIGS = ("transformers.models.llama.configuration_llama",)
-_STOCK_MODELS = ("transformers.modeling_utils", "transformers.models.llama.modeling_llama")
+_KINDS = ("llama", "mistral", "qwen2")
+_STOCK_CONFIGS = tuple(f"transformers.models.{kind}.configuration_{kind}" for kind in _KINDS)
+_STOCK_MODELS = ("transformers.modeling_utils", *(f"transformers.models.{kind}.modeling_{kind}" for kind in _KINDS))
 # what is registered once these are loaded, and none of the others is still in the middle of its import
 _WATCHED = (_CONFIGS, _MODELS, *_STOCK_CONFIGS, *_STOCK_MODELS)
 _done: set[str] = set()

@@ -29,6 +29,7 @@ class BeaconConfig:
     param: list[str] = opt(list(LETTERS), "Projections of which beacons have their own copy: q, k, v, o.", min_length=1)
     pos: Literal["append", "interleave"] = opt("append", "Beacons after their window, or one after every unit.")
     embed_init: Literal["eos", "bos"] = opt("eos", "Token whose embedding the beacon starts from.")
+    doc_mask: bool = opt(False, "Documents of one row do not see each other.")
     memory_budget: int | None = opt(None, "Memory entries per row at most, sinks included.", ge=1)
     on_budget: Literal["error", "evict", "adapt"] = opt(
         "error", "When memory outgrows its budget: stop, drop the oldest windows, or choose the ratio for it beforehand."

@@ -23,13 +23,14 @@ class BeaconLoss(CausalLoss):
         input_ids: Tensor,
         labels: Tensor,
         attention_mask: Tensor | None = None,
+        doc_ids: Tensor | None = None,
         ratios: RatioRule | None = None,
         engine: str = "auto",
         known: tuple[int, ...] = (),
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The summed loss and further sums: the loss by ratio of the last compaction (for the ratios `known`), beacons per raw token."""
         model: Any = self.model
-        hidden = model.read(input_ids, attention_mask, None, None, ratios, engine=engine, limited=False)
+        hidden = model.read(input_ids, attention_mask, doc_ids, None, ratios, engine=engine, limited=False)
         targets = counted_targets(labels, hidden.counts_BT).flatten()
         states, ratio = hidden.states_BTD.flatten(0, 1), hidden.ratio_BT.flatten()
         # rows without a single beacon still have a graph, with zero gradient

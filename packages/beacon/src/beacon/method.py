@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from beacon.attach import attach_beacon, set_beacon
 from beacon.config import BeaconConfig
@@ -15,7 +15,7 @@ from beacon.io import model_folder, tokenizer_name
 from beacon.losses import BeaconLoss
 from beacon.modeling.causal_lm import BeaconMixin, RatioRule, is_beacon
 from beacon.options import TrainConfig, settings
-from beacon.plan import first_counted
+from beacon.plan import counted_tokens, first_counted
 from beacon.ratios import Rule, choose, training_ratios
 from beacon.sizes import PRESETS
 from lm_core.data import Data, build_data
@@ -101,16 +101,32 @@ class Beacon(Method):
         mask = batch.get("attention_mask")
         lengths = [labels.shape[1]] * len(labels) if mask is None else (mask != 0).sum(1).tolist()
         rule, training, total = self.rule(batch.step), self.module.training, 0
-        for row, length in zip(labels, lengths):
-            ratios = [rule(length)(i) for i in range(self.settings.compactions(length, training))]
+        documents = self.documents(batch)
+        for b, (row, length) in enumerate(zip(labels, lengths)):
+            limit = self.settings.compactions(length, training)
+            if documents is not None:
+                counts = counted_tokens(self.settings, documents[b, :length], rule(length), limit if training else None)
+                total += int((row[1:length][counts[:-1]] != IGNORE).sum())
+                continue
+            ratios = [rule(length)(i) for i in range(limit)]
             first = first_counted(self.settings, length, ratios, training)
             total += int((row[first + 1 : length] != IGNORE).sum())
         return total
 
+    def documents(self, batch: Batch) -> Tensor | None:
+        """Document of every token, where documents must not see each other."""
+        return batch.get("document_ids") if self.settings.doc_mask else None
+
     def losses(self, model: nn.Module, batch: Batch) -> Iterator[Loss]:
         known = sorted(set(self.settings.usable())) if self.module.training else []
         total, metrics = model(
-            batch["input_ids"], batch["labels"], batch.get("attention_mask"), self.rule(batch.step), self.config.beacon_engine, tuple(known)
+            batch["input_ids"],
+            batch["labels"],
+            batch.get("attention_mask"),
+            self.documents(batch),
+            self.rule(batch.step),
+            self.config.beacon_engine,
+            tuple(known),
         )
         if not self.warned and bool(metrics["beacon/over_capacity"][0] > 0):
             self.warned = True

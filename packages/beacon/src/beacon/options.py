@@ -33,6 +33,7 @@ class BeaconOptions:
     beacon_pos: Literal["append", "interleave"] | None = opt(None, "Beacons after their window (default), or one after every unit.")
     beacon_embed_init: Literal["eos", "bos"] | None = opt(None, "Token whose embedding the beacon starts from; default: eos.")
 
+    beacon_doc_mask: bool | None = opt(None, "Documents of one row do not see each other, with --packing best-fit; default: false.")
     memory_budget: int | None = opt(None, "Memory entries per row at most, sinks included; default: no limit.", ge=1)
     on_budget: Literal["error", "evict", "adapt"] | None = opt(
         None, "When memory outgrows its budget: stop (default), drop the oldest windows, or choose the ratio for it beforehand."
@@ -66,7 +67,10 @@ class TrainConfig(RunConfig, BeaconOptions):
     max_length: int = change(DataOptions, "max_length", default=4096)
     min_length: int = opt(0, "Shortest document in tokens; shorter ones are left out.", ge=0)
     packing: Literal["document", "stream", "best-fit"] = change(
-        DataOptions, "packing", default="document", help="One document per sample, or documents back to back."
+        DataOptions,
+        "packing",
+        default="document",
+        help="One document per sample, documents back to back, or whole documents that fit (needs --beacon-doc-mask true).",
     )
     micro_batch_size: int = change(EngineOptions, "micro_batch_size", default=1, flags=("--per-device-train-batch-size",))
     accumulate: int = change(EngineOptions, "accumulate", flags=("--gradient-accumulation-steps",))
@@ -97,8 +101,12 @@ class TrainConfig(RunConfig, BeaconOptions):
             raise ConfigError(f"min_length: {self.min_length} is larger than max_length ({self.max_length}); use at most {self.max_length}")
         if self.save_format == "adapter" and not self.only_train_beacon:
             raise ConfigError("save_format: adapter would lose the trained backbone; use full")
-        if self.packing == "best-fit":
-            raise ConfigError("packing: best-fit joins documents that would see each other; use document or stream")
+        if self.packing == "best-fit" and not self.beacon_doc_mask:
+            raise ConfigError(
+                "packing: best-fit joins documents that would see each other; add --beacon-doc-mask true, or use document or stream"
+            )
+        if self.packing == "stream" and self.beacon_doc_mask:
+            raise ConfigError("beacon_doc_mask: a stream does not say where its documents end; use --packing best-fit")
 
     def limits(self) -> Budget:
         if self.budget:

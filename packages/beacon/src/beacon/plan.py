@@ -315,6 +315,13 @@ def label_mask(documents: Integers, sees_beacon: Flags, config: BeaconConfig, tr
     return counts
 
 
+def counted_tokens(config: BeaconConfig, documents: Tensor, ratio: Callable[[int], int], limit: int | None) -> Tensor:
+    """Per raw token of a row of several documents, whether its prediction counts; `limit` compactions mean training."""
+    ids = read_documents(documents, len(documents))
+    found = [segment.sees_beacon for segment in segments(Cursor(config, ratio, limit), ids)]
+    return torch.from_numpy(label_mask(ids, np.concatenate(found), config, training=limit is not None))
+
+
 def first_counted(config: BeaconConfig, length: int, ratios: Sequence[int], training: bool) -> int:
     """First token of one document whose prediction counts: in training the first that sees a beacon.
 

@@ -200,8 +200,9 @@ class BeaconMixin(Generation):
 
     def sliding_window(self) -> int | None:
         """Tokens that a raw token looks back inside its window, where the architecture limits them."""
-        window = getattr(self.config, "sliding_window", None)
-        return window if getattr(self.config, "use_sliding_window", True) else None
+        window: int | None = getattr(self.config, "sliding_window", None)
+        kinds = set(getattr(self.config, "layer_types", None) or ["sliding_attention"])
+        return window if kinds == {"sliding_attention"} else None
 
     @property
     def positions(self) -> int:

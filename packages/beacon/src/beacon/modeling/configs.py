@@ -6,6 +6,8 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.mistral.configuration_mistral import MistralConfig
+from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 
 
 @strict
@@ -14,4 +16,16 @@ class BeaconLlamaConfig(LlamaConfig):  # type: ignore[no-untyped-call]
     beacon: dict[str, Any] | None = None
 
 
-CONFIGS: dict[str, Any] = {"llama": BeaconLlamaConfig}
+@strict
+class BeaconMistralConfig(MistralConfig):  # type: ignore[no-untyped-call]
+    model_type = "beacon_mistral"
+    beacon: dict[str, Any] | None = None
+
+
+@strict
+class BeaconQwen2Config(Qwen2Config):  # type: ignore[no-untyped-call]
+    model_type = "beacon_qwen2"
+    beacon: dict[str, Any] | None = None
+
+
+CONFIGS: dict[str, Any] = {"llama": BeaconLlamaConfig, "mistral": BeaconMistralConfig, "qwen2": BeaconQwen2Config}

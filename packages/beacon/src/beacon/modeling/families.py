@@ -8,9 +8,11 @@ from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM
 
 from beacon.modeling.causal_lm import BeaconLayer, BeaconMixin
-from beacon.modeling.configs import BeaconLlamaConfig
+from beacon.modeling.configs import BeaconLlamaConfig, BeaconMistralConfig, BeaconQwen2Config
 
 
 class BeaconLlamaDecoderLayer(BeaconLayer, LlamaDecoderLayer):  # type: ignore[no-untyped-call]
@@ -21,6 +23,26 @@ class BeaconLlamaForCausalLM(BeaconMixin, LlamaForCausalLM):  # type: ignore[mis
     config: BeaconLlamaConfig
     config_class = BeaconLlamaConfig
     _no_split_modules = ["BeaconLlamaDecoderLayer"]
+
+
+class BeaconMistralDecoderLayer(BeaconLayer, MistralDecoderLayer):  # type: ignore[no-untyped-call]
+    pass
+
+
+class BeaconMistralForCausalLM(BeaconMixin, MistralForCausalLM):  # type: ignore[misc, no-untyped-call]
+    config: BeaconMistralConfig
+    config_class = BeaconMistralConfig
+    _no_split_modules = ["BeaconMistralDecoderLayer"]
+
+
+class BeaconQwen2DecoderLayer(BeaconLayer, Qwen2DecoderLayer):  # type: ignore[no-untyped-call]
+    pass
+
+
+class BeaconQwen2ForCausalLM(BeaconMixin, Qwen2ForCausalLM):  # type: ignore[misc, no-untyped-call]
+    config: BeaconQwen2Config
+    config_class = BeaconQwen2Config
+    _no_split_modules = ["BeaconQwen2DecoderLayer"]
 
 
 @dataclass(frozen=True)
@@ -35,4 +57,6 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(LlamaForCausalLM, BeaconLlamaConfig, BeaconLlamaDecoderLayer, BeaconLlamaForCausalLM),
+    "mistral": Family(MistralForCausalLM, BeaconMistralConfig, BeaconMistralDecoderLayer, BeaconMistralForCausalLM),
+    "qwen2": Family(Qwen2ForCausalLM, BeaconQwen2Config, BeaconQwen2DecoderLayer, BeaconQwen2ForCausalLM),
 }

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from beacon.options import CompressConfig, ExportConfig, GenerateConfig, ImportConfig, LmConfig, TrainConfig
+from beacon.options import BenchConfig, CompressConfig, ExportConfig, GenerateConfig, ImportConfig, LmConfig, TrainConfig
 from lm_core.cli import command_group, configured
 from lm_core.cli import main as run_cli
 
@@ -80,6 +80,18 @@ def import_(config: ImportConfig) -> dict[str, Any]:
     Example: beacon import --from downloaded --output-dir model
     """
     from beacon.use import import_folder as run
+
+    return run(config)
+
+
+@cli.command()
+@configured(BenchConfig)
+def bench(config: BenchConfig) -> dict[str, Any]:
+    """Measure what the method promises, beside its baseline.
+
+    Example: beacon bench --only P1,P2
+    """
+    from beacon.bench import run
 
     return run(config)
 

@@ -199,3 +199,12 @@ class ImportConfig:
 
     source: Path = opt(help="Folder with config.json and safetensors or pytorch_model.bin files.", flags=("--from",))
     output_dir: Path = opt(help="Folder to write.", flags=("-o",))
+
+
+@config
+class BenchConfig:
+    """Ratios beside their baselines."""
+
+    only: list[Literal["P1", "P2", "P3", "P4", "P6"]] = opt(help="What to measure; default: everything.", factory=list)
+    repeats: int = opt(3, "Measurements of each; the median counts.", ge=3)
+    threads: int = opt(1, "Threads of the tensor operations.", ge=1)

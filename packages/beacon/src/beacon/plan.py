@@ -95,11 +95,13 @@ class Cursor:
         self.memory = Entries.empty()
         self.open = Entries.empty()
         self.before = -1  # document of the last token that left the open window
+        self.held = 0  # memory entries that were there when this call began
         self._raw = self._beacons = 0  # new ones in this call
 
     def begin(self) -> None:
         """Start a call: everything held so far lies in the cache, in order."""
         self._raw = self._beacons = 0
+        self.held = len(self.memory)
         self.memory = Entries(*self.memory.columns()[:3], np.arange(len(self.memory)))
         self.open = Entries(*self.open.columns()[:3], np.arange(len(self.open)))
 
@@ -255,6 +257,8 @@ class Cursor:
             raise CapacityError(f"on_capacity: {most} positions do not hold the sinks and one compaction; use a smaller window", begun=True)
         kept = np.r_[0:sinks, sinks + gone : len(self.memory)]
         self.memory = self.memory[kept]
+        # the newest compaction stays, so all that went was there before this call
+        self.held -= gone
 
     def _with_sinks(self, raw: Entries, beacons: Entries) -> Entries:
         """Beacons, each document's first one preceded by its sinks if the document starts inside the window."""

@@ -77,7 +77,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     if config.stream:
         from transformers import TextStreamer
 
-        streamer = TextStreamer(tokenizer, skip_prompt=False, skip_special_tokens=True)  # type: ignore[no-untyped-call]
+        streamer = TextStreamer(tokenizer, skip_prompt=False, skip_special_tokens=True)
     torch.manual_seed(config.seed)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     out = model.generate(
@@ -171,7 +171,7 @@ def import_folder(config: ImportConfig) -> dict[str, Any]:
     found = AutoConfig.for_model(**{**values, "model_type": values["model_type"].removeprefix("beacon_")})
     kind = next(iter(weights.values())).dtype
     model = attach_beacon(
-        AutoModelForCausalLM.from_config(found, dtype=kind),  # type: ignore[no-untyped-call]
+        AutoModelForCausalLM.from_config(found, dtype=kind),
         BeaconConfig.from_dict({"stride": flat.get("window", 1024), **flat}),
     )
     model.load_beacon_state_dict({name: tensor for name, tensor in weights.items() if is_beacon(name)})

@@ -138,7 +138,7 @@ class Row:
         self.held_open, self.held_memory = held_open, held_memory
         self.num_raw = sum(segment.num_raw for segment in segments)
         self.num_beacons = sum(len(segment.queries) - segment.num_raw for segment in segments)
-        self.kept = int((cursor.memory.source < NEW_RAW).sum())
+        self.kept = cursor.held
         self.fresh: Entries = cursor.memory[self.kept :]
         # of the new memory, what some segment of this block sees
         self.seen_memory = max((segment.memory.shape[1] - held_memory for segment in segments), default=0)

@@ -20,8 +20,9 @@ LENGTH, WINDOW, RATIO, HIDDEN, LAYERS, VOCABULARY = 4096, 512, 8, 256, 4, 512
 def run(config: BenchConfig) -> dict[str, Any]:
     """Measure what was asked for; prints one line each."""
     torch.set_num_threads(config.threads)
-    results = {}
-    for name in config.only or list(MEASURES):
+    results: dict[str, Any] = {}
+    asked: list[str] = [*config.only] or [*MEASURES]
+    for name in asked:
         title, measure = MEASURES[name]
         results[name] = measure(config.repeats)
         values = "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in results[name].items())

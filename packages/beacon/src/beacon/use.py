@@ -160,7 +160,7 @@ def import_folder(config: ImportConfig) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"from: {config.source} has no config.json; name a folder of a beacon model")
     values = json.loads(path.read_text())
-    names = BeaconConfig.__dataclass_fields__  # type: ignore[attr-defined]
+    names = BeaconConfig.__dataclass_fields__
     flat = {name: values.pop(f"beacon_{name}") for name in names if f"beacon_{name}" in values}
     if not flat:
         raise InputError(f"from: {path} has no beacon_* settings; name a folder of a beacon model")
@@ -170,8 +170,9 @@ def import_folder(config: ImportConfig) -> dict[str, Any]:
     weights = _tensors(config.source)
     found = AutoConfig.for_model(**{**values, "model_type": values["model_type"].removeprefix("beacon_")})
     kind = next(iter(weights.values())).dtype
+    factory: Any = AutoModelForCausalLM
     model = attach_beacon(
-        AutoModelForCausalLM.from_config(found, dtype=kind),
+        factory.from_config(found, dtype=kind),
         BeaconConfig.from_dict({"stride": flat.get("window", 1024), **flat}),
     )
     model.load_beacon_state_dict({name: tensor for name, tensor in weights.items() if is_beacon(name)})

@@ -12,6 +12,7 @@ from torch import nn
 
 from lm_core.config import build
 from lm_core.data.loader import Loader
+from lm_core.data.vocab import byte_tokenizer
 from lm_core.engine import Engine
 from lm_core.errors import ConfigError, RunFailed
 from lm_core.evaluate import Score, Scores
@@ -219,6 +220,13 @@ def test_a_dense_model_is_refused_with_the_way_out(tmp_path: Path) -> None:
     config = build(TrainConfig, {"model": str(dense_folder(tmp_path / "dense")), "data": ["synthetic:markov"], "max_length": 32})
     with pytest.raises(ConfigError, match="is a llama model, not a mixture of experts; add --from-dense random"):
         MoeCPT(config).build()
+
+
+def test_a_tokenizer_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    dense = dense_folder(tmp_path / "dense", vocab_size=200)
+    config = build(TrainConfig, {**TINY, "model": str(dense), "max_length": 32})
+    with pytest.raises(ConfigError, match="tokenizer: 259 entries, but"):
+        MoeCPT(config).data(byte_tokenizer())
 
 
 def test_too_long_samples_are_refused(tmp_path: Path) -> None:

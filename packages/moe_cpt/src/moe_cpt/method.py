@@ -186,6 +186,11 @@ class MoeCPT(Method):
 
     def data(self, tokenizer: PreTrainedTokenizerBase) -> Data:
         """The weighted sources. Raises ConfigError when shares are to follow losses that some source has not."""
+        entries = self.model_config().vocab_size
+        if len(tokenizer) > entries:
+            raise ConfigError(
+                f"tokenizer: {len(tokenizer)} entries, but {self.config.model} embeds {entries}; name the tokenizer the model was trained with"
+            )
         data = weighted_sources(self.config, tokenizer)
         self._sources = list(data.train)
         if self.config.dynamic_data_selection != "none":

@@ -190,6 +190,7 @@ def test_an_adapter_finds_its_base_and_refuses_another(tmp_path: Path) -> None:
         ({"beacon_window": 64}, InputError, "data: markov keeps none of its .* without a target behind a window of 64"),
         ({"packing": "best-fit"}, ConfigError, "packing: best-fit joins documents"),
         ({"packing": "stream", "beacon_doc_mask": True}, ConfigError, "beacon_doc_mask: a stream does not say"),
+        ({"beacon_engine": "loop", "engine": "sharded"}, ConfigError, "beacon_engine: loop runs modules once per window"),
         ({"min_length": 99}, ConfigError, "min_length: 99 is larger than max_length"),
         ({"save_format": "adapter", "only_train_beacon": False}, ConfigError, "save_format: adapter would lose"),
         ({"model": "llama_tiny", "budget": "2 steps", "max_steps": 3}, ConfigError, "max_steps: 3 and --budget"),

@@ -27,10 +27,8 @@ def model_folder(name: str) -> str:
     """The folder that a model argument means: of a run its `final/`, else its newest checkpoint; anything else is returned as it is."""
     path = Path(name)
     if (path / "final" / "config.json").is_file():
-        log.info("model: %s", path / "final")
         return str(path / "final")
     if (path / "checkpoints").is_dir() and (found := checkpoint.latest(path)) is not None:
-        log.info("model: %s", found)
         return str(found)
     return name
 
@@ -47,7 +45,9 @@ def tokenizer_name(name: str) -> str:
 
 def load_beacon(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """A model with beacons, ready to read. Raises InputError when `name` has none."""
-    model: Any = load_model(model_folder(name), dtype=dtype)
+    folder = model_folder(name)
+    log.info("model: %s", folder)
+    model: Any = load_model(folder, dtype=dtype)
     if not hasattr(model, "beacon_state_dict"):
         raise InputError(f"model: {name} has no beacons; train it first: beacon train --model {name} --train-data builtin:python-docs")
     return model.eval()

@@ -30,6 +30,8 @@ class BeaconLoss(CausalLoss):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The summed loss and further sums: the loss by ratio of the last compaction (for the ratios `known`), beacons per raw token."""
         model: Any = self.model
+        # one forward per micro-batch in evaluations too: sharded engines need every rank to run the same modules as often
+        engine = "parallel" if engine == "auto" else engine
         hidden = model.read(input_ids, attention_mask, doc_ids, None, ratios, engine=engine, limited=False)
         targets = counted_targets(labels, hidden.counts_BT).flatten()
         states, ratio = hidden.states_BTD.flatten(0, 1), hidden.ratio_BT.flatten()

@@ -42,7 +42,10 @@ class Beacon(Method):
     warned = False
 
     def build(self) -> nn.Module:
-        model: Any = load_model(model_folder(self.config.model), presets=PRESETS, seed=self.config.seed)
+        folder = model_folder(self.config.model)
+        if folder != self.config.model:
+            log.info("model: %s", folder)
+        model: Any = load_model(folder, presets=PRESETS, seed=self.config.seed)
         if isinstance(model, BeaconMixin):
             set_beacon(model, settings(self.config, model.beacon))
         else:

@@ -99,6 +99,8 @@ class TrainConfig(RunConfig, BeaconOptions):
             raise ConfigError("max_steps: 0 would train nothing; give a number of updates, or -1 for --num-train-epochs")
         if self.min_length > self.max_length:
             raise ConfigError(f"min_length: {self.min_length} is larger than max_length ({self.max_length}); use at most {self.max_length}")
+        if self.beacon_engine == "loop" and (self.engine == "sharded" or self.zero_stage == 3):
+            raise ConfigError("beacon_engine: loop runs modules once per window, which sharded weights cannot follow; use parallel")
         if self.save_format == "adapter" and not self.only_train_beacon:
             raise ConfigError("save_format: adapter would lose the trained backbone; use full")
         if self.packing == "best-fit" and not self.beacon_doc_mask:

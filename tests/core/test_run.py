@@ -79,6 +79,13 @@ def test_the_result_says_why_how_far_how_well_and_how_much_memory(done: tuple[Pa
     assert result["output_dir"] == str(folder)
 
 
+def test_a_run_without_held_out_data_is_a_run_without_evaluations(tmp_path: Path) -> None:
+    result = train(tmp_path / "run", hold_out=0, budget="2 steps", eval_every="1")
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "run/result.json").read_text())["eval"] == {}
+    assert "Held-out" not in (tmp_path / "run/final/README.md").read_text()
+
+
 def test_config_yaml_makes_the_same_run(done: tuple[Path, Result], tmp_path: Path) -> None:
     folder, _ = done
     again = CliRunner().invoke(cli, ["train", "--config", str(folder / "config.yaml"), "--output-dir", str(tmp_path / "again")])

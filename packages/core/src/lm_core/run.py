@@ -176,7 +176,7 @@ class Run:
         self.flops_per_token = flops_per_token
         self.foreseen = foreseen
         self.budget = config.limits()
-        self.eval_every = Every.parse(config.eval_every, "eval_every")
+        self.eval_every = Every.parse(config.eval_every, "eval_every") if data.valid else Every()
         self.save_every = Every.parse(config.save_every, "save_every")
         self.loss_below = LossBelow(config.stop_loss) if config.stop_loss is not None else None
         rules: list[Rule] = [self.budget.rule(epoch_samples), signals]

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,7 +29,11 @@ from lowrank_opt import AdamW, AdamW8bit, GaLoreAdamW, GaLoreAdamW8bit
 from lowrank_opt.commands import BenchConfig
 from lowrank_opt.projector import basis, gaussian, project
 
+Shapes = tuple[tuple[int, int], ...]
+
 REFRESHED = {(1024, 2736): 256, (2048, 5461): 512}
+# The matrices of one layer of SmolLM2-135M: q, k, v, o, gate, up, down.
+LAYER: Shapes = ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536))
 
 
 @dataclass(frozen=True)
@@ -228,30 +233,47 @@ def trained(make: Callable[[Any], torch.optim.Optimizer], start: Tensor, gradien
     return weight.detach()
 
 
+def galore_pair(
+    library: Any, shapes: Shapes, dtype: torch.dtype, rank: int, gap: int
+) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    """Ours and galore-torch's optimizer over equal matrices that have a gradient."""
+
+    def weights() -> list[nn.Parameter]:
+        found = [nn.Parameter(numbers(*shape, seed=n).to(dtype)) for n, shape in enumerate(shapes)]
+        for n, weight in enumerate(found):
+            weight.grad = numbers(*weight.shape, seed=100 + n).to(dtype)
+        return found
+
+    group = {"params": weights(), "rank": rank, "update_proj_gap": gap, "scale": 0.25, "proj_type": "std"}
+    return GaLoreAdamW(weights(), rank=rank, update_proj_gap=gap), library.GaLoreAdamW([group], no_deprecation_warning=True)
+
+
 def beside_galore_torch(config: BenchConfig) -> Iterator[Figure]:
     """Whole gaps of ours and theirs, refreshes included: the same matrices, rank and gap."""
     library = optional("galore_torch")
     if library is None:
         return
-    gap, shapes, rank = 50, ((576, 576), (576, 1536), (1536, 576)), 128
+    gap, rank = 50, 128
+    pair = galore_pair(library, ((576, 576), (576, 1536), (1536, 576)), torch.float32, rank, gap)
 
-    def gap_of(make: Callable[[list[Any]], torch.optim.Optimizer]) -> Callable[[], None]:
-        weights = [nn.Parameter(numbers(*shape, seed=n)) for n, shape in enumerate(shapes)]
-        for n, weight in enumerate(weights):
-            weight.grad = numbers(*weight.shape, seed=100 + n)
-        optimizer = make(weights)
+    def steps(optimizer: torch.optim.Optimizer) -> None:
+        for _ in range(gap):
+            optimizer.step()
 
-        def steps() -> None:
-            for _ in range(gap):
-                optimizer.step()
-
-        return steps
-
-    ours = gap_of(lambda weights: GaLoreAdamW(weights, rank=rank, update_proj_gap=gap))
-    group = {"rank": rank, "update_proj_gap": gap, "scale": 0.25, "proj_type": "std"}
-    theirs = gap_of(lambda weights: library.GaLoreAdamW([{"params": weights, **group}], no_deprecation_warning=True))
+    ours, theirs = (partial(steps, optimizer) for optimizer in pair)
     what = f"galore-torch over GaLoreAdamW, {gap} steps with one refresh each, 3 matrices of smollm2-135m, r {rank}"
     yield Figure("galore-torch", what, 1 / ratio(ours, theirs, repeats=3, warm=1), 3.0, least=True)
+
+
+def bfloat16_beside_galore_torch(config: BenchConfig) -> Iterator[Figure]:
+    """Steps of bfloat16 weights without a refresh."""
+    library = optional("galore_torch")
+    if library is None:
+        return
+    shapes, rank = 2 * LAYER, 128
+    ours, theirs = galore_pair(library, shapes, torch.bfloat16, rank, gap=10**9)
+    what = f"GaLoreAdamW over galore-torch, bfloat16, a step without refresh, {len(shapes)} matrices of smollm2-135m, r {rank}"
+    yield Figure("galore-bf16", what, ratio(ours.step, theirs.step, config.repeats), 1.0)
 
 
 MEASUREMENTS: dict[str, Callable[[BenchConfig], Iterator[Figure]]] = {
@@ -266,6 +288,7 @@ MEASUREMENTS: dict[str, Callable[[BenchConfig], Iterator[Figure]]] = {
     "C9": drift,
     "C10": drift,
     "galore-torch": beside_galore_torch,
+    "galore-bf16": bfloat16_beside_galore_torch,
 }
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from kernels_cuda import use
 from lm_core.errors import ConfigError, InputError, ResumeRefused, RunFailed
 from lowrank_opt import GaLoreAdamW, UnsupportedDistributedError, build_param_groups
 from lowrank_opt.galore import adapt_gap
@@ -268,6 +269,59 @@ def test_small_updates_of_bfloat16_weights_are_not_lost():
     # N is a row of +-1 of length d, spread over k entries by a unit vector: each step is lr / sqrt(k)
     expected = 1.0 - 50 * 1e-3 / 8
     assert abs(weight.detach().double().mean().item() - expected) < 1e-3
+
+
+def constant_step(share, seed=0, before=0, steps=1, rounding=True, shape=(1024, 1024)):
+    """Ones minus `share` of a step of bfloat16 everywhere, `steps` times, by the matrix that has `before` others before it."""
+    weights = [nn.Parameter(torch.ones(shape, dtype=torch.bfloat16)) for _ in range(before + 1)]
+    # N is a row of ones, spread over k entries by a unit vector; steps below 1 are 2^-8
+    lr = share * 2**-8 * math.sqrt(min(shape))
+    optimizer = GaLoreAdamW(weights, lr=lr, rank=1, scale=1.0, seed=seed, stochastic_rounding=rounding)
+    train(optimizer, weights[-1], [torch.ones(shape)] * steps)
+    return weights[-1].detach().float()
+
+
+def test_stochastic_rounding_of_matrices_has_no_bias():
+    share = 0.3
+    moved = constant_step(share)
+    assert set(moved.unique().tolist()) == {1 - 2**-8, 1.0}
+    down = (moved < 1).double()
+    assert abs(down.mean().item() - share) < 4 * math.sqrt(share * (1 - share) / down.numel()) + 1e-5
+    # neighbours in a row and in a column are rounded independently of each other
+    for one, other in ((down[:, :-1], down[:, 1:]), (down[:-1], down[1:])):
+        correlation = ((one - share) * (other - share)).mean().item() / (share * (1 - share))
+        assert abs(correlation) < 4 / math.sqrt(one.numel())
+    assert torch.equal(constant_step(share, rounding=False), torch.ones(1024, 1024))
+
+
+def test_stochastic_rounding_of_matrices_is_addressed():
+    def small(**address):
+        return constant_step(0.3, shape=(64, 64), **address)
+
+    assert torch.equal(small(), small())
+    for other in (small(seed=1), small(before=1), 1 + small(steps=2) - small()):
+        assert (small() != other).float().mean() > 0.2
+
+
+@pytest.mark.parametrize("proj_dtype", ["param", "fp32"])
+@pytest.mark.parametrize("proj_type", PROJ_TYPES)
+@pytest.mark.parametrize("rounding", [True, False])
+def test_bfloat16_weights_are_those_of_the_reference_operators(proj_type, proj_dtype, rounding):
+    def after(kernels):
+        weight = weight_of((64, 48), torch.bfloat16)
+        settings = {"rank": 8, "proj_type": proj_type, "proj_dtype": proj_dtype, "stochastic_rounding": rounding}
+        optimizer = GaLoreAdamW([weight], lr=1e-2, scale=1.0, weight_decay=0.1, eps=eps_for(proj_type), **settings)
+        before = use(kernels)
+        try:
+            train(optimizer, weight, stream((64, 48), 1))
+        finally:
+            use(before)
+        return weight.detach().float()
+
+    ours, reference = after("cpu"), after("reference")
+    # the same words, but products rounded to bfloat16 and not: a change differs by 2^-8 of itself, and few weights by a step
+    torch.testing.assert_close(ours, reference, rtol=2**-7, atol=1e-4)
+    assert (ours != reference).float().mean() < 0.03
 
 
 def test_convolutions_are_matrices_of_output_channels():

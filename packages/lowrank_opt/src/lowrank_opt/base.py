@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, overload
 
@@ -92,12 +93,19 @@ class Rounding:
     They depend on (seed, place of the parameter, step) alone, so a resumed run and every replica on the same
     kind of device draw the same ones. Drawing a number per element would cost more than the update: instead a
     tile of random numbers is shared by all chunks of a step, and each chunk flips its bits by a constant of its
-    own. Any two elements are rounded independently of each other.
+    own. Any two elements are rounded independently of each other. Operators that draw words themselves take `key`
+    instead; the tile is made when `round` is first called.
     """
 
-    def __init__(self, tile: Tensor, seed: int, position: int, step: int) -> None:
+    def __init__(self, tile: Callable[[], Tensor], seed: int, position: int, step: int) -> None:
         self.tile = tile
-        self.flips = random.Random(counter.derive(seed, "rounding", position, step))
+        self.seed = counter.derive(seed, "rounding", position, step)
+        self.flips = random.Random(self.seed)
+
+    @property
+    def key(self) -> int:
+        """The address as a seed for an operator: 63 bits, since negative ones mean rounding to nearest."""
+        return self.seed >> 1
 
     @staticmethod
     def draw_tile(seed: int, step: int, device: torch.device) -> Tensor:
@@ -110,8 +118,9 @@ class Rounding:
         """Round float32 numbers (contiguous) in place to bfloat16 neighbours, up or down at random."""
         # A bfloat16 is the upper half of a float32: 16 random bits added to the lower half carry into the upper
         # half with the probability of the distance.
+        tile = self.tile()
         for bits in value.view(-1).view(torch.int32).split(CHUNK):
-            bits.add_(self.tile[: bits.numel()] ^ self.flips.getrandbits(16)).bitwise_and_(-(1 << 16))
+            bits.add_(tile[: bits.numel()] ^ self.flips.getrandbits(16)).bitwise_and_(-(1 << 16))
 
 
 def names_of(group: Group) -> list[str]:
@@ -245,10 +254,13 @@ class BaseOptimizer(torch.optim.Optimizer):
         """Random bits for a bfloat16 weight: nearest rounding would lose every update below half a step for ever."""
         if parameter.dtype != torch.bfloat16 or not group["stochastic_rounding"]:
             return None
-        seed, device = group["seed"], parameter.device
+        seed = group["seed"]
+        return Rounding(partial(self._tile, seed, step, parameter.device), seed, self._address(parameter).position, step)
+
+    def _tile(self, seed: int, step: int, device: torch.device) -> Tensor:
         if self._tiles.get(device, (None,))[:2] != (seed, step):
             self._tiles[device] = seed, step, Rounding.draw_tile(seed, step, device)
-        return Rounding(self._tiles[device][2], seed, self._address(parameter).position, step)
+        return self._tiles[device][2]
 
     # -- state ----------------------------------------------------------------------------------------------
 

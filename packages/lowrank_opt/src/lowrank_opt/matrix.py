@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from kernels_cuda.lowrank import lowrank_update_
 from lm_core.errors import ConfigError
 from lowrank_opt.adamw import AdamW, normalised
 from lowrank_opt.base import CHUNK, Group, Rounding, State, UnsupportedDistributedError
@@ -129,18 +131,31 @@ class Change:
         return self
 
     def write(self, parameter: Tensor, decay: float, rounding: Rounding | None, decay_after: bool = False) -> None:
-        """W <- decay W + change, or decay (W + change); in float32 whatever W's dtype, without a matrix of W's size."""
+        """W <- decay W + change, or decay (W + change); in float32 whatever W's dtype, some rows at a time."""
         after = decay if decay_after else 1.0
         shape = matrix_shape(parameter)
         # a weight that is not contiguous goes through a copy
         weight = parameter.detach().contiguous().view(shape)
+        if self.low is not None and self.scaled is None and weight.dtype == torch.bfloat16:
+            low, bases, alpha = self.low
+            if self.side == "full":
+                low = torch.mm(low, bases[1].to(low.dtype))
+            side: Literal["left", "right"] = "right" if self.side == "right" else "left"
+            lowrank_update_(weight, bases[0], low, side, -alpha * after, decay, rounding.key if rounding else -1)
+        else:
+            self._write_in_passes(weight, decay, after, rounding)
+        if not parameter.is_contiguous():
+            parameter.copy_(weight.view(parameter.shape))
+
+    def _write_in_passes(self, weight: Tensor, decay: float, after: float, rounding: Rounding | None) -> None:
+        """For the term in the gradient, and for types that the operator does not take or has nothing to fuse for."""
         dtype = torch.promote_types(weight.dtype, torch.float32)
         low = None
         if self.low is not None:
             # a bfloat16 weight gets its change from bfloat16 products
             low = factors(self.low[0].to(weight.dtype if weight.dtype == torch.bfloat16 else dtype), self.low[1], self.side)
-        rows = shape[0] if weight.dtype == dtype else max(1, CHUNK // max(1, shape[1]))
-        for start in range(0, shape[0], rows):
+        rows = len(weight) if weight.dtype == dtype else max(1, CHUNK // max(1, weight.shape[1]))
+        for start in range(0, len(weight), rows):
             part = slice(start, start + rows)
             value = weight[part].to(dtype)
             if low is not None and self.low is not None:
@@ -159,5 +174,3 @@ class Change:
                 rounding.round(value)
             if value.dtype != weight.dtype:
                 weight[part].copy_(value)
-        if not parameter.is_contiguous():
-            parameter.copy_(weight.view(parameter.shape))

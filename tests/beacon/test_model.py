@@ -3,10 +3,12 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from beacon.config import BeaconConfig
+from beacon.modeling import tiles
 from beacon.plan import build_plan
 from lm_core.errors import ConfigError, InputError
 from lm_core.models import checkpoint_activations
@@ -25,6 +27,22 @@ each_mode = pytest.mark.parametrize(
 )
 
 
+# the parallel engine with either attention; tiles of 3 queries cut across every window of these tests
+ENGINES = ("loop", "parallel-eager", "parallel-tiled")
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "ROWS", 3)
+
+
+def chosen(model: Any, engine: str) -> str:
+    """Set the attention of the parallel engine; returns the engine's name."""
+    name, _, attention = engine.partition("-")
+    model.attn_backend = "eager" if attention == "eager" else "auto"
+    return name
+
+
 @each_mode
 @pytest.mark.parametrize("documents", [False, True])
 def test_engines_equal_one_dense_attention_over_the_plan(mode: dict[str, Any], stride: int, documents: bool) -> None:
@@ -35,8 +53,8 @@ def test_engines_equal_one_dense_attention_over_the_plan(mode: dict[str, Any], s
         model.train(training)
         plan = build_plan(27, model.beacon, ratios, None if doc is None else doc[0], training)
         expected = dense(model, row[0], plan)
-        for engine in ("loop", "parallel"):
-            out = model(row, ratios=ratios, doc_ids=doc, engine=engine, labels=row)
+        for engine in ENGINES:
+            out = model(row, ratios=ratios, doc_ids=doc, engine=chosen(model, engine), labels=row)
             torch.testing.assert_close(out.logits[0], expected, **CLOSE)
             assert int(out.token_count) == int(plan.label_mask.sum())
 
@@ -52,19 +70,21 @@ def test_parallel_and_loop_engines_agree_in_every_gradient(mode: dict[str, Any],
     mask = torch.ones_like(rows)
     mask[1, 21:] = 0
     found = []
-    for engine in ("loop", "parallel"):
+    for engine in ENGINES:
         model.zero_grad()
-        out = model(
-            rows, attention_mask=mask, labels=rows.masked_fill(mask == 0, -100), ratios=[2, 1, 2, 2, 1, 2, 1, 2, 2, 2, 1, 2], engine=engine
-        )
+        ratios = [2, 1, 2, 2, 1, 2, 1, 2, 2, 2, 1, 2]
+        labels = rows.masked_fill(mask == 0, -100)
+        out = model(rows, attention_mask=mask, labels=labels, ratios=ratios, engine=chosen(model, engine))
         out.loss.backward()
         found.append((out.loss, {name: parameter.grad for name, parameter in model.named_parameters()}))
-    torch.testing.assert_close(found[0][0], found[1][0], **CLOSE)
+    for other in found[1:]:
+        torch.testing.assert_close(found[0][0], other[0], **CLOSE)
     last = [name for name, gradient in found[0][1].items() if gradient is None or not gradient.any()]
     assert last == [f"model.layers.2.self_attn.beacon_{letter}_proj.{kind}" for letter in "qo" for kind in ("weight", "bias")]
     for name, gradient in found[0][1].items():
         if gradient is not None:
-            torch.testing.assert_close(found[1][1][name], gradient, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+            for other in found[1:]:
+                torch.testing.assert_close(other[1][name], gradient, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
 
 
 # --- stock transformers as oracle ---
@@ -153,7 +173,7 @@ def test_any_splitting_into_calls_equals_one_shot(mode: dict[str, Any], stride: 
 
 @each_mode
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("engine", ["loop", "parallel"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_ragged_rows_equal_single_ones(mode: dict[str, Any], stride: int, side: str, engine: str) -> None:
     model = beacon_model(stride=stride, ratio=[2, 1], sink_size=1, inference_ratio_mix="sequence", **mode)
     lengths, width = [30, 8, 3, 17], 30
@@ -162,6 +182,7 @@ def test_ragged_rows_equal_single_ones(mode: dict[str, Any], stride: int, side: 
     spans = [(width - n, width) if side == "left" else (0, n) for n in lengths]
     for b, (first, last) in enumerate(spans):
         rows[b, first:last], mask[b, first:last] = texts[b][0], 1
+    engine = chosen(model, engine)
     out = model(rows, attention_mask=mask, engine=engine)
     more = ids(4, 11, seed=9)
     after = model(more, past_key_values=out.past_key_values, engine=engine)
@@ -178,10 +199,10 @@ def test_logits_to_keep_are_the_last_ones() -> None:
         torch.testing.assert_close(model(rows, engine=engine, logits_to_keep=kept).logits, model(rows).logits[:, -kept:], **CLOSE)
 
 
-@pytest.mark.parametrize("engine", ["loop", "parallel"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_documents_do_not_see_each_other(engine: str) -> None:
     model = beacon_model(stride=4, ratio=[2, 4], sink_size=1).train()
-    row, doc = ids(1, 40), torch.tensor([[0] * 13 + [1] * 20 + [2] * 7])
+    row, doc, engine = ids(1, 40), torch.tensor([[0] * 13 + [1] * 20 + [2] * 7]), chosen(model, engine)
     ratios = [2, 4] * 5
     changed = row.clone()
     changed[0, 13:33] = (changed[0, 13:33] + 1) % 61
@@ -193,13 +214,15 @@ def test_documents_do_not_see_each_other(engine: str) -> None:
     assert torch.equal(same, model(row, ratios=ratios, engine=engine).logits)
 
 
-def test_the_loss_of_a_document_has_no_gradient_in_another() -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_loss_of_a_document_has_no_gradient_in_another(engine: str) -> None:
     model = beacon_model(sink_size=1).train()
     row, doc = ids(1, 40), torch.tensor([[0] * 13 + [1] * 27])
     held = []
     model.model.embed_tokens.register_forward_hook(lambda module, inputs, out: held.append(out.requires_grad_()) or held[-1])
-    logits = model(row, doc_ids=doc, ratios=[2]).logits
-    (gradient,) = torch.autograd.grad(logits[0, 20:].sum(), held[0])
+    logits = model(row, doc_ids=doc, ratios=[2], engine=chosen(model, engine)).logits
+    # the loop embeds window by window
+    gradient = torch.cat(torch.autograd.grad(logits[0, 20:].sum(), held, allow_unused=True, materialize_grads=True), dim=1)
     assert not gradient[0, :13].any()
     assert gradient[0, 13:].any()
 
@@ -241,6 +264,33 @@ def test_other_families_read_like_their_stock_models(kind: str, sliding: int | N
     assert model.config.model_type == f"beacon_{kind}"
     long = ids(2, 53)
     torch.testing.assert_close(model(long, engine="parallel").logits, model(long, engine="loop").logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_equal_eager_attention_in_lower_precision(dtype: torch.dtype) -> None:
+    model, rows = beacon_model(dtype, sink_size=1).train(), ids(2, 43)
+    found = []
+    for engine in ("parallel-eager", "parallel-tiled"):
+        model.zero_grad()
+        out = model(rows, labels=rows, ratios=[2], engine=chosen(model, engine))
+        out.loss.backward()
+        found.append([out.logits, *(parameter.grad for parameter in model.trainable_parameters())])
+    for one, other in zip(*found):
+        assert other.dtype == dtype
+        assert (one - other).norm() <= (1e-5 if dtype == torch.float32 else 5e-2) * one.norm()
+
+
+def test_tiles_compute_little_that_is_hidden() -> None:
+    local = np.tril(np.ones((1, 2, 8, 8), dtype=bool))
+    memory = np.zeros((1, 2, 8, 4), dtype=bool)
+    memory[:, 1, :, 1:4] = True
+    made = tiles.make_tiles([8, 7], local, memory, torch.float32, torch.device("cpu"))
+    assert [(tile.segment, tile.rows.stop, tile.columns.start, tile.columns.stop) for tile in made.tiles] == [
+        (0, 3, 0, 3), (0, 6, 0, 6), (0, 8, 0, 8), (1, 3, 1, 7), (1, 6, 1, 10), (1, 7, 1, 11),
+    ]  # fmt: skip
+    # memory and the first key are seen by all rows of the tile; the last tile has one row, which sees everything
+    assert [tile.hidden_from for tile in made.tiles[3:]] == [4, 7, 10]
+    assert made.tiles[5].hidden_BtN is None
 
 
 def test_padding_inside_a_row_is_refused() -> None:

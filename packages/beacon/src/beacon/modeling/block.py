@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from beacon.modeling.tiles import Tiles, make_tiles
 from beacon.plan import NEW_BEACON, NEW_RAW, Cursor, Entries, Integers, Segment
 
 # B rows, R segments per row, T queries and K keys per segment, N tokens of the block (raw, then beacons), M memory entries, d head size
@@ -39,6 +40,7 @@ class Queries:
     rotation: Rotation  # B x R x T x d/2
     local_BRTK: Tensor | None  # None: everything is seen
     memory_BRTM: Tensor | None
+    tiles: Tiles | None  # instead of both masks
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,11 @@ class Angles:
         return self.frequencies.device
 
 
-def make_block(rows: Sequence[Row], keep: Sequence[Integers] | None, angles: Angles) -> Block:
+def make_block(rows: Sequence[Row], keep: Sequence[Integers] | None, angles: Angles, tiled: bool = False) -> Block:
     """The block of rows that have been walked; rows that are equal are given once.
 
-    `keep` names per row the raw tokens of this block that the last layer is asked for (None: all).
+    `keep` names per row the raw tokens of this block that the last layer is asked for (None: all). `tiled` attention computes
+    only what is seen.
     """
     num_raw = max(row.num_raw for row in rows)
     num_beacons = max(row.num_beacons for row in rows)
@@ -120,8 +123,10 @@ def make_block(rows: Sequence[Row], keep: Sequence[Integers] | None, angles: Ang
     return Block(
         num_raw,
         num_beacons,
-        main=_queries(rows, shape, angles, None, beacons=True),
-        last=None if asked is not None and not any(len(kept) for kept in asked) else _queries(rows, shape, angles, asked, beacons=False),
+        main=_queries(rows, shape, angles, None, beacons=True, tiled=tiled),
+        last=None
+        if asked is not None and not any(len(kept) for kept in asked)
+        else _queries(rows, shape, angles, asked, beacons=False, tiled=tiled),
         keys_BRK=None if plain else _tensor(keys, angles),
         key_rotation=angles(key_pos),
         memory_BM=_tensor(fresh, angles) if seen_memory else None,
@@ -165,7 +170,7 @@ class _Shape:
     seen_memory: int
 
 
-def _queries(rows: Sequence[Row], shape: _Shape, angles: Angles, keep: Sequence[Integers] | None, beacons: bool) -> Queries:
+def _queries(rows: Sequence[Row], shape: _Shape, angles: Angles, keep: Sequence[Integers] | None, beacons: bool, tiled: bool) -> Queries:
     """Queries of a layer: all raw tokens or those of `keep`, with the beacons or without."""
     num_raw = shape.num_raw if keep is None else max(len(kept) for kept in keep)
     num_tokens = num_raw + (shape.num_beacons if beacons else 0)
@@ -204,14 +209,19 @@ def _queries(rows: Sequence[Row], shape: _Shape, angles: Angles, keep: Sequence[
         for b, kept in enumerate(keep):
             table[b, : len(kept)] = kept
         raw = _tensor(table, angles)
+    tiles = None
+    if tiled:
+        counts = [max((len(row[r][0]) for row in picked if r < len(row)), default=0) for r in range(segments)]
+        tiles = make_tiles(counts, local, memory, angles.dtype, angles.device)
     return Queries(
         raw,
         beacons and shape.num_beacons > 0,
         None if plain else _tensor(index, angles),
         None if plain else _tensor(back, angles),
         angles(position),
-        None if local.all() else _tensor(local, angles),
-        None if memory.all() else _tensor(memory, angles),
+        None if tiled or local.all() else _tensor(local, angles),
+        None if tiled or memory.all() else _tensor(memory, angles),
+        tiles,
     )
 
 

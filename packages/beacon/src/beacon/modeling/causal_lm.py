@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,8 @@ class BeaconMixin(Generation):
     lm_head: Any
     training: bool
     _stock = False
+    # eager: one dense softmax, the reference; auto: on a CPU, many windows at once go tile by tile
+    attn_backend: Literal["auto", "eager"] = "auto"
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]

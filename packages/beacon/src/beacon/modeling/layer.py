@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from beacon.modeling.attention import attend, gather, rotate
 from beacon.modeling.block import Block, Queries
+from beacon.modeling.tiles import attend_tiles
 
 # B rows, N tokens (raw, then beacons), D hidden size, G key heads, M memory entries, K open window, d head size
 Pair = tuple[Tensor, Tensor]
@@ -76,7 +77,10 @@ def _attention(
         far = (fresh_k, fresh_v) if memory is None else (torch.cat((memory[0], fresh_k), dim=2), torch.cat((memory[1], fresh_v), dim=2))
     near_k, near_v = (x[:, None] if block.keys_BRK is None else gather(x, block.keys_BRK) for x in (k, v))
     near_k = rotate(near_k, block.key_rotation)
-    out = attend(q, near_k, near_v, queries.local_BRTK, far, queries.memory_BRTM, attn.scaling)
+    if queries.tiles is not None:
+        out = attend_tiles(q, near_k, near_v, far, queries.tiles, attn.scaling)
+    else:
+        out = attend(q, near_k, near_v, queries.local_BRTK, far, queries.memory_BRTM, attn.scaling)
     if queries.back_BN is None:
         return out[:, 0]
     return gather(out.flatten(1, 2)[:, :, None], queries.back_BN)[:, :, 0]

@@ -104,7 +104,10 @@ class Walk:
 
     def _compute(self, rows: list[Row], tokens: list[Integers], keep: list[Integers]) -> Tensor:
         model, cache = self.model.model, self.cache
-        block = make_block(rows, keep if self.first_kept else None, self.model.angles())
+        angles = self.model.angles()
+        # one window has little to skip; elsewhere than on a CPU many small products have not been measured
+        tiled = self.model.attn_backend == "auto" and angles.device.type == "cpu" and any(len(row.segments) > 1 for row in rows)
+        block = make_block(rows, keep if self.first_kept else None, angles, tiled)
         columns = np.zeros((len(rows), block.num_raw), dtype=np.int64)
         for b, own in enumerate(tokens):
             columns[b, : len(own)] = own

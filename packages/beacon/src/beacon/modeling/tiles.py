@@ -47,12 +47,12 @@ def make_tiles(
     tiles, memory, keys = [], [], []
     for r, count in enumerate(counts):
         near, far = local_BRTK[:, r, :count], memory_BRTM[:, r, :count]
-        memory.append(_end(far.any((0, 1))))
-        keys.append(_end(near.any((0, 1))))
+        memory.append(_end(_any(far)))
+        keys.append(_end(_any(near)))
         seen_BTN = np.concatenate([far[..., : memory[r]], near[..., : keys[r]]], axis=-1)
         for begin in range(0, count, ROWS):
             rows = slice(begin, min(begin + ROWS, count))
-            some, every = seen_BTN[:, rows].any((0, 1)), seen_BTN[:, rows].all((0, 1))
+            some, every = _any(seen_BTN[:, rows]), ~_any(~seen_BTN[:, rows])
             columns = slice(int(some.argmax()), _end(some))
             own, complete = seen_BTN[:, rows, columns], every[columns]
             first = len(complete) if complete.all() else int(complete.argmin())
@@ -65,6 +65,12 @@ def make_tiles(
                 )
             tiles.append(Tile(r, rows, columns, first, hidden))
     return Tiles(tuple(tiles), tuple(memory), tuple(keys))
+
+
+def _any(seen_BTN: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which columns some row sees."""
+    columns: NDArray[np.bool_] = np.logical_or.reduce(seen_BTN, axis=(0, 1))
+    return columns
 
 
 def _end(seen: NDArray[np.bool_]) -> int:
@@ -147,7 +153,8 @@ def _joined(tiles: Tiles, r: int, k: Tensor, v: Tensor, far_k: Tensor, far_v: Te
 def _rows(x_BRTHd: Tensor, tile: Tile, G: int) -> Tensor:
     """Queries of a tile, B x G x (h t) x d: heads that share a key lie below one another, so keys are not expanded."""
     own = x_BRTHd[:, tile.segment, tile.rows].unflatten(2, (G, -1))
-    return own.permute(0, 2, 3, 1, 4).flatten(2, 3)
+    rows: Tensor = own.permute(0, 2, 3, 1, 4).flatten(2, 3)
+    return rows
 
 
 def _put(x_BRTHd: Tensor, tile: Tile, G: int, rows_BGtd: Tensor) -> None:

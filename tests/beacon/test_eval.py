@@ -27,6 +27,11 @@ def config(trained: Path, **options: object) -> LmConfig:
     return LmConfig(**{**values, **options})  # type: ignore[arg-type]
 
 
+def test_the_default_stride_skips_nothing(trained: Path) -> None:
+    assert config(trained, stride=None).step == 40
+    assert config(trained, stride=None, max_length=4096).step == 2048
+
+
 @pytest.mark.parametrize(("length", "size", "stride"), [(100, 30, 7), (30, 30, 5), (31, 30, 30), (99, 30, 1)])
 def test_every_token_but_the_first_is_scored_once(length: int, size: int, stride: int) -> None:
     scored = [token for begin, end, first in passes(length, size, stride) for token in range(first, end)]

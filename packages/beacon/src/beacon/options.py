@@ -134,7 +134,9 @@ class LmConfig(ReadOptions):
     packing: Literal["document", "stream"] = opt("document", "One document at a time, or documents back to back.")
     max_length: int = opt(32768, "Tokens of context at most.", ge=2)
     min_length: int = opt(0, "Shortest document in tokens; shorter ones are left out.", ge=0)
-    stride: int = opt(2048, "Tokens that are newly scored per pass over a longer document; 0 makes one pass.", ge=0)
+    stride: int | None = opt(
+        None, "Tokens that are newly scored per pass over a longer document; 0 makes one pass; default: 2048, at most max_length.", ge=0
+    )
     max_sample_num: int = opt(100, "Documents at most.", ge=1)
     baseline: list[Literal["full", "truncate"]] = opt(
         help="Also score the base model with full attention, or with only the tokens of the open window.", factory=list
@@ -145,10 +147,15 @@ class LmConfig(ReadOptions):
     def check(self) -> None:
         if not self.eval_data:
             raise ConfigError("eval_data: nothing to read; give for example --eval-data builtin:python-docs")
-        if self.stride > self.max_length:
+        if self.stride is not None and self.stride > self.max_length:
             raise ConfigError(
                 f"stride: {self.stride} is larger than max_length ({self.max_length}) and would skip tokens; use at most that"
             )
+
+    @property
+    def step(self) -> int:
+        """Tokens newly scored per pass; 0 for one pass."""
+        return min(2048, self.max_length) if self.stride is None else self.stride
 
 
 @config

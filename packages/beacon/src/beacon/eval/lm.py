@@ -64,7 +64,7 @@ def run(config: LmConfig) -> dict[str, Any]:
 
 def documents(config: LmConfig, tokenizer: str) -> Iterator[Tensor]:
     """Token ids of the held-out documents: at most `max_length` of each for one pass, else all."""
-    size = config.max_length if config.stride == 0 else 1 << 30
+    size = config.max_length if config.step == 0 else 1 << 30
     fields = {"data": config.eval_data, "eval_data": config.eval_data, "hold_out": 0.0, "max_length": size, "packing": config.packing}
     asked = SimpleNamespace(**fields, text_column=config.text_column, seed=config.seed, shuffle=False)
     for rows in build_data(asked, load_tokenizer(tokenizer)).valid.values():
@@ -101,7 +101,7 @@ def passes(length: int, max_length: int, stride: int) -> Iterator[tuple[int, int
 def scored(model: Any, reader: str, text: Tensor, config: LmConfig, edges: list[int]) -> dict[str, Any]:
     """Loss sums and counts by bucket of context length, the mean, seconds and bytes of keys and values."""
     sums, counts, kv, began = [0.0] * len(edges), [0] * len(edges), 0, time.perf_counter()
-    for begin, end, first in passes(len(text), config.max_length, config.stride):
+    for begin, end, first in passes(len(text), config.max_length, config.step):
         row = text[begin:end].to(model.device)
         loss, used = losses(model, reader, row, model.beacon, config)
         kv = max(kv, used)

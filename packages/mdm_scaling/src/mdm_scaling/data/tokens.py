@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -75,10 +74,3 @@ class Part:
             out[at - first : at - first + stop - begin] = self.store.read(int(self.number[document]), begin, stop)
             at, place = at + stop - begin, place + 1
         return out
-
-
-def check_range(tokens: Sequence[int] | NDArray[Any], vocabulary: int) -> int | None:
-    """The first token that is not below `vocabulary`, or None."""
-    found = np.asarray(tokens)
-    bad = found[(found >= vocabulary) | (found < 0)]
-    return int(bad[0]) if len(bad) else None

@@ -8,6 +8,7 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -30,8 +31,15 @@ def group(entry: str) -> click.Group:
 
 
 def commands() -> list[tuple[str, ...]]:
-    """Every script alone, and with each of its commands."""
-    return [command for script, entry in SCRIPTS.items() for command in ((script,), *((script, name) for name in group(entry).commands))]
+    """Every script alone, and with each of its commands, however deep."""
+    return [words for script, entry in SCRIPTS.items() for words in below((script,), group(entry))]
+
+
+def below(words: tuple[str, ...], command: click.Command) -> Iterator[tuple[str, ...]]:
+    yield words
+    if isinstance(command, click.Group):
+        for name, child in command.commands.items():
+            yield from below((*words, name), child)
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)

@@ -203,10 +203,10 @@ class Every:
 
     @classmethod
     def parse(cls, text: str, name: str = "every") -> Every:
-        """Read `1000`, `10k`, `0.1`, `epoch` or `never`; errors name the option `name`.
+        """Read `1000`, `10k`, `0.1`, `epoch` or `never`; errors name the option `name`. `1.0` is the whole budget, `1` a step.
 
-        >>> Every.parse("0.1")
-        Every(steps=0, fraction=0.1, epochs=0)
+        >>> Every.parse("0.1"), Every.parse("1.0")
+        (Every(steps=0, fraction=0.1, epochs=0), Every(steps=0, fraction=1.0, epochs=0))
         """
         text = text.strip()
         if text == "never":
@@ -217,8 +217,8 @@ class Every:
             number = _number(text, name)
         except ConfigError:
             number = 0
-        if 0 < number < 1:
-            return cls(fraction=number)
+        if 0 < number < 1 or (number == 1 and "." in text):
+            return cls(fraction=float(number))
         if number < 1 or not float(number).is_integer():
             raise ConfigError(f"{name}: {text!r} is no interval; write steps (1000), a fraction of the budget (0.1), epoch or never")
         return cls(steps=int(number))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lm_core.engine.deepspeed_settings import settings
+from lm_core.deepspeed_settings import settings
 from lm_core.errors import ConfigError
 from lm_core.testing import spawn
 from tests.core.engine_cases import equal, options, run, tiny, weights

@@ -17,7 +17,7 @@ from lm_core.method import Method
 from lm_core.models import load_model
 from lm_core.options import RunConfig
 from lm_core.run import run
-from lm_core.testing import Conformance, spawn
+from lm_core.testing import ENGINES, Conformance, spawn
 from lowrank_opt import csv_sink
 from lowrank_opt.config import OPTIMIZERS, TrainConfig
 from lowrank_opt.method import LowRank
@@ -64,6 +64,7 @@ class TestLora(LowRankConformance):
 @pytest.mark.slow
 class TestGalore(LowRankConformance):
     optimizer = "galore"
+    refuses = dict.fromkeys(ENGINES, "flattens or shards matrices, which galore needs whole; use --engine replicated")
 
     def configure(self, **options: Any) -> RunConfig:
         return super().configure(galore={"rank": 8, "update_proj_gap": 3}, **options)

@@ -41,7 +41,7 @@ TINY: dict[str, Any] = {
 
 
 @pytest.mark.slow
-class TestConformance(Conformance):
+class TestMixture(Conformance):
     # importance and load of later micro-batches are not known yet when an earlier one is back-propagated
     split_invariant = False
 
@@ -53,7 +53,7 @@ class TestConformance(Conformance):
         return MoeCPT(config)
 
 
-class Dynamic(TestConformance):
+class Dynamic(TestMixture):
     """Two sources whose shares move at every second step."""
 
     def configure(self, **options: Any) -> RunConfig:
@@ -118,7 +118,7 @@ def test_a_run_draws_its_routers(tmp_path: Path) -> None:
 
 
 def assembled(folder: Path, **options: Any) -> tuple[Method, Engine, Loader]:
-    suite = TestConformance()
+    suite = TestMixture()
     return suite.assemble(suite.options(folder, **options))
 
 

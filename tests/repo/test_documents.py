@@ -43,3 +43,9 @@ def test_links_between_documents_lead_somewhere() -> None:
         if not (path.parent / target).exists()
     ]
     assert broken == []
+
+
+def test_page_of_engines_is_current() -> None:
+    from tests.repo.engines import page
+
+    assert (ROOT / "docs/engines.md").read_text() == page(), "docs/engines.md is stale; run python -m tests.repo.engines > docs/engines.md"

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from beacon.config import BeaconConfig
 from lm_core.config import change, config, opt
+from lm_core.deepspeed_settings import split
 from lm_core.errors import ConfigError
 from lm_core.options import DataOptions, EngineOptions, ModelOptions, OptimOptions, OutputOptions, RunConfig
 from lm_core.progress import Budget
@@ -99,7 +100,7 @@ class TrainConfig(RunConfig, BeaconOptions):
             raise ConfigError("max_steps: 0 would train nothing; give a number of updates, or -1 for --num-train-epochs")
         if self.min_length > self.max_length:
             raise ConfigError(f"min_length: {self.min_length} is larger than max_length ({self.max_length}); use at most {self.max_length}")
-        if self.beacon_engine == "loop" and (self.engine == "sharded" or self.zero_stage == 3):
+        if self.beacon_engine == "loop" and split(self)[0] == 3:
             raise ConfigError("beacon_engine: loop runs modules once per window, which sharded weights cannot follow; use parallel")
         if self.save_format == "adapter" and not self.only_train_beacon:
             raise ConfigError("save_format: adapter would lose the trained backbone; use full")

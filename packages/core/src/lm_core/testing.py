@@ -26,6 +26,7 @@ from torch.multiprocessing.spawn import start_processes
 
 from lm_core.data.loader import Loader
 from lm_core.engine import Engine, make_engine
+from lm_core.errors import ConfigError
 from lm_core.method import Method
 from lm_core.options import RunConfig
 from lm_core.run import make_loader, run
@@ -63,15 +64,26 @@ def spawn(function: Callable[..., Any], *args: Any, world: int = 2) -> list[Any]
 
 STEPS = 8
 GLOBAL_BATCH = 4
+# the engines that cut something into parts, by the name that `Conformance.refuses` and docs/engines.md use
+ENGINES: dict[str, dict[str, Any]] = {
+    "sharded": {"engine": "sharded"},
+    "ZeRO 1": {"engine": "deepspeed", "zero_stage": 1},
+    "ZeRO 2": {"engine": "deepspeed", "zero_stage": 2},
+    "ZeRO 3": {"engine": "deepspeed", "zero_stage": 3},
+    "ZeRO 2, optimizer offloaded": {"engine": "deepspeed", "zero_stage": 2, "offload": "optimizer"},
+    "ZeRO 3, all offloaded": {"engine": "deepspeed", "zero_stage": 3, "offload": "all"},
+}
 
 
 class Conformance:
-    """Six properties on a tiny model, in seconds. `configure` and `method` are required, the rest are settings."""
+    """Seven properties on a tiny model, in seconds. `configure` and `method` are required, the rest are settings."""
 
     # A loss that depends on how a batch is split into micro-batches (a local balance loss) says so here, with its reason.
     split_invariant = True
     # relative; summation order differs between splits and world sizes
     tolerance = 1e-4
+    # Engines that cannot carry this method, with words of the message that says why and what to use. The others must give equal losses.
+    refuses: Mapping[str, str] = {}
 
     def configure(self, **options: Any) -> RunConfig:
         """Options of a tiny run in float32; `options` (output, budget, batch) win over the package's own."""
@@ -147,6 +159,14 @@ class Conformance:
         engine = make_engine(config, method, method.build(), torch.device("cpu"))
         return method, engine, make_loader(config, data, engine.data_rank, engine.data_world)
 
+    def test_every_engine_gives_the_losses_of_one_process_or_says_why_it_cannot(self) -> None:
+        expected = _losses_of_steps(type(self), {"micro_batch_size": GLOBAL_BATCH})
+        for name, found in zip(ENGINES, spawn(_on_engines, type(self))[0], strict=True):
+            if name in self.refuses or isinstance(found, str):
+                assert self.refuses.get(name, "no refusal expected") in str(found), name
+            else:
+                _assert_close(found, expected, self.tolerance)
+
     def test_every_trained_tensor_gets_a_gradient(self) -> None:
         config = self.options()
         method, engine, loader = self.assemble(config)
@@ -175,6 +195,25 @@ class Conformance:
 def _run(kind: type[Conformance], folder: Path, changes: Mapping[str, Any]) -> None:
     logging.disable(logging.WARNING)
     kind().run(folder, **changes)
+
+
+def _on_engines(kind: type[Conformance]) -> list[list[float] | str]:
+    """Per engine of `ENGINES`, the losses of a few steps, or the message that refuses."""
+    logging.disable(logging.WARNING)
+    results: list[list[float] | str] = []
+    for engine in ENGINES.values():
+        try:
+            results.append(_losses_of_steps(kind, {"micro_batch_size": GLOBAL_BATCH // torch.distributed.get_world_size(), **engine}))
+        except ConfigError as refusal:
+            results.append(str(refusal))
+    return results
+
+
+def _losses_of_steps(kind: type[Conformance], changes: Mapping[str, Any]) -> list[float]:
+    suite = kind()
+    config = suite.options(**changes)
+    method, engine, loader = suite.assemble(config)
+    return [train_step(engine, method, next(loader), config.lr).loss for _ in range(3)]
 
 
 def _losses(folder: Path) -> list[float]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lm_core.config import Count, change, config, explicit, load, opt, section
+from lm_core.deepspeed_settings import split
 from lm_core.errors import ConfigError
 from lm_core.options import DataOptions, EngineOptions, ModelOptions, OptimOptions, OutputOptions, RunConfig
 from lm_core.progress import Budget, Progress, Size
@@ -208,6 +209,7 @@ class TrainConfig(RunConfig):
             raise ConfigError(f"galore.rank: {self.galore.rank:g} is neither a whole number nor a fraction below 1; use one of them")
         self.check_length()
         self.check_batch()
+        self.check_engine()
         self.check_clipping()
         if self.budget and self.max_steps is not None:
             raise ConfigError(f"max_steps: {self.max_steps} and --budget {self.budget!r} both set the length; drop one of them")
@@ -239,6 +241,14 @@ class TrainConfig(RunConfig):
                 f"not {self.accumulate}; drop one of them"
             )
 
+    def check_engine(self) -> None:
+        """Refuse engines that keep no whole gradient where the update needs one."""
+        stage, said = split(self)
+        if stage and self.per_layer:
+            raise ConfigError(f"per_layer: {said} keeps no whole gradient; use --engine replicated")
+        if stage and self.optimizer in LOW_RANK:
+            raise ConfigError(f"optimizer: {said} flattens or shards matrices, which {self.optimizer} needs whole; use --engine replicated")
+
     def check_clipping(self) -> None:
         """Refuse what the place of the update does not allow."""
         if self.clip_mode != "auto" and self.grad_clip == 0:
@@ -247,8 +257,6 @@ class TrainConfig(RunConfig):
             raise ConfigError("clip_mode: per-layer updates are made before the global norm is known; use delayed or per_param")
         if self.clip_mode in ("delayed", "per_param") and not self.per_layer:
             raise ConfigError(f"clip_mode: {self.clip_mode} belongs to per-layer updates; add --per-layer true, or use global")
-        if self.per_layer and self.engine not in ("auto", "replicated"):
-            raise ConfigError(f"per_layer: the {self.engine} engine keeps no whole gradient; use --engine replicated")
         if self.per_layer and self.precision == "fp16":
             raise ConfigError("per_layer: fp16 learns of an overflow after the updates were made; use --dtype bf16 or fp32")
         if self.per_layer and processes(self) > 1:

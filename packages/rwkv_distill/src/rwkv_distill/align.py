@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from lm_core import dist
+from lm_core.deepspeed_settings import split
 from lm_core.engine.frozen import freeze
 from lm_core.errors import ConfigError
 from lm_core.method import Batch, Loss, Method, Rule
@@ -174,9 +175,9 @@ class Align(Method):
 
     def build(self) -> nn.Module:
         config = self.config
-        if config.engine == "sharded" or (config.zero_stage or 0) > 1:
-            which = "engine: sharded" if config.engine == "sharded" else f"zero_stage: {config.zero_stage}"
-            raise ConfigError(f"{which} splits weights that stage 1 uses part by part; use --engine replicated or --zero-stage 1")
+        stage, said = split(config)
+        if stage > 1:
+            raise ConfigError(f"{said} splits weights that stage 1 uses part by part; use --engine replicated or --zero-stage 1")
         teacher: Any = load_model(config.model, presets=MODELS, seed=config.seed)
         require_positions(teacher.config, config.max_length)
         attentions = [layer.self_attn for layer in teacher.base_model.layers]

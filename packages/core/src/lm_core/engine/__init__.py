@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lm_core.deepspeed_settings import engine_kind
 from lm_core.engine.base import Engine, Sums
-from lm_core.engine.deepspeed_settings import asks_for_deepspeed
-from lm_core.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -24,13 +23,7 @@ def make_engine(config: RunConfig, method: Method, model: nn.Module, device: tor
     `auto` is replicated, unless a ZeRO stage above 0, an offload or a DeepSpeed file asks for deepspeed. Raises ConfigError for a combination
     that cannot work.
     """
-    kind = config.engine
-    if kind == "auto":
-        kind = "deepspeed" if asks_for_deepspeed(config) else "replicated"
-    if kind == "deepspeed" and config.zero_stage == 0:
-        if config.offload != "none":
-            raise ConfigError(f"offload: {config.offload} needs ZeRO stage 1 to 3, not 0; use --zero-stage 2")
-        kind = "replicated"
+    kind = engine_kind(config)
     if kind == "deepspeed":
         from lm_core.engine.deepspeed import DeepSpeed
 

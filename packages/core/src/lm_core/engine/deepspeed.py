@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lm_core import dist
-from lm_core.engine import deepspeed_settings, state
+from lm_core import deepspeed_settings, dist
+from lm_core.engine import state
 from lm_core.engine.base import Engine
 from lm_core.engine.replicated import broadcast
 from lm_core.errors import ConfigError, ResumeRefused, RunFailed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lm_core.errors import ConfigError
 
@@ -33,7 +33,7 @@ def settings(config: RunConfig, world: int) -> dict[str, Any]:
     theirs = _read(config.deepspeed_config)
     zero = theirs.get("zero_optimization", {})
     zero = {key: value for key, value in zero.items() if key not in _PLACES or (value or {}).get("device", "none") != "none"}
-    stage = zero.get("stage", 2) if config.zero_stage is None else config.zero_stage
+    stage = _stage(config, zero)
     offload = [name for name in _PLACES if name in zero]
     if config.offload != "none":
         offload += _PLACES if config.offload == "all" else _PLACES[:1]
@@ -66,9 +66,33 @@ def settings(config: RunConfig, world: int) -> dict[str, Any]:
     return _over(_over(_over(defaults, theirs), decided), {"managed_gradient_accumulation": False})
 
 
-def asks_for_deepspeed(config: RunConfig) -> bool:
-    """Whether the options leave only the deepspeed engine."""
-    return bool(config.zero_stage) or config.offload != "none" or config.deepspeed_config is not None
+def engine_kind(config: RunConfig) -> Literal["replicated", "sharded", "deepspeed"]:
+    """The engine that runs. `auto` is replicated, unless a ZeRO stage, an offload or a DeepSpeed file asks for deepspeed; stage 0 splits nothing."""
+    if config.engine in ("replicated", "sharded"):
+        return config.engine
+    asked = config.engine == "deepspeed" or config.zero_stage or config.offload != "none" or config.deepspeed_config is not None
+    if not asked or (config.zero_stage == 0 and config.offload == "none"):
+        return "replicated"
+    if config.zero_stage == 0:
+        raise ConfigError(f"offload: {config.offload} needs ZeRO stage 1 to 3, not 0; use --zero-stage 2")
+    return "deepspeed"
+
+
+def split(config: RunConfig) -> tuple[int, str]:
+    """What the engine of `config` splits over processes, and how to name that in an error.
+
+    0 is nothing, 1 optimizer state, 2 gradients too, 3 weights too, as in ZeRO. A method that needs a whole one refuses more in its
+    options' `check`, so that nothing is loaded before.
+    """
+    kind = engine_kind(config)
+    if kind == "deepspeed":
+        stage = _stage(config, _read(config.deepspeed_config).get("zero_optimization", {}))
+        return stage, f"zero_stage: {stage}"
+    return (3, "engine: sharded") if kind == "sharded" else (0, "engine: replicated")
+
+
+def _stage(config: RunConfig, zero: Mapping[str, Any]) -> int:
+    return int(zero.get("stage", 2) if config.zero_stage is None else config.zero_stage)
 
 
 def _read(path: Path | None) -> dict[str, Any]:

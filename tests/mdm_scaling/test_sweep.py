@@ -61,7 +61,8 @@ def test_a_manifest_reads_back_and_its_damage_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_study_trains_fits_draws_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = study.Grid(("20k", "40k", "80k"), (2e8, 4e8), ("20k", "40k"), (1024,), (2, 4))
+    names = ("20k", "40k", "80k")
+    tiny = study.Grid(((2e8, names), (4e8, names)), (study.Repeats(1024, (2, 4), ("20k", "40k")),))
     monkeypatch.setitem(study.GRIDS, "quick", tiny)
     monkeypatch.setattr(study, "BASE", {**study.BASE, "max_length": 32, "micro_batch_size": 4, "global_batch_size": 4, "eval_iters": 2})
     result = study.run(StudyConfig(preset="quick", out=tmp_path, jobs=1, data="synthetic:markov"))

@@ -20,31 +20,53 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Grid:
-    """What a study trains: sizes at budgets with all data, and sizes on little data for several epochs."""
+class Repeats:
+    """Runs on the first `unique_tokens` of the data, seen so many times."""
 
-    sizes: tuple[str, ...]
-    budgets: tuple[float, ...]
-    repeated_sizes: tuple[str, ...]
-    unique_tokens: tuple[int, ...]
+    unique_tokens: int
     epochs: tuple[int, ...]
+    sizes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Grid:
+    """What a study trains: sizes at budgets with all data once, and sizes on little data for several epochs."""
+
+    single: tuple[tuple[float, tuple[str, ...]], ...]
+    repeated: tuple[Repeats, ...]
+
+
+# the single-epoch runs stay below the 440 thousand training bytes of builtin:python-docs
 GRIDS = {
-    "quick": Grid(("20k", "40k", "80k"), (2e10, 5e10), ("20k", "80k"), (4_096,), (2, 8, 32)),
-    "laptop": Grid(("20k", "40k", "80k", "170k"), (4e10, 1.2e11), ("20k", "80k"), (2_048, 8_192), (4, 32, 256)),
+    "quick": Grid(
+        single=((2e10, ("20k", "40k", "80k")), (5e10, ("20k", "40k", "80k"))),
+        repeated=(Repeats(4_096, (2, 8, 32), ("20k", "80k")),),
+    ),
+    "laptop": Grid(
+        single=(
+            (2.4e10, ("20k", "40k", "80k")),
+            (5e10, ("20k", "40k", "80k", "170k")),
+            (1.1e11, ("40k", "80k", "170k", "390k")),
+            (2.4e11, ("80k", "170k", "390k")),
+        ),
+        repeated=(
+            Repeats(4_096, (16, 64, 256), ("40k", "170k")),
+            Repeats(16_384, (4, 16, 64), ("40k", "170k")),
+            Repeats(65_536, (2, 4, 16), ("40k", "170k")),
+        ),
+    ),
 }
 BASE = {
     "tokenizer": "bytes",
     "max_length": 64,
-    "micro_batch_size": 8,
-    "global_batch_size": 8,
+    "micro_batch_size": 16,
+    "global_batch_size": 16,
     "precision": "fp32",
     "lr": 3e-3,
     "warmup": 0.1,
     "attention_dropout": 0.0,
     "hidden_dropout": 0.0,
-    "eval_every": "0.2",
+    "eval_every": "0.125",
     "eval_iters": 16,
     "num_mc": 2,
     "save_every": "never",
@@ -57,13 +79,14 @@ BASE = {
 def manifest(preset: str, data: str) -> list[dict[str, Any]]:
     """The runs of a study, cheapest first, so that `left` is overestimated rather than underestimated."""
     grid, base = GRIDS[preset], {**BASE, "data": [data]}
-    entries = sweep.grid("isoflop", base, flops=grid.budgets, presets=grid.sizes)
-    for U in grid.unique_tokens:
-        for name in grid.repeated_sizes:
+    entries = [entry for budget, names in grid.single for entry in sweep.grid("isoflop", base, flops=[budget], presets=names)]
+    for group in grid.repeated:
+        for name in group.sizes:
             count = sizes.ALL[name].nominal
-            # budgets that are so many epochs of U tokens
-            for epochs in grid.epochs:
-                entries += sweep.grid("data-value", base, flops=[6.0 * count * U * epochs], epochs=[epochs], presets=[name])
+            # budgets that are so many epochs of the unique tokens
+            for epochs in group.epochs:
+                flops = 6.0 * count * group.unique_tokens * epochs
+                entries += sweep.grid("data-value", base, flops=[flops], epochs=[epochs], presets=[name])
     return sorted(entries, key=lambda entry: _cost(entry["config"]))
 
 
@@ -88,7 +111,7 @@ def run(config: StudyConfig) -> dict[str, Any]:
     sweep.collect([config.out / "runs"], config.out / "runs.csv")
     points = read_points(config.out / "runs.csv")
     laws = {objective: law for objective in ("ar", "mdm") if (law := _law(points, objective, config.out)) is not None}
-    amounts = GRIDS[config.preset].unique_tokens
+    amounts = [group.unique_tokens for group in GRIDS[config.preset].repeated]
     crossings = [crossover.empirical(points, U) for U in amounts]
     plots.isoflop([point for point in points if point.epochs <= constrained.SINGLE_EPOCH], config.out / "isoflop.png")
     plots.frontier([point for point in points if point.epochs <= constrained.SINGLE_EPOCH], config.out / "frontier.png")

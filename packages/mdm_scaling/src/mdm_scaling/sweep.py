@@ -12,12 +12,14 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import MISSING
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 from lm_core.cache import key_of
-from lm_core.config import build, load, to_dict
+from lm_core.config import build, leaves, load, to_dict
 from lm_core.errors import ConfigError, InputError, UserError
 from mdm_scaling import planner, sizes
 from mdm_scaling.config import LENGTHS, PretrainConfig
@@ -60,9 +62,16 @@ _ELSEWHERE = (
 )
 
 
+@lru_cache
+def _defaults() -> dict[str, Any]:
+    return {leaf.path: leaf.default for leaf in leaves(PretrainConfig) if leaf.default is not MISSING}
+
+
 def run_id(config: PretrainConfig) -> str:
-    """A short name of what decides the outcome of a run."""
-    return key_of({name: value for name, value in to_dict(config).items() if name not in _ELSEWHERE})[:12]
+    """A short name of what decides the outcome of a run; defaults are left out, so that a new option renames no finished run."""
+    return key_of({name: value for name, value in to_dict(config).items() if name not in _ELSEWHERE and value != _defaults().get(name)})[
+        :12
+    ]
 
 
 def grid(

@@ -162,6 +162,15 @@ def test_every_spelling_of_a_flag(flag: str) -> None:
     assert options(flag, "1e-2").optim.lr == 1e-2
 
 
+def test_two_spellings_with_two_values_are_refused_and_a_repeated_flag_wins() -> None:
+    result = invoke("train", "--name", "a", "-n", "b", "--rank", "1")
+    assert result.exit_code == 2
+    assert "--name a and -n b: are the same option; give one of them" in result.output
+    assert options("--name", "a", "-n", "a").name == "a"
+    assert options("--name", "a", "--name", "b").name == "b"
+    assert options("--output-dir", "x", "--save-path", "x").output_dir == Path("x")
+
+
 def test_values_may_look_like_flags_that_do_not_exist() -> None:
     assert options("--name", "--hello").name == "--hello"
     assert options("--name=--rank").name == "--rank"

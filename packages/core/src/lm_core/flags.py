@@ -75,6 +75,7 @@ class _Splitter:
         self.values: dict[str, Any] = {}
         self.rest: list[str] = []
         self.mistakes: list[str] = []
+        self.written: dict[str, str] = {}  # path -> the spelling it was given by
         self.known: dict[str, tuple[Spelling, bool]] = {}  # flag -> option, and whether the flag turns it off
         for option in options:
             for flag in (option.flag, *option.flags, f"--{option.path}"):
@@ -155,7 +156,12 @@ class _Splitter:
         if origin in (list, dict) or (origin is tuple and Ellipsis in typing.get_args(kind)):
             self.values.setdefault(option.path, []).extend(values)
         else:
-            self.values[option.path] = ",".join(values) if origin is tuple else values[-1]
+            read = ",".join(values) if origin is tuple else values[-1]
+            earlier = self.written.setdefault(option.path, written)
+            # a repeated flag replaces its value, as scripts expect; two spellings are two intentions
+            if _same(earlier) != _same(written) and self.values[option.path] != read:
+                self.mistakes.append(f"{earlier} {self.values[option.path]} and {written} {read}: are the same option; give one of them")
+            self.values[option.path] = read
 
     def _further(self, kind: Any, first: str) -> int:
         """How many more words the option may take: lists all that follow, pairs (`--betas 0.9 0.95`) what is missing."""

@@ -269,6 +269,24 @@ def test_measured_crossing_and_its_interval() -> None:
     assert (none.flops, none.winner) == (None, "ar")
 
 
+def test_crossing_of_last_losses_is_linear_in_log_compute() -> None:
+    def runs(objective: str, losses: list[float], N: float = 1e5) -> list[Point]:
+        return [Point(objective, N, 10.0**at, 100.0, 6 * N * 10.0**at, loss, 0.001) for at, loss in enumerate(losses, 2)]
+
+    # the gap goes from -0.5 to 1 within a decade: a third of it lies before the crossing
+    overfitting = runs("ar", [2.5, 2.5, 4.0]) + runs("mdm", [3.5, 3.0, 3.0])
+    (found,) = crossover.at_the_end(overfitting, 100.0, bootstrap=100)
+    assert found.flops == pytest.approx(6e5 * 10 ** (3 + 1 / 3))
+    assert (found.winner, found.N, found.compared) == ("mdm", 1e5, pytest.approx(6e9))
+    assert found.low is not None
+    assert found.high is not None
+    assert found.low < found.flops < found.high
+    never = crossover.at_the_end(overfitting + runs("ar", [2.0, 2.0], 1e6) + runs("mdm", [3.0, 3.0], 1e6), 100.0, bootstrap=20)[1]
+    assert (never.flops, never.winner, never.N) == (None, "ar", 1e6)
+    # without a partner of the same compute nothing is compared
+    assert crossover.at_the_end(runs("ar", [2.0, 2.0]), 100.0) == []
+
+
 # --- tables ---
 
 

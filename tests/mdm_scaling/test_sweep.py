@@ -48,6 +48,10 @@ def test_where_a_run_is_written_does_not_change_its_id(tmp_path: Path) -> None:
     }
     assert len(ids) == 1
     assert sweep.run_id(build(PretrainConfig, {**values, "lr": 1e-3})) not in ids
+    # a default that is written out is no other run
+    assert sweep.run_id(build(PretrainConfig, {**values, "mask_eps": 1e-3, "objective": "mdm"})) == sweep.run_id(
+        build(PretrainConfig, {**values, "objective": "mdm"})
+    )
 
 
 def test_a_manifest_reads_back_and_its_damage_is_named(tmp_path: Path) -> None:
@@ -69,7 +73,7 @@ def test_a_study_trains_fits_draws_and_goes_on(tmp_path: Path, monkeypatch: pyte
     assert result["runs"] == 2 * (3 * 2 + 2 * 2)
     assert result["laws"] == ["ar", "mdm"]
     text = (tmp_path / "report.md").read_text()
-    for name in ("isoflop", "frontier", "data_value", "crossover"):
+    for name in ("isoflop", "frontier", "data_value", "data_value_end", "residuals", "crossover"):
         assert f"{name}.png" in text
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
         assert len((tmp_path / f"{name}.csv").read_text().splitlines()) > 1

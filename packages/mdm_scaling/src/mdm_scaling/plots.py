@@ -117,64 +117,75 @@ def frontier(points: Sequence[Point], out: Path) -> None:
 
 
 def data_value(points: Sequence[Point], out: Path, laws: Sequence[Law] = ()) -> None:
-    """Loss over epochs for each size and amount of unique data; laws as lines."""
+    """Loss over epochs, a panel for each amount of unique data; laws as dotted lines."""
+    series: dict[tuple[float, float, str], list[Point]] = {}
+    for point in points:
+        series.setdefault((float(f"{point.U:.2g}"), point.N, point.objective), []).append(point)
+    series = {key: sorted(group, key=lambda point: point.epochs) for key, group in sorted(series.items()) if len(group) > 1}
+    if not series:
+        raise InputError("runs: no two runs share size and unique tokens; a curve over epochs needs them")
+    amounts, sizes = sorted({key[0] for key in series}), sorted({key[1] for key in series})
     rows = []
-    with figure(out, "What repeated data is worth", "epochs", "held-out loss (nats/token)") as axis:
-        axis.set_xscale("log")
-        series: dict[tuple[str, float, float], list[Point]] = {}
-        for point in points:
-            series.setdefault((point.objective, point.N, float(f"{point.U:.2g}")), []).append(point)
-        for (objective, N, U), group in sorted(series.items()):
-            if len(group) < 2:
-                continue
-            group.sort(key=lambda point: point.epochs)
-            shade = sorted({key[1:] for key in series}).index((N, U))
-            colour = SHADES[shade % len(SHADES)]
-            name = f"{objective}  N {N:.2g}  U {U:.2g}"
+    with figure(out, "What repeated data is worth", "epochs", "held-out loss (nats/token)", len(amounts)) as axes:
+        for (U, N, objective), group in series.items():
+            axis, colour = np.atleast_1d(axes)[amounts.index(U)], SHADES[sizes.index(N) % len(SHADES)]
+            axis.set_xscale("log")
+            axis.set_title(f"{U:.2g} unique tokens", fontsize=10)
+            epochs, lost, spread = zip(*((point.epochs, point.loss, _se(point)) for point in group))
             axis.errorbar(
-                [p.epochs for p in group],
-                [p.loss for p in group],
-                [_se(p) for p in group],
-                fmt="o-" if objective == "ar" else "s--",
-                color=colour,
-                label=name,
-                markersize=4,
+                epochs, lost, spread, fmt="o-" if objective == "ar" else "s--", color=colour, label=f"{objective}  N {N:.2g}", markersize=4
             )
             for law in laws:
                 if law.objective == objective:
                     x = np.geomspace(group[0].epochs, group[-1].epochs, 60)
                     axis.plot(x, law.loss(N, x * group[0].U, group[0].U), ":", color=colour, linewidth=1)
             rows += [{"objective": objective, "N": N, "U": p.U, "epochs": p.epochs, "loss": p.loss, "se": p.se} for p in group]
-        if not rows:
-            raise InputError("runs: no two runs share size and unique tokens; a curve over epochs needs them")
-        axis.legend(fontsize=7, handlelength=4, title="masked diffusion (mdm): upper bound", title_fontsize=7)
+        for axis in np.atleast_1d(axes):
+            axis.legend(fontsize=7, handlelength=4, title="masked diffusion (mdm): upper bound", title_fontsize=7)
     numbers(out, rows)
 
 
-def crossing(crossings: Sequence[Crossing], out: Path) -> None:
-    """Critical compute over unique data: above it masked diffusion wins."""
-    rows = [{"U": c.U, "flops": c.flops, "low": c.low, "high": c.high, "winner": c.winner} for c in crossings]
+def crossing(crossings: Sequence[Crossing], out: Path, ends: Sequence[Crossing] = ()) -> None:
+    """Critical compute over unique data: above it masked diffusion wins; `ends` compares models of one size without early stopping."""
+    kinds = [("lowest loss so far", list(crossings)), ("loss at the end of training", list(ends))]
+    rows = [
+        {"loss": kind, "U": c.U, "N": c.N, "flops": c.flops, "low": c.low, "high": c.high, "winner": c.winner}
+        for kind, cs in kinds
+        for c in cs
+    ]
     with figure(out, "Compute beyond which masked diffusion wins", "unique tokens U", "critical FLOPs") as axis:
         axis.set_xscale("log")
         axis.set_yscale("log")
-        known = [c for c in crossings if c.flops]
-        low, high = min(c.U for c in crossings), max(c.U for c in crossings)
-        x = np.geomspace(low / 2, high * 2, 40)
+        every = [*crossings, *ends]
+        x = np.geomspace(min(c.U for c in every) / 2, max(c.U for c in every) * 2, 40)
         axis.plot(x, [published_critical_flops(u) for u in x], ":", color="#000000", label="Prabhudesai et al. 2025")
-        for c in known:
-            assert c.flops
-            spread = [[c.flops - (c.low or c.flops)], [(c.high or c.flops) - c.flops]]
-            axis.errorbar([c.U], [c.flops], np.maximum(spread, 0), fmt="o", color=COLOURS["mdm"])
-        for objective, mark in (("ar", "^"), ("mdm", "v")):
-            open_ended = [c for c in crossings if not c.flops and c.compared and c.winner == objective]
-            if open_ended:
-                # the crossing lies beyond what was compared, if there is one
-                name = f"{objective} wins all over, up to here"
-                axis.plot([c.U for c in open_ended], [c.compared for c in open_ended], mark, color=COLOURS[objective], label=name)
-        law = crossover.power_law(known)
-        if law is not None:
-            axis.plot(x, 10 ** (law[0] + law[1] * np.log10(x)), color=COLOURS["mdm"], label=f"C = 10^{law[0]:.2f} U^{law[1]:.2f}")
-        axis.legend()
+        for (kind, found), fill in zip(kinds, (COLOURS["mdm"], "none")):
+            known = [c for c in found if c.flops]
+            for number, c in enumerate(known):
+                assert c.flops
+                spread = [[c.flops - (c.low or c.flops)], [(c.high or c.flops) - c.flops]]
+                axis.errorbar(
+                    [c.U],
+                    [c.flops],
+                    np.maximum(spread, 0),
+                    fmt="o",
+                    color=COLOURS["mdm"],
+                    markerfacecolor=fill,
+                    label=None if number else kind,
+                )
+            for objective, mark in (("ar", "^"), ("mdm", "v")):
+                open_ended = [c for c in found if not c.flops and c.compared and c.winner == objective]
+                if open_ended:
+                    # the crossing lies beyond what was compared, if there is one
+                    shade = COLOURS[objective]
+                    axis.plot(
+                        [c.U for c in open_ended], [c.compared for c in open_ended], mark, color=shade, markerfacecolor=shade if fill != "none" else fill,
+                        label=f"{kind}: {objective} wins, up to here",
+                    )  # fmt: skip
+            law = crossover.power_law(known)
+            if law is not None:
+                axis.plot(x, 10 ** (law[0] + law[1] * np.log10(x)), color=COLOURS["mdm"], label=f"C = 10^{law[0]:.2f} U^{law[1]:.2f}")
+        axis.legend(fontsize=8)
     numbers(out, rows)
 
 

@@ -13,6 +13,7 @@ from lm_core.errors import RunFailed, UserError
 from mdm_scaling import plots, sizes, sweep
 from mdm_scaling.analysis import StudyConfig
 from mdm_scaling.fit import chinchilla, constrained, crossover
+from mdm_scaling.fit.crossover import Crossing
 from mdm_scaling.fit.laws import Law
 from mdm_scaling.fit.points import Point, read_points
 
@@ -109,20 +110,26 @@ def run(config: StudyConfig) -> dict[str, Any]:
             f"study: {len(failed)} of {len(states)} runs failed, first {config.out / 'runs' / failed[0]} (see log.txt there); run the command again to go on"
         )
     sweep.collect([config.out / "runs"], config.out / "runs.csv")
-    points = read_points(config.out / "runs.csv")
+    points, ended = (read_points(config.out / "runs.csv", loss=loss) for loss in ("best", "final"))
     laws = {objective: law for objective in ("ar", "mdm") if (law := _law(points, objective, config.out)) is not None}
     amounts = [group.unique_tokens for group in GRIDS[config.preset].repeated]
     crossings = [crossover.empirical(points, U) for U in amounts]
-    plots.isoflop([point for point in points if point.epochs <= constrained.SINGLE_EPOCH], config.out / "isoflop.png")
-    plots.frontier([point for point in points if point.epochs <= constrained.SINGLE_EPOCH], config.out / "frontier.png")
-    plots.data_value(
-        [point for point in points if point.epochs > constrained.SINGLE_EPOCH], config.out / "data_value.png", list(laws.values())
-    )
-    plots.crossing(crossings, config.out / "crossover.png")
+    ends = [crossing for U in amounts for crossing in crossover.at_the_end(ended, U)]
+    single, repeated = _single(points), [point for point in points if point.epochs > constrained.SINGLE_EPOCH]
+    plots.isoflop(single, config.out / "isoflop.png")
+    plots.frontier(single, config.out / "frontier.png")
+    plots.data_value(repeated, config.out / "data_value.png", list(laws.values()))
+    plots.data_value([point for point in ended if point.epochs > constrained.SINGLE_EPOCH], config.out / "data_value_end.png")
+    plots.residuals(points, list(laws.values()), config.out / "residuals.png")
+    plots.crossing(crossings, config.out / "crossover.png", ends)
     minutes = (time.monotonic() - began) / 60
-    (config.out / "report.md").write_text(report(config, points, laws, crossings, minutes))
+    (config.out / "report.md").write_text(report(config, points, ended, laws, crossings, ends, minutes))
     print(f"{config.out / 'report.md'}: {len(points)} runs, {minutes:.1f} minutes in this call")
     return {"report": str(config.out / "report.md"), "runs": len(points), "laws": sorted(laws), "minutes": minutes}
+
+
+def _single(points: list[Point]) -> list[Point]:
+    return [point for point in points if point.epochs <= constrained.SINGLE_EPOCH]
 
 
 def _law(points: list[Point], objective: str, folder: Path) -> Law | None:
@@ -137,8 +144,10 @@ def _law(points: list[Point], objective: str, folder: Path) -> Law | None:
     return law
 
 
-def report(config: StudyConfig, points: list[Point], laws: dict[str, Law], crossings: list[crossover.Crossing], minutes: float) -> str:
-    """The study in Markdown."""
+def report(
+    config: StudyConfig, points: list[Point], ended: list[Point], laws: dict[str, Law], crossings: list[Crossing], ends: list[Crossing], minutes: float
+) -> str:  # fmt: skip
+    """The study in Markdown. `points` have the lowest held-out loss of each run, `ended` the last one."""
     lines = [
         f"# Masked diffusion and next-token prediction on {config.data}",
         "",
@@ -155,7 +164,7 @@ def report(config: StudyConfig, points: list[Point], laws: dict[str, Law], cross
         "| objective | FLOPs | best size tried | its loss | vertex of the parabola |",
         "|---|---|---|---|---|",
     ]
-    single = [point for point in points if point.epochs <= constrained.SINGLE_EPOCH]
+    single = _single(points)
     for objective in plots.objectives(single):
         for parabola in chinchilla.parabolas([point for point in single if point.objective == objective]):
             best = min(parabola.points, key=lambda point: point.loss)
@@ -165,48 +174,64 @@ def report(config: StudyConfig, points: list[Point], laws: dict[str, Law], cross
         "",
         "## Little data, many times",
         "",
-        "![loss over epochs](data_value.png)",
+        "The lowest held-out loss of a run (as if it had been stopped there), and the loss at its end.",
         "",
-        "| unique bytes | epochs | N | ar | mdm | lower |",
-        "|---|---|---|---|---|---|",
-    ]
-    lines += _pairs([point for point in points if point.epochs > constrained.SINGLE_EPOCH])
-    lines += ["", "## Where masked diffusion begins to win", "", "![critical compute](crossover.png)", ""]
-    for crossing in crossings:
-        if crossing.flops:
-            spread = f" (95 % interval {crossing.low:.2g} to {crossing.high:.2g})" if crossing.low and crossing.high else ""
-            lines.append(
-                f"- {crossing.U:,.0f} unique bytes: {crossing.winner} has the lower best loss beyond {crossing.flops:.2g} FLOPs{spread}."
-            )
-        else:
-            lines.append(f"- {crossing.U:,.0f} unique bytes: no crossing in the range of the runs; {crossing.winner} is lower all over.")
-    lines += [
+        "![lowest loss over epochs](data_value.png)",
+        "![loss at the end over epochs](data_value_end.png)",
+        "",
+        "| unique bytes | epochs | N | ar, lowest | mdm, lowest | ar, at the end | mdm, at the end |",
+        "|---|---|---|---|---|---|---|",
+        *_pairs(points, ended),
+        "",
+        "## Where masked diffusion begins to win",
+        "",
+        "![critical compute](crossover.png)",
+        "",
+        "By the lowest loss that any run of at most so much compute had:",
+        "",
+        *map(_sentence, crossings),
+        "",
+        "By the loss at the end, both models of one size and with the same compute:",
+        "",
+        *map(_sentence, ends),
         "",
         "## Laws",
         "",
+        "Of the lowest losses, L = E + A/N'^alpha + B/D'^beta with N' and D' discounted by K_N and K_D.",
+        "",
+        "![residuals](residuals.png)",
+        "",
         "| objective | E | A | B | alpha | beta | K_D | K_N | R² | points |",
         "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [_row(law) for law in laws.values()]
-    lines += [
+        *map(_row, laws.values()),
         "",
-        "Weakly identified constants are marked *; such a small grid cannot settle them. Files: `runs.csv`, `law_*.json`, a CSV beside each picture.",
+        "Constants marked * are weakly identified: values a factor of ten apart fit as well. Files: `runs.csv`, `law_*.json`, a CSV beside each picture.",
         "",
     ]
     return "\n".join(lines)
 
 
-def _pairs(points: list[Point]) -> list[str]:
-    """Rows with the loss of both objectives for the same data, epochs and size."""
-    cells: dict[tuple[float, int, float], dict[str, Point]] = {}
-    for point in points:
-        cells.setdefault((float(f"{point.U:.2g}"), round(point.epochs), point.N), {})[point.objective] = point
+def _sentence(crossing: Crossing) -> str:
+    where = f"- {crossing.U:,.0f} unique bytes" + (f", N = {crossing.N:,.0f}" if crossing.N else "")
+    if not crossing.flops:
+        return f"{where}: no crossing in the range of the runs; {crossing.winner} is lower all over."
+    spread = f" (95 % interval {crossing.low:.2g} to {crossing.high:.2g})" if crossing.low and crossing.high else ""
+    epochs = f", {crossing.flops / 6 / crossing.N / crossing.U:.0f} epochs" if crossing.N else ""
+    return f"{where}: {crossing.winner} has the lower loss beyond {crossing.flops:.2g} FLOPs{epochs}{spread}."
+
+
+def _pairs(points: list[Point], ended: list[Point]) -> list[str]:
+    """Rows with the losses of both objectives for the same data, epochs and size."""
+    cells: dict[tuple[float, int, float], dict[str, tuple[Point, Point]]] = {}
+    for point, last in zip(points, ended, strict=True):
+        if point.epochs > constrained.SINGLE_EPOCH:
+            cells.setdefault((float(f"{point.U:.2g}"), round(point.epochs), point.N), {})[point.objective] = point, last
     rows = []
     for (_, epochs, N), pair in sorted(cells.items()):
         if set(pair) == {"ar", "mdm"}:
-            ar, mdm = pair["ar"], pair["mdm"]
-            lower = "ar" if ar.loss < mdm.loss else "mdm"
-            rows.append(f"| {ar.U:,.0f} | {epochs} | {N:,.0f} | {ar.loss:.4f} ± {ar.se:.4f} | {mdm.loss:.4f} ± {mdm.se:.4f} | {lower} |")
+            lowest, at_end = zip(pair["ar"], pair["mdm"])
+            losses = [f"{point.loss:.4f} ± {point.se:.4f}" for point in lowest] + [f"{point.loss:.4f}" for point in at_end]
+            rows.append(f"| {pair['ar'][0].U:,.0f} | {epochs} | {N:,.0f} | {' | '.join(losses)} |")
     return rows
 
 

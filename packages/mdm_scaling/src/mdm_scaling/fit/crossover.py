@@ -25,6 +25,8 @@ class Crossing:
     high: float | None = None
     # the most compute at which both were compared
     compared: float | None = None
+    # the size of both models, where it is one
+    N: float | None = None
 
 
 def between(ar: Law, mdm: Law, U: float, low: float = RANGE[0], high: float = RANGE[1]) -> Crossing:
@@ -95,6 +97,41 @@ def _frontiers(points: Sequence[Point], losses: np.ndarray[tuple[int, ...], np.d
     if not len(changes):
         return None, "ar" if gap[0] < 0 else "mdm"
     return float(np.exp(grid[changes[-1]])), "mdm" if gap[changes[-1] + 1] >= 0 else "ar"
+
+
+def at_the_end(points: Sequence[Point], U: float, bootstrap: int = 1000, seed: int = 0) -> list[Crossing]:
+    """The crossing of the losses at the end of training, by model size, where runs of both objectives spend the same compute.
+
+    Nothing is stopped early here: a run that overfits has lost what it had gained. The 95 % interval is over the losses' errors.
+    """
+    found = []
+    mine = [point for point in points if abs(point.U / U - 1) < 0.02]
+    for N in sorted({point.N for point in mine}):
+        by_compute: dict[float, dict[str, Point]] = {}
+        for point in mine:
+            if point.N == N:
+                by_compute.setdefault(float(f"{point.C:.3g}"), {})[point.objective] = point
+        pairs = [pair for _, pair in sorted(by_compute.items()) if set(pair) == {"ar", "mdm"}]
+        if len(pairs) < 2:
+            continue
+        x = np.log([pair["ar"].C for pair in pairs])
+        gap = np.array([pair["ar"].loss - pair["mdm"].loss for pair in pairs])
+        error = np.array([math.hypot(*np.nan_to_num([pair["ar"].se, pair["mdm"].se])) for pair in pairs])
+        random = np.random.Generator(np.random.Philox(seed))
+        drawn = [_change(x, gap + error * random.standard_normal(len(gap))) for _ in range(bootstrap)]
+        known = [flops for flops in drawn if flops is not None]
+        low, high = (float(value) for value in np.quantile(known, [0.025, 0.975])) if len(known) > bootstrap / 20 else (None, None)
+        found.append(Crossing(U, _change(x, gap), "mdm" if gap[-1] >= 0 else "ar", low, high, float(np.exp(x[-1])), N))
+    return found
+
+
+def _change(x: np.ndarray[tuple[int, ...], np.dtype[np.float64]], gap: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> float | None:
+    """The last change of sign of a gap that is linear in log compute between its points."""
+    changes = np.nonzero((gap[:-1] < 0) != (gap[1:] < 0))[0]
+    if not len(changes):
+        return None
+    at = changes[-1]
+    return float(np.exp(x[at] + (x[at + 1] - x[at]) * gap[at] / (gap[at] - gap[at + 1])))
 
 
 def power_law(crossings: Sequence[Crossing]) -> tuple[float, float] | None:

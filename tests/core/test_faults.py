@@ -11,6 +11,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -131,11 +132,16 @@ def test_a_signal_saves_and_leaves_with_130(tmp_path: Path, number: signal.Signa
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_of_two_ranks_stops_both_at_the_same_step(tmp_path: Path) -> None:
+def test_a_signal_to_one_of_two_ranks_stops_both_at_the_same_step_and_both_go_on(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    settings: dict[str, Any] = {"micro_batch_size": 2, "budget": "100k steps", "save_every": "never", "eval_every": "never"}
+    settings: dict[str, Any] = {"micro_batch_size": 2, "save_every": "never", "eval_every": "never", "schedule": "constant"}
     logs = [tmp_path / "log0", tmp_path / "log1"]
-    children = [start(flags(folder, **settings), logs[rank], rank=(rank, 2, tmp_path / "store")) for rank in (0, 1)]
+
+    def both(budget: str) -> list[BaseProcess]:
+        words = flags(folder, **settings, budget=budget, resume="auto")
+        return [start(words, logs[rank], rank=(rank, 2, tmp_path / f"store {budget}")) for rank in (0, 1)]
+
+    children = both("100k steps")
     wait_for_step(folder, 3, children[0])
     assert children[1].pid is not None
     os.kill(children[1].pid, signal.SIGTERM)
@@ -143,6 +149,8 @@ def test_a_signal_to_one_of_two_ranks_stops_both_at_the_same_step(tmp_path: Path
     step = json.loads((folder / "result.json").read_text())["progress"]["steps"]
     assert all(f"saved at step {step}" in log.read_text() for log in logs)
     assert checkpoint.latest(folder) == folder / "checkpoints" / f"checkpoint-{step}"
+    assert [finish(child) for child in both(f"{step + 2} steps")] == [0, 0], "".join(log.read_text() for log in logs)
+    assert json.loads((folder / "result.json").read_text())["progress"]["steps"] == step + 2
 
 
 @pytest.mark.slow

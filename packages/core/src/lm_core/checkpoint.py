@@ -191,11 +191,8 @@ def latest(run_folder: Path) -> Path | None:
     """The newest complete and undamaged checkpoint of a run that can be resumed, or None when the run has none yet.
 
     Warns about each one that it passes over. Raises ResumeRefused when there are complete ones but all are damaged.
+    One process may ask alone.
     """
-    return dist.on_main(_latest, run_folder)
-
-
-def _latest(run_folder: Path) -> Path | None:
     refusals = []
     for _, path in _found(run_folder):
         if not (path / "state.json").exists():

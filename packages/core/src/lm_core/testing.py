@@ -132,7 +132,8 @@ class Conformance:
     def test_two_processes_equal_one(self, tmp_path: Path) -> None:
         one, two = tmp_path / "one", tmp_path / "two"
         self.run(one)
-        spawn(_run, type(self), two, {"micro_batch_size": GLOBAL_BATCH // 2})
+        # as launchers that may be run again start it
+        spawn(_run, type(self), two, {"micro_batch_size": GLOBAL_BATCH // 2, "resume": "auto"})
         _assert_close(_losses(two), _losses(one), self.tolerance)
         # half a run on two processes, the rest on one: the same samples in the same order
         shutil.rmtree(two / "final")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from kernels_cuda import use
 from moe_cpt.experts import Backend, chosen_backend, moe_ffn
 
 
@@ -69,7 +70,7 @@ def test_gradients_equal_finite_differences(idle: bool) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_backends_agree_in_value_and_gradient(dtype: torch.dtype, tolerance: float) -> None:
     results = []
-    backends: list[Backend] = ["loop", "grouped_mm"]
+    backends: list[Backend] = ["loop", "grouped_mm", "fused"]
     for backend in backends:
         case = inputs(dtype=dtype)
         for part in (0, 1, 2, 4):
@@ -77,19 +78,27 @@ def test_backends_agree_in_value_and_gradient(dtype: torch.dtype, tolerance: flo
         y = moe_ffn(*case, backend=backend)
         y.float().square().sum().backward()
         results.append([y.detach(), *(case[part].grad for part in (0, 1, 2, 4))])
-    for loop, grouped in zip(*results):
+    for loop, *others in zip(*results):
         assert loop is not None
-        assert grouped is not None
         scale = float(loop.float().abs().max())
-        assert float((loop - grouped).float().abs().max()) <= tolerance * scale
+        for other in others:
+            assert other is not None
+            assert float((loop - other).float().abs().max()) <= tolerance * scale
 
 
-def test_grouped_products_are_chosen_only_where_they_work() -> None:
+def test_backends_are_chosen_only_where_they_work() -> None:
     x, _, down, *_ = inputs(dtype=torch.float32)
-    assert chosen_backend("auto", x, down) == "grouped_mm"
+    assert chosen_backend("auto", x, down) == "fused"
+    assert chosen_backend("auto", x, down[:, :, :6]) == "fused"
+    assert chosen_backend("auto", x.half(), down.half()) == "grouped_mm"
     assert chosen_backend("auto", x.double(), down.double()) == "loop"
-    assert chosen_backend("auto", x, down[:, :, :6]) == "loop"
     assert chosen_backend("loop", x, down) == "loop"
+    before = use("reference")
+    try:
+        assert chosen_backend("auto", x, down) == "grouped_mm"
+        assert chosen_backend("auto", x, down[:, :, :6]) == "loop"
+    finally:
+        use(before)
 
 
 def test_runs_twice_to_the_same_bits() -> None:

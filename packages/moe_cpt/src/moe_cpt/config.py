@@ -259,7 +259,9 @@ class TrainConfig(RunConfig):
     balance_scope: Literal["micro", "global"] = opt(
         "micro", "Experts are balanced over each process's micro-batch, or over all processes and the micro-batches of a step so far."
     )
-    experts_backend: Literal["auto", "grouped_mm", "loop"] = opt("auto", "How expert products are computed.")
+    experts_backend: Literal["auto", "fused", "grouped_mm", "loop"] = opt(
+        "auto", "How experts are computed; auto is fused where its kernels can be had, else grouped_mm."
+    )
     freeze_router: bool = opt(False, "Do not train the routers.", flags=("--freeze_gate",))
     attn_implementation: Literal["sdpa", "eager"] = opt("sdpa", "Implementation of attention.")
 

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels_cuda import choice
+from kernels_cuda.moe import moe_ffn as fused
+
 # R tokens, K experts per token, D hidden size, N experts, E neurons of an expert, G = R * K rows grouped by expert
-Backend = Literal["auto", "grouped_mm", "loop"]
+Backend = Literal["auto", "fused", "grouped_mm", "loop"]
 
 
 def moe_ffn(x_RD: Tensor, gate_up_NFD: Tensor, down_NDE: Tensor, idx_RK: Tensor, score_RK: Tensor, backend: Backend = "auto") -> Tensor:
@@ -25,23 +28,33 @@ def moe_ffn(x_RD: Tensor, gate_up_NFD: Tensor, down_NDE: Tensor, idx_RK: Tensor,
         tokens, k = idx_RK.shape
         if x_RD.is_meta:
             return _evenly(x_RD, gate_up_NFD, down_NDE, score_RK)
+        chosen = chosen_backend(backend, x_RD, down_NDE)
+        if chosen == "fused":
+            return fused(x_RD, gate_up_NFD, down_NDE, idx_RK, score_RK)
         flat = idx_RK.flatten()
         order_G = torch.argsort(flat, stable=True)
         inverse_G = torch.empty_like(order_G).scatter_(0, order_G, torch.arange(len(order_G), device=order_G.device))
         ends_N = torch.bincount(flat, minlength=len(gate_up_NFD)).cumsum(0)
         rows_GD, score_G1 = x_RD[order_G // k], score_RK.flatten()[order_G, None].to(dtype)
-        run = _grouped if chosen_backend(backend, x_RD, down_NDE) == "grouped_mm" else _loop
+        run = _grouped if chosen == "grouped_mm" else _loop
         out_GD = run(rows_GD, score_G1, gate_up_NFD, down_NDE, ends_N)
         return out_GD[inverse_G].view(tokens, k, x_RD.shape[1]).sum(1)
 
 
-def chosen_backend(backend: Backend, x_RD: Tensor, down_NDE: Tensor) -> Literal["grouped_mm", "loop"]:
-    """`grouped_mm` where it takes the type and both row lengths are multiples of 16 bytes; `auto` then takes it, too."""
-    if backend == "loop":
+def chosen_backend(backend: Backend, x_RD: Tensor, down_NDE: Tensor) -> Literal["fused", "grouped_mm", "loop"]:
+    """What computes the experts.
+
+    `auto` is `fused` where its kernels can be had and take the type, else `grouped_mm`. That one needs row lengths that are
+    multiples of 16 bytes; `loop` takes what the others do not.
+    """
+    if backend == "loop" or x_RD.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return "loop"
+    # the kernels have no float16
+    wanted = backend == "fused" or (backend == "auto" and choice.library("moe/moe_ffn", x_RD.device.type))
+    if wanted and x_RD.dtype != torch.float16:
+        return "fused"
     aligned = all(size * x_RD.element_size() % 16 == 0 for size in down_NDE.shape[1:])
-    fits = aligned and x_RD.dtype in (torch.float32, torch.bfloat16, torch.float16) and hasattr(F, "grouped_mm")
-    return "grouped_mm" if fits else "loop"
+    return "grouped_mm" if aligned and hasattr(F, "grouped_mm") else "loop"
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class LlamaMoEConfig(LlamaConfig):  # transformers makes dataclasses of its conf
         for name, allowed in (
             ("gate_network", ("linear", "mlp")),
             ("balance_scope", ("micro", "global")),
-            ("experts_backend", ("auto", "grouped_mm", "loop")),
+            ("experts_backend", ("auto", "fused", "grouped_mm", "loop")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not known; use {' or '.join(allowed)}")

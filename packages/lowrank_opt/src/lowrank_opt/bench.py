@@ -6,12 +6,9 @@ other work on the machine disturbs them little.
 
 from __future__ import annotations
 
-import importlib
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -22,9 +19,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lm_core import record
 from lm_core.engine.state import optimizer_tensors, write_json, write_tensors
-from lm_core.errors import ConfigError
+from lm_core.figures import Figure, optional, ratio, report
 from lowrank_opt import AdamW, AdamW8bit, GaLoreAdamW, GaLoreAdamW8bit
 from lowrank_opt.commands import BenchConfig
 from lowrank_opt.projector import basis, gaussian, project
@@ -34,36 +30,6 @@ Shapes = tuple[tuple[int, int], ...]
 REFRESHED = {(1024, 2736): 256, (2048, 5461): 512}
 # The matrices of one layer of SmolLM2-135M: q, k, v, o, gate, up, down.
 LAYER: Shapes = ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536))
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One measured number and its bound: an upper one unless `least`."""
-
-    name: str
-    what: str
-    value: float
-    target: float
-    least: bool = False
-
-    @property
-    def passed(self) -> bool:
-        return self.value >= self.target if self.least else self.value <= self.target
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "what": self.what, "value": self.value, "target": self.target, "pass": self.passed}
-
-
-def ratio(one: Callable[[], Any], other: Callable[[], Any], repeats: int, warm: int = 3) -> float:
-    """Median processor time of `one` over that of `other`, called in turns."""
-    times: tuple[list[float], list[float]] = [], []
-    for round_ in range(warm + repeats):
-        for function, found in zip((one, other), times):
-            began = time.process_time()
-            function()
-            if round_ >= warm:
-                found.append(time.process_time() - began)
-    return median(times[0]) / median(times[1])
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -86,14 +52,6 @@ def spectral(shape: tuple[int, int], power: float, seed: int = 0) -> Tensor:
     left, right = (torch.linalg.qr(numbers(size, small, seed=seed + n)).Q for n, size in enumerate((rows, columns)))
     matrix: Tensor = (left * torch.arange(1, small + 1) ** -power) @ right.t()
     return matrix
-
-
-def optional(module: str) -> Any:
-    """A library that serves as a yardstick only, or None."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        return None
 
 
 def adam_8bit(config: BenchConfig) -> Iterator[Figure]:
@@ -294,29 +252,4 @@ MEASUREMENTS: dict[str, Callable[[BenchConfig], Iterator[Figure]]] = {
 
 def run(config: BenchConfig) -> dict[str, Any]:
     """Print each figure with its target as it is measured."""
-    if unknown := [name for name in config.only if name not in MEASUREMENTS]:
-        raise ConfigError(f"only: {unknown[0]} is no measurement; choose from {', '.join(MEASUREMENTS)}")
-    wanted = config.only or list(MEASUREMENTS)
-    torch.set_num_threads(config.threads)
-    load = os.getloadavg()[0]
-    here = record.describe(config)
-    conditions = {
-        "processor": here["platform"]["processor"],
-        "threads": config.threads,
-        "commit": (here["git"] or {}).get("commit"),
-        "torch": torch.__version__,
-    }
-    print("; ".join(f"{name} {value}" for name, value in conditions.items()))
-    found: list[Figure] = []
-    for measurement in dict.fromkeys(MEASUREMENTS[name] for name in wanted):
-        for figure in measurement(config):
-            if figure.name in wanted:
-                found.append(figure)
-                sign = ">=" if figure.least else "<="
-                mark = "pass" if figure.passed else "FAIL"
-                print(f"{mark}  {figure.name:12} {figure.value:8.4f} {sign} {figure.target:<7g} {figure.what}", flush=True)
-    absent = [name for name in wanted if name not in {figure.name for figure in found}]
-    if absent:
-        print(f"not measured, since the library to compare with is not installed: {', '.join(absent)}")
-    conditions["load"] = [load, os.getloadavg()[0]]
-    return {"conditions": conditions, "figures": [figure.as_dict() for figure in found], "not_measured": absent}
+    return report(MEASUREMENTS, config, only=config.only, threads=config.threads)

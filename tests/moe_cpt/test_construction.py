@@ -142,53 +142,6 @@ def test_calibrated_factors_tend_to_their_limits_for_random_selection(experts: i
         assert scale_of(mode, *sums, experts, selects) == pytest.approx(limit, rel=0.05)  # type: ignore[arg-type]
 
 
-@pytest.fixture(scope="module")
-def clustered_ffn() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A SwiGLU layer (64 -> 512 -> 64) fitted to eight Gaussian clusters with a linear map each, and inputs."""
-    generator = torch.Generator().manual_seed(0)
-    centres, maps = 3 * draw(8, 64, seed=1), draw(8, 64, 64, seed=2) / 8
-    kind = torch.randint(0, 8, (4096,), generator=generator)
-    x = centres[kind] + torch.randn(4096, 64, generator=generator)
-    y = torch.einsum("td,tde->te", x, maps[kind])
-    weights = [
-        (part / shape).requires_grad_()
-        for part, shape in ((draw(512, 64, seed=3), 8), (draw(512, 64, seed=4), 8), (draw(64, 512, seed=5), 23))
-    ]
-    optimizer = torch.optim.Adam(weights, lr=3e-3)
-    for step in range(400):
-        rows = slice(step % 8 * 512, step % 8 * 512 + 512)
-        loss = (F.linear(F.silu(x[rows] @ weights[0].T) * (x[rows] @ weights[1].T), weights[2]) - y[rows]).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    gate, up, down = (weight.detach() for weight in weights)
-    return gate, up, down, x
-
-
-def relative_error(clustered: tuple[Tensor, Tensor, Tensor, Tensor], parts_NE: Tensor, logits_RN: Tensor, selects: int = 4) -> float:
-    """Of the mixture with the best single factor, on the second half of the inputs."""
-    gate, up, down, x = clustered
-    h = F.silu(x @ gate.T) * (x @ up.T)
-    each = torch.stack([h[:, part] @ down[:, part].T for part in parts_NE], dim=1)
-    top = logits_RN.topk(selects)
-    u = (each.gather(1, top.indices[:, :, None].expand(-1, -1, 64)) * top.values.softmax(1)[:, :, None]).sum(1)
-    f = each.sum(1)
-    scale = (u * f).sum() / (u * u).sum()
-    return float((scale * u - f)[2048:].norm() / f[2048:].norm())
-
-
-def test_activation_split_with_ridge_router_beats_chance_by_the_target(clustered_ffn: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    gate, up, down, x = clustered_ffn
-    h = F.silu(x @ gate.T) * (x @ up.T)
-    fit = slice(0, 2048)
-    parts = layer_split(h[fit], num_experts=16, num_shared=0, k_act=10, seed=0).routed
-    z = expert_norms(h[fit], down, parts).clamp(min=1e-12).log()
-    weight = solved((x[fit].T @ x[fit]).double(), (x[fit].T @ (z - z.mean(1, keepdim=True))).double()).float()
-    good = relative_error(clustered_ffn, parts, x @ weight)
-    chance = relative_error(clustered_ffn, permutation(512, 0, 0).view(16, 32), x @ (0.02 * draw(64, 16, seed=9)))
-    assert good <= 0.65 * chance, f"{good:.3f} of {chance:.3f}"
-
-
 def test_the_whole_router_of_ridge_is_that_of_its_layers(tmp_path: Path) -> None:
     source = dense_folder(tmp_path / "dense")
     split, dense = split_ffn(source, "random", num_experts=8), load_model(str(source)).train(False)

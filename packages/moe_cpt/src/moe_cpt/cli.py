@@ -15,6 +15,7 @@ from lm_core.cli import main as run_cli
 from lm_core.errors import ConfigError, InputError, RunFailed
 from moe_cpt.config import (
     ActivationConfig,
+    BenchConfig,
     ClusteringConfig,
     ConvertConfig,
     EvalConfig,
@@ -339,6 +340,18 @@ def check(config: TrainConfig) -> dict[str, Any]:
     for source, facts in found.items():
         print(f"{source}:", ", ".join(f"{name} {value:,.6g}" for name, value in facts.items()))
     return found
+
+
+@cli.command()
+@configured(BenchConfig)
+def bench(config: BenchConfig) -> dict[str, Any]:
+    """Measure speed, memory and quality on the CPU, each figure beside its target.
+
+    Example: moe-cpt bench --only layer
+    """
+    from moe_cpt import bench as measurements
+
+    return measurements.run(config)
 
 
 def _counted(counts: Mapping[str, Any]) -> dict[str, Any]:

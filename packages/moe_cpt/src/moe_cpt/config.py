@@ -233,6 +233,15 @@ class ScaleConfig:
 
 
 @config
+class BenchConfig:
+    """Speed, memory and quality beside their targets."""
+
+    only: list[str] = opt(help="Measurements to make: layer, data, split, construction; default: all.", factory=list)
+    threads: int = opt(1, "Threads of the tensor operations.", ge=1)
+    repeats: int = opt(8, "Timed repetitions; the least of them counts.", ge=3)
+
+
+@config
 class TrainConfig(RunConfig):
     """Continued pre-training of a mixture of experts made from a dense LLaMA."""
 

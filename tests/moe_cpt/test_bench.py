@@ -1,0 +1,31 @@
+"""What `moe-cpt bench` measures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_cpt import bench
+from moe_cpt.config import BenchConfig
+
+
+def test_the_layers_that_are_compared_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"TOKENS": 40, "HIDDEN": 64, "EXPERTS": 4, "SELECTS": 2, "SIZE": 16}.items():
+        monkeypatch.setattr(bench, name, value)
+    found = bench.blocks(torch.float32)
+    bench.require_equal(found, bench.numbers(1, 40, 64))
+    assert bench.saved(found["fused"]) < bench.saved(found["loop"])
+
+
+def test_activation_split_with_ridge_router_beats_chance_by_the_target() -> None:
+    (figure,) = bench.construction(BenchConfig())
+    assert figure.passed, figure.what
+
+
+@pytest.mark.bench
+def test_targets_of_the_layer_in_float32() -> None:
+    """With 15 parts in a hundred more than the specification asks for."""
+    for figure in bench.layer(BenchConfig()):
+        if figure.details.get("dtype") == "float32":
+            assert figure.target is not None
+            assert figure.value <= 1.15 * figure.target, figure.what

@@ -16,6 +16,8 @@ import nox
 ROOT = Path(__file__).parent
 PACKAGES = sorted(path.parent.name for path in ROOT.glob("packages/*/pyproject.toml"))
 READMES = [ROOT / "README.md", ROOT / "kernels-cuda/README.md", *ROOT.glob("packages/*/README.md")]
+# what runs on any machine; sessions of their own take the rest
+EVERYWHERE = "not gpu and not bench and not slurm"
 TOOLS = ["pytest", "pytest-timeout", "hypothesis"]
 ENV = {
     # uv writes no bytecode, so Python must, else every process pays for compiling torch's and transformers' sources.
@@ -81,14 +83,14 @@ def suites(*names: str) -> list[str]:
 def tests(session: nox.Session, package: str) -> None:
     """One package's suite in an environment that holds nothing but what the package declares."""
     prepare(session, package)
-    session.run("pytest", *(session.posargs or ["-m", "not gpu and not bench", *suites(package)]))
+    session.run("pytest", *(session.posargs or ["-m", EVERYWHERE, *suites(package)]))
 
 
 @nox.session
 def quick(session: nox.Session) -> None:
     """Every suite in one shared environment."""
     prepare(session, *PACKAGES)
-    session.run("pytest", *(session.posargs or ["-m", "not gpu and not bench", "kernels-cuda", "tests/repo", *suites(*PACKAGES)]))
+    session.run("pytest", *(session.posargs or ["-m", EVERYWHERE, "kernels-cuda", "tests/repo", *suites(*PACKAGES)]))
 
 
 @nox.session
@@ -96,7 +98,7 @@ def kernels(session: nox.Session) -> None:
     """The suites that walk every op, with nothing but torch installed."""
     session.env.update(ENV)
     pip(session, *editable("kernels-cuda"), *TOOLS)
-    session.run("pytest", *(session.posargs or ["-m", "not gpu and not bench", "kernels-cuda"]))
+    session.run("pytest", *(session.posargs or ["-m", EVERYWHERE, "kernels-cuda"]))
 
 
 @nox.session
@@ -133,6 +135,16 @@ def bench(session: nox.Session) -> None:
     session.run("pytest", "-m", "bench", *(session.posargs or ["-s", "kernels-cuda", "tests"]))
     session.run("python", "-m", "kernels_cuda.bench")
     session.run("python", "-m", "lm_core.bench")
+
+
+@nox.session
+def slurm(session: nox.Session) -> None:
+    """Every method as a job on two nodes of a Slurm that is started for it, stopped half-way and queued again.
+
+    As root, with Debian's packages slurmctld, slurmd and slurm-client.
+    """
+    prepare(session, *PACKAGES)
+    session.run("pytest", "-m", "slurm", *(session.posargs or ["tests/repo"]))
 
 
 @nox.session(venv_backend="none")

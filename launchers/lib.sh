@@ -40,6 +40,8 @@ launch() {
             show_and_run "$@"
             ;;
         torchrun)
+            # a signal reaches the processes through torchrun, which then waits this long for their checkpoint
+            export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-150}
             show_and_run torchrun --nnodes "$nodes" --node-rank "$rank" --nproc-per-node "$processes" \
                 --master-addr "$address" --master-port "$port" --no-python "$@"
             ;;

@@ -302,7 +302,8 @@ def _with_accumulation(options: PretrainConfig, world: int) -> PretrainConfig:
         return replace(options, global_batch_size=one * options.accumulate)
     if wanted % one:
         raise ConfigError(
-            f"global_batch_size: {wanted} is not a multiple of {options.micro_batch_size} sequences on {world} processes; change --micro-batch-size"
+            f"global_batch_size: {wanted} is not a multiple of {one} ({options.micro_batch_size} sequences on each of {world} processes); "
+            "change --micro-batch-size"
         )
     return replace(options, accumulate=wanted // one)
 

@@ -97,7 +97,7 @@ def test_accumulation_follows_from_the_global_batch(monkeypatch: pytest.MonkeyPa
     assert settled(made(budget="1 steps")).accumulate == 32
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert settled(made(budget="1 steps", micro_batch_size=2)).accumulate == 32
-    with pytest.raises(ConfigError, match="global_batch_size: 256 is not a multiple of 24 .6 sequences on each of 4"):
+    with pytest.raises(ConfigError, match=r"global_batch_size: 256 is not a multiple of 24 .6 sequences on each of 4"):
         settled(made(budget="1 steps", micro_batch_size=6))
     assert settled(made({"accumulate": 2}, budget="1 steps")).global_batch_size == 64
     with pytest.raises(ConfigError, match="leave --accumulate out"):

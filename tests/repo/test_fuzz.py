@@ -1,0 +1,81 @@
+"""Whatever is typed into a command or lies in a data file ends in a configuration, in rows, or in one clear error: never in a traceback."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lm_core.config import Leaf, build, leaves
+from lm_core.data.sources import read
+from lm_core.errors import ConfigError, InputError
+from lm_core.options import RunConfig
+from lm_core.reference import commands
+from tests.fuzz import GARBAGE, valid
+
+CLASSES = {name: cls for name, cls in commands() if list(leaves(cls))}
+EDGES = st.sampled_from(
+    [0, -1, 1, 0.5, 1e-300, 1e300, float("inf"), float("nan"), 2**63, 10**30, "", " ", "-", "0", "a=1", "/dev/null", "."]
+)
+
+
+def anything(leaf: Leaf) -> st.SearchStrategy[Any]:
+    return valid(leaf.type, leaf.limits) | EDGES | GARBAGE
+
+
+@pytest.mark.parametrize("command", CLASSES)
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_options_make_a_configuration_or_one_error(command: str, data: st.DataObject) -> None:
+    cls = CLASSES[command]
+    options = list(leaves(cls))
+    chosen = data.draw(st.lists(st.sampled_from(options), max_size=5, unique_by=lambda leaf: leaf.path))
+    required = {leaf.path: data.draw(valid(leaf.type, leaf.limits)) for leaf in options if leaf.default is dataclasses.MISSING}
+    layer = required | {leaf.path: data.draw(anything(leaf)) for leaf in chosen}
+    try:
+        made = build(cls, {}, given=[layer])
+        if isinstance(made, RunConfig):
+            made.limits()
+            made.run_folder()
+    except ConfigError as error:
+        assert str(error).replace("\n", "").isprintable()  # noqa: PT017
+
+
+LINES = st.lists(
+    st.sampled_from(
+        [
+            b'{"text": "a"}',
+            b'{"text": 1}',
+            b"{}",
+            b"[1]",
+            b"null",
+            b"1e999",
+            b"{",
+            b'"\\ud800"',
+            b'a,"b',
+            b"text,b",
+            b"1,2",
+            b"\xff\xfe",
+            b"\0",
+        ]
+    )
+    | st.binary(max_size=12),
+    max_size=5,
+).map(b"\n".join)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet"])
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(content=LINES | st.binary(max_size=60).map(lambda tail: b"PAR1" + tail + b"PAR1") | st.just(json.dumps([[]] * 3).encode()))
+def test_files_give_rows_or_one_error(suffix: str, content: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path: Path = tmp_path_factory.getbasetemp() / f"fuzz{suffix}"
+    path.write_bytes(content)
+    try:
+        assert all(isinstance(row.fields, dict) for row in read(path))
+    except InputError as error:
+        assert str(path) in str(error)  # noqa: PT017

@@ -133,6 +133,8 @@ def test_what_cannot_work_is_refused_by_name(values: dict[str, Any], named: str)
         ({"optimizer": "apollo", "galore": {"rank": 4}}, "galore.rank"),
         ({"optimizer": "galore", "galore": {"block_size": 64}}, "galore.block_size"),
         ({"optimizer": "muon", "apollo": {"apollo_rank": 4}}, "apollo.apollo_rank"),
+        ({"optimizer": "ldadam", "galore": {"scale": 0.5}}, "galore.scale: .*not to --optimizer ldadam"),
+        ({"optimizer": "galore", "ldadam": {"ldadam_rho": 0.5}}, "ldadam.ldadam_rho"),
         ({"optimizer": "galore", "lora": {"r": 4}}, "lora.r"),
         ({"restart_every": 10}, "restart_every: .*cosine_restarts, not to cosine_tmax"),
         ({"cooldown": 0.1}, "cooldown: .*not to cosine_tmax"),

@@ -212,8 +212,8 @@ def test_a_steady_basis_is_refreshed_less_often():
     assert gaps[:4] == [2] * 4
     assert gaps[4:12] == [4] * 8
     assert gaps[12:] == [6] * 12
-    group, state = {**optimizer.param_groups[0], "max_gap": None}, {"proj": torch.tensor([[1.0, 0.0]]), "gap": 2, "overlaps": [0.0]}
-    adapt_gap(group, state, torch.tensor([[0.0, 1.0]]))
+    group, state = {**optimizer.param_groups[0], "max_gap": None}, {"gap": 2, "overlaps": [0.0]}
+    adapt_gap(group, state, torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]]))
     assert state["overlaps"] == [0.0, 0.0]
     assert state["gap"] == 2
 
@@ -503,5 +503,10 @@ def test_the_packaged_settings_are_the_defaults_of_the_optimizer():
     file = files("lowrank_opt") / "defaults" / "galore_config.json"
     shipped = json.loads(file.read_text())
     arguments = inspect.signature(GaLoreAdamW).parameters
-    assert {key: value for key, value in shipped.items() if key in arguments and arguments[key].default != value} == {"rank": 128}
-    assert set(shipped) - set(arguments) == {"target_modules", "exclude_modules", "embedding_state_bits", "apollo"}
+    assert {key: value for key, value in shipped.items() if key in arguments and arguments[key].default != value} == {
+        "rank": 128,
+        # not given: the class decides
+        "adaptive": None,
+        "proj_dtype": None,
+    }
+    assert set(shipped) - set(arguments) == {"target_modules", "exclude_modules", "embedding_state_bits", "apollo", "ldadam"}

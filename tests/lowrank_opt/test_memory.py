@@ -13,7 +13,9 @@ from lowrank_opt import (
     FiraAdamW,
     GaLoreAdamW,
     GaLoreAdamW8bit,
+    LDAdamW,
     MuonWithAdamW,
+    QGaLoreAdamW8bit,
     build_param_groups,
     estimate_memory,
 )
@@ -31,15 +33,15 @@ SMOLLM2 = {
     "vocab_size": 49152,
     "tie_word_embeddings": True,
 }
-NAMES = ["adamw", "adamw8bit", "galore", "galore8bit", "apollo", "apollo-mini", "muon"]
+NAMES = ["adamw", "adamw8bit", "galore", "galore8bit", "apollo", "apollo-mini", "qgalore", "muon"]
 # bytes of state with bfloat16 weights, at the rank of the second column; section 14 of the specification
 ANCHORS = [
-    ("llama_60m", 128, [464588800, 215805952, 320147456, 184623104, 312807424, 262608896, 363401216]),
-    ("llama_350m", 256, [2943754240, 943321088, 1217536000, 570785792, 1129455616, 527051776, 1734221824]),
-    ("llama_1b", 512, [10712662016, 3111778816, 3817521152, 1624121344, 3465199616, 1054097216, 5881020416]),
-    ("llama_7b", 1024, [53907324928, 14469742720, 16930340864, 6483001472, 15051292672, 2111930368, 28003303424]),
-    ("roberta", 8, [997177360, 486703120, 325662736, 316861456, 324778000, 318584848, 657438736]),
-    (SMOLLM2, 128, [1076120064, 442427904, 464177664, 305846784, 439110144, 228432384, 651446784]),
+    ("llama_60m", 128, [464588800, 215805952, 320147456, 184623104, 312807424, 262608896, 179175424, 363401216]),
+    ("llama_350m", 256, [2943754240, 943321088, 1217536000, 570785792, 1129455616, 527051776, 505413632, 1734221824]),
+    ("llama_1b", 512, [10712662016, 3111778816, 3817521152, 1624121344, 3465199616, 1054097216, 1362632704, 5881020416]),
+    ("llama_7b", 1024, [53907324928, 14469742720, 16930340864, 6483001472, 15051292672, 2111930368, 5088395392, 28003303424]),
+    ("roberta", 8, [997177360, 486703120, 325662736, 316861456, 324778000, 318584848, 316204816, 657438736]),
+    (SMOLLM2, 128, [1076120064, 442427904, 464177664, 305846784, 439110144, 228432384, 287241984, 651446784]),
 ]
 
 
@@ -70,6 +72,10 @@ def small(name, dtype=torch.float32):
         ("fira", FiraAdamW, {}),
         ("apollo", ApolloAdamW, {}),
         ("apollo-mini", ApolloAdamW, MINI),
+        ("qgalore", QGaLoreAdamW8bit, {}),
+        ("qgalore", QGaLoreAdamW8bit, {"proj_type": "full", "min_8bit_size": 1}),
+        ("ldadam", LDAdamW, {}),
+        ("ldadam", LDAdamW, {"error_feedback": False}),
         ("muon", MuonWithAdamW, {}),
         ("galore8bit", GaLoreAdamW8bit, {"min_8bit_size": 1}),
         ("galore", GaLoreAdamW, {}),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lm_core.errors import ConfigError
 from lowrank_opt.base import BaseOptimizer, Group, State, choice, rate
-from lowrank_opt.galore import BASES, GaLoreAdamW, bases_of
+from lowrank_opt.galore import GaLoreAdamW
 from lowrank_opt.matrix import Change, matrix_shape, uncorrected_step
 from lowrank_opt.projector import gaussian, project, rank_of
 
@@ -112,7 +112,7 @@ class ApolloAdamW(GaLoreAdamW):
 
     def _layout(self, group: Group, parameter: Tensor) -> dict[str, tuple[int, ...]]:
         layout = super()._layout(group, parameter)
-        return layout if group["proj_method"] == "svd" else {name: shape for name, shape in layout.items() if name not in BASES}
+        return layout if group["proj_method"] == "svd" else {name: shape for name, shape in layout.items() if not name.startswith("proj")}
 
     def _refresh(self, group: Group, parameter: Tensor, gradient: Tensor, state: State) -> None:
         if group["proj_method"] == "svd":
@@ -130,7 +130,7 @@ class ApolloAdamW(GaLoreAdamW):
     def _update_matrix(self, group: Group, parameter: Tensor, gradient: Tensor) -> None:
         self._begin(group, parameter, gradient)
         state = self.state[parameter]
-        bases = bases_of(state) or (self._random(group, parameter, state),)
+        bases = self._bases(group, parameter) or (self._random(group, parameter, state),)
         low = project(gradient, bases, state["side"])
         step = uncorrected_step(low, state, group)
         sigma = scaling(low, step) if group["scale_type"] == "channel" else scaling(low.view(-1, 1), step.view(-1, 1))

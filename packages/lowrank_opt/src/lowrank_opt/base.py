@@ -77,11 +77,13 @@ def work_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _state_type(name: str, group: Group, parameter: Tensor) -> torch.dtype:
-    """The dtype of a state tensor, by its name: 8-bit codes, their maxima, bases, moments."""
+    """The dtype of a state tensor, by its name: codes, maxima of 8-bit blocks, steps and offsets of 4-bit ones, bases, moments."""
     if name.endswith("_q"):
         return torch.uint8
     if name.endswith("_absmax"):
         return torch.float32
+    if name.endswith(("_scale", "_zero")):
+        return torch.float16
     if name.startswith("proj"):
         return {"param": parameter.dtype, "fp32": torch.float32, "bf16": torch.bfloat16}[group["proj_dtype"]]
     return work_dtype(parameter.dtype)

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from lm_core.engine.state import optimizer_tensors, write_json, write_tensors
 from lm_core.figures import Figure, optional, ratio, report
-from lowrank_opt import AdamW, AdamW8bit, GaLoreAdamW, GaLoreAdamW8bit
+from lowrank_opt import AdamW, AdamW8bit, GaLoreAdamW, GaLoreAdamW8bit, LDAdamW, QGaLoreAdamW8bit
 from lowrank_opt.commands import BenchConfig
 from lowrank_opt.projector import basis, gaussian, project
 
@@ -137,7 +137,7 @@ class Largest(TorchDispatchMode):
 def allocations(config: BenchConfig) -> Iterator[Figure]:
     shape = (1024, 2736)
     for dtype in (torch.float32, torch.bfloat16):
-        for kind in (GaLoreAdamW, GaLoreAdamW8bit, AdamW8bit):
+        for kind in (GaLoreAdamW, GaLoreAdamW8bit, QGaLoreAdamW8bit, LDAdamW, AdamW8bit):
             weight = nn.Parameter(numbers(*shape).to(dtype))
             weight.grad = numbers(*shape, seed=1).to(dtype)
             optimizer = kind([weight]) if kind is AdamW8bit else kind([weight], rank=256)
@@ -153,14 +153,15 @@ def file_sizes(config: BenchConfig) -> Iterator[Figure]:
     named = {f"layers.{n}.weight": nn.Parameter(numbers(512, 1376, seed=n)) for n in range(8)}
     for weight in named.values():
         weight.grad = numbers(512, 1376)
-    optimizer = GaLoreAdamW8bit([{"params": list(named.values()), "param_names": list(named), "rank": 128}])
-    optimizer.step()
-    with tempfile.TemporaryDirectory() as folder:
-        tensors, info = optimizer_tensors(optimizer, named)
-        write_tensors(Path(folder) / "optimizer.safetensors", tensors)
-        write_json(Path(folder) / "optimizer.json", info)
-        size = sum(path.stat().st_size for path in Path(folder).iterdir())
-    yield Figure("C8", "saved optimizer over its state in memory, galore8bit", size / optimizer.state_bytes(), 1.02)
+    for kind in (GaLoreAdamW8bit, QGaLoreAdamW8bit, LDAdamW):
+        optimizer = kind([{"params": list(named.values()), "param_names": list(named), "rank": 128}])
+        optimizer.step()
+        with tempfile.TemporaryDirectory() as folder:
+            tensors, info = optimizer_tensors(optimizer, named)
+            write_tensors(Path(folder) / "optimizer.safetensors", tensors)
+            write_json(Path(folder) / "optimizer.json", info)
+            size = sum(path.stat().st_size for path in Path(folder).iterdir())
+        yield Figure("C8", f"saved optimizer over its state in memory, {kind.__name__}", size / optimizer.state_bytes(), 1.02)
 
 
 def drift(config: BenchConfig) -> Iterator[Figure]:

@@ -8,9 +8,10 @@ from lm_core.config import to_dict
 from lowrank_opt.adamw import AdamW, AdamW8bit
 from lowrank_opt.apollo import ApolloAdamW
 from lowrank_opt.base import BaseOptimizer, Group
-from lowrank_opt.config import LOW_RANK, PROJECTED, TrainConfig, moment_bits
+from lowrank_opt.config import LOW_RANK, OF_LDADAM, PROJECTED, TrainConfig, moment_bits
 from lowrank_opt.fira import FiraAdamW
-from lowrank_opt.galore import GaLoreAdamW, GaLoreAdamW8bit
+from lowrank_opt.galore import GaLoreAdamW, GaLoreAdamW8bit, QGaLoreAdamW8bit
+from lowrank_opt.ldadam import LDAdamW
 from lowrank_opt.muon import MuonWithAdamW
 
 CLASSES: dict[str, type[BaseOptimizer]] = {
@@ -21,6 +22,8 @@ CLASSES: dict[str, type[BaseOptimizer]] = {
     "apollo": ApolloAdamW,
     "apollo-mini": ApolloAdamW,
     "fira": FiraAdamW,
+    "qgalore": QGaLoreAdamW8bit,
+    "ldadam": LDAdamW,
     "muon": MuonWithAdamW,
     # adapters alone; `lora+...` names the optimizer of the adapters
     "lora": AdamW,
@@ -50,7 +53,9 @@ def low_rank_settings(config: TrainConfig) -> Group:
     galore, apollo = config.galore, config.apollo
     rank = galore.rank if galore.rank < 1 else int(galore.rank)
     if config.optimizer in PROJECTED:
-        settings = {"rank": rank, **{name: value for name, value in to_dict(galore).items() if name not in _ELSEWHERE}}
+        # an option that is not given is left to the class
+        chosen = {name: value for name, value in to_dict(galore).items() if name not in _ELSEWHERE and value is not None}
+        settings = {"rank": rank, **chosen}
         return {**settings, "norm_growth": apollo.apollo_norm_growth} if config.optimizer == "fira" else settings
     if config.optimizer in ("apollo", "apollo-mini"):
         mini = config.optimizer == "apollo-mini"
@@ -63,5 +68,9 @@ def low_rank_settings(config: TrainConfig) -> Group:
             "scale_front": apollo.apollo_scale_front,
             "proj_method": apollo.apollo_proj_method,
         }
+    if config.optimizer == "ldadam":
+        own = {name.removeprefix("ldadam_"): value for name, value in to_dict(config.ldadam).items()}
+        shared = {name: value for name in OF_LDADAM if (value := getattr(galore, name)) is not None}
+        return {**shared, **own, "rank": rank, "betas": config.ldadam.ldadam_betas}
     # Muon takes its matrices by the mark of a rank, which it does not use
     return {"rank": 1} if config.optimizer in LOW_RANK else {}

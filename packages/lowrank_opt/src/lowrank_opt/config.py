@@ -21,7 +21,19 @@ from lowrank_opt.models import PRESETS
 log = logging.getLogger("lowrank_opt")
 
 OPTIMIZERS = Literal[
-    "lora", "galore", "galore8bit", "lora+galore", "lora+galore8bit", "baseline", "adamw8bit", "apollo", "apollo-mini", "fira", "muon"
+    "lora",
+    "galore",
+    "galore8bit",
+    "lora+galore",
+    "lora+galore8bit",
+    "baseline",
+    "adamw8bit",
+    "apollo",
+    "apollo-mini",
+    "fira",
+    "qgalore",
+    "ldadam",
+    "muon",
 ]
 LORA_FILE, GALORE_FILE = Path("config/lora_config.json"), Path("config/galore_config.json")
 # options that only some modes and optimizers use: an explicit one elsewhere is refused, never ignored
@@ -32,9 +44,11 @@ ONLY_FOR_SCHEDULE = {
     "tmax_unit": ("cosine_tmax",),
     "restart_every": ("cosine_restarts",),
 }
-PROJECTED = ("galore", "galore8bit", "lora+galore", "lora+galore8bit", "fira")
-EIGHT_BIT = ("galore8bit", "lora+galore8bit", "adamw8bit")
-LOW_RANK = (*PROJECTED, "apollo", "apollo-mini", "muon")
+PROJECTED = ("galore", "galore8bit", "lora+galore", "lora+galore8bit", "fira", "qgalore")
+EIGHT_BIT = ("galore8bit", "lora+galore8bit", "adamw8bit", "qgalore")
+LOW_RANK = (*PROJECTED, "apollo", "apollo-mini", "ldadam", "muon")
+# of section galore, what LDAdam uses as well
+OF_LDADAM = ("rank", "proj_type", "full_rank_policy", "proj_dtype")
 
 
 @config
@@ -55,14 +69,16 @@ class GaloreOptions:
     power_iters: int = opt(2, "Power iterations of rsvd.", ge=0)
     moment_transfer: Literal["none", "project", "reset"] = opt("none", "What happens to the moments when a basis changes.")
     stagger: bool = opt(True, "Spread the refreshes of different parameters over the gap.")
-    adaptive: bool = opt(False, "Double the gap of parameters whose basis hardly moves.")
+    adaptive: bool | None = opt(None, "Double the gap of parameters whose basis hardly moves; default: true for qgalore, else false.")
     adaptive_threshold: float = opt(0.4, "Mean overlap of successive bases that doubles the gap.", gt=0, le=1)
     adaptive_window: int = opt(5, "Overlaps that the mean is taken over.", ge=1)
     max_gap: int | None = opt(None, "Longest gap of the adaptive rule in steps; default: 16 times the gap.", ge=1)
     full_rank_policy: Literal["identity", "rotate", "error"] = opt(
         "identity", "What happens to parameters whose smaller side is at most the rank."
     )
-    proj_dtype: Literal["param", "fp32", "bf16"] = opt("param", "Type that bases are kept in.")
+    proj_dtype: Literal["param", "fp32", "bf16", "int4"] | None = opt(
+        None, "Type that bases are kept in; param is that of the weight. Default: int4 for qgalore, else param."
+    )
     state_bits: Literal[8, 32] | None = opt(None, "Bits of the moments; default: 8 for the optimizers that are called so, else 32.")
     block_size: int = opt(256, "Values that share one scale in 8-bit state.", ge=1)
     min_8bit_size: int = opt(4096, "State tensors with fewer values stay float32.", ge=0)
@@ -83,6 +99,15 @@ class ApolloOptions:
     apollo_norm_growth: float = opt(1.01, "Largest growth of an update's norm from step to step; Fira's, too.", gt=0)
     apollo_scale_front: bool = opt(False, "Scale before the limiter instead of after it.")
     apollo_proj_method: Literal["random", "svd"] = opt("random", "How the space is chosen.")
+
+
+@config
+class LdadamOptions:
+    """Section `ldadam`: the object `ldadam` of galore_config.json, where its keys have no prefix."""
+
+    ldadam_betas: tuple[float, float] = opt((0.908, 0.99), "Decay rates of the projected moments; other parameters have --betas.")
+    ldadam_rho: float = opt(0.908, "Share of the momentum, beside the gradient, in what the basis follows.", ge=0, lt=1)
+    ldadam_error_feedback: bool = opt(True, "Add what a step left out to the next gradient; takes a float32 copy of the gradient.")
 
 
 @config
@@ -175,6 +200,7 @@ class TrainConfig(RunConfig):
     test: bool = opt(False, "Smoke test: 1000 tokens or 64 samples, one epoch, float32, nothing sent anywhere.")
     galore: GaloreOptions = section(GaloreOptions)
     apollo: ApolloOptions = section(ApolloOptions)
+    ldadam: LdadamOptions = section(LdadamOptions)
     lora: LoraOptions = section(LoraOptions)
 
     @classmethod
@@ -186,8 +212,9 @@ class TrainConfig(RunConfig):
             path = Path(str(values.get(option, default)))
             if path.exists():
                 values_read = load(path)
-                inner = values_read.pop("apollo", {})
-                layers += [{section_name: values_read}, {"apollo": {f"apollo_{name}": value for name, value in inner.items()}}]
+                inner = {one: values_read.pop(one, {}) for one in ("apollo", "ldadam")}
+                layers.append({section_name: values_read})
+                layers += [{one: {f"{one}_{name}": value for name, value in values.items()}} for one, values in inner.items()]
             elif path != default:
                 raise ConfigError(f"{option}: {path} does not exist; name a JSON file, or leave the option out for the packaged values")
         return layers
@@ -389,7 +416,8 @@ def used_by(config: TrainConfig, path: str) -> tuple[str, ...] | None:
     if name == "apollo_norm_growth":
         return "apollo", "apollo-mini", "fira"
     lora = ("lora", "lora+galore", "lora+galore8bit")
-    return {"galore": PROJECTED, "lora": lora, "apollo": ("apollo", "apollo-mini")}.get(head)
+    projected = (*PROJECTED, "ldadam") if name in OF_LDADAM else PROJECTED
+    return {"galore": projected, "lora": lora, "apollo": ("apollo", "apollo-mini"), "ldadam": ("ldadam",)}.get(head)
 
 
 def refuse_unused(config: TrainConfig) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowrank_opt.apollo import channel_norms, check_channels, limited, scaling, uncorrected_rate
 from lowrank_opt.base import Group
-from lowrank_opt.galore import GaLoreAdamW, bases_of
+from lowrank_opt.galore import GaLoreAdamW
 from lowrank_opt.matrix import Change, uncorrected_step
 
 
@@ -35,7 +35,7 @@ class FiraAdamW(GaLoreAdamW):
     def _update_matrix(self, group: Group, parameter: Tensor, gradient: Tensor) -> None:
         self._begin(group, parameter, gradient)
         state = self.state[parameter]
-        low, bases = self._low(parameter, gradient), bases_of(state)
+        low, bases = self._low(group, parameter, gradient), self._bases(group, parameter)
         step = uncorrected_step(low, state, group)
         sigma = scaling(low, step)
         norm = (sigma * residual_norms(channel_norms(gradient, state["side"]), low, bases[0])).norm()

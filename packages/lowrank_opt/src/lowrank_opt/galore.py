@@ -12,6 +12,7 @@ from torch import Tensor
 from lm_core.errors import ConfigError, InputError, RunFailed
 from lowrank_opt import compat as galore_torch
 from lowrank_opt.base import BaseOptimizer, Group, State, choice, decay_factor, rate, work_dtype
+from lowrank_opt.int4 import PARTS, pack, packed_layout, unpack
 from lowrank_opt.matrix import (
     FULL_RANK_POLICIES,
     Change,
@@ -25,7 +26,7 @@ from lowrank_opt.projector import PROJ_METHODS, PROJ_TYPES, basis, gaussian, low
 from lowrank_opt.quant import Piece, moment_layout, zero_moments
 
 MOMENT_TRANSFERS = ("none", "project", "reset")
-PROJ_DTYPES = ("param", "fp32", "bf16")
+PROJ_DTYPES = ("param", "fp32", "bf16", "int4")
 COMPATS = ("none", "galore_torch")
 BASES = ("proj", "proj_right")
 
@@ -106,6 +107,8 @@ class GaLoreAdamW(MatrixOptimizer):
             check_full_rank(group)
         elif group["state_bits"] != 32:
             raise ConfigError(f"compat: galore_torch has no state of {group['state_bits']} bits here; use state_bits 32")
+        elif group["proj_dtype"] == "int4":
+            raise ConfigError("compat: galore_torch keeps whole bases; use proj_dtype param")
 
     def _is_matrix(self, group: Group, parameter: Tensor) -> bool:
         """Whether a projection takes place: not for a rank that reaches the smaller side (unless it rotates)."""
@@ -125,9 +128,29 @@ class GaLoreAdamW(MatrixOptimizer):
         low = low_shape(shape, side, rank)
         if group["compat"] != "none" and self._mirrors and side == "right":
             low = low[1], low[0]
+        layout = moment_layout(group, low, row_aligned=True)
+        for name, size in self._basis_shapes(group, parameter).items():
+            layout.update(packed_layout(name, size) if group["proj_dtype"] == "int4" else {name: size})
+        return layout
+
+    def _basis_shapes(self, group: Group, parameter: Tensor) -> dict[str, tuple[int, int]]:
+        """r x k of the bases that a matrix has: one, or two for side "full"."""
+        shape = matrix_shape(parameter)
+        rank, side = rank_of(group["rank"], shape), side_of(shape, group["proj_type"])
         sizes = {"left": shape[:1], "right": shape[1:], "full": shape}[side]
-        bases = {name: (rank, size) for name, size in zip(BASES, sizes, strict=False)}
-        return {**moment_layout(group, low, row_aligned=True), **bases}
+        return {name: (rank, size) for name, size in zip(BASES, sizes, strict=False)}
+
+    def _bases(self, group: Group, parameter: Tensor) -> tuple[Tensor, ...]:
+        """The bases of a matrix as they enter products; none before the first refresh."""
+        state = self.state[parameter]
+        if "proj_q" not in state:
+            return tuple(state[name] for name in BASES if name in state)
+        # products of bfloat16 gradients are taken in bfloat16
+        dtype = torch.bfloat16 if parameter.dtype == torch.bfloat16 else work_dtype(parameter.dtype)
+        shapes = self._basis_shapes(group, parameter)
+        return tuple(
+            unpack(state[name + "_q"], state[name + "_scale"], state[name + "_zero"], size).to(dtype) for name, size in shapes.items()
+        )
 
     # -- step -----------------------------------------------------------------------------------------------
 
@@ -144,7 +167,7 @@ class GaLoreAdamW(MatrixOptimizer):
 
     def _update_matrix(self, group: Group, parameter: Tensor, gradient: Tensor) -> None:
         self._begin(group, parameter, gradient)
-        self._apply(group, parameter, self._low(parameter, gradient))
+        self._apply(group, parameter, self._low(group, parameter, gradient))
 
     def _matrix_state(self, group: Group, parameter: Tensor) -> State:
         state: State = self.state[parameter]
@@ -153,7 +176,7 @@ class GaLoreAdamW(MatrixOptimizer):
             state.update(step=0, next_refresh=1, refreshes=0, gap=group["update_proj_gap"], reset_step=0, overlaps=[])
             state["refresh_step"] = 0
             state["side"] = side_of(matrix_shape(parameter), group["proj_type"])
-            state.update(zero_moments({name: shape for name, shape in layout.items() if name not in BASES}, parameter))
+            state.update(zero_moments({name: shape for name, shape in layout.items() if not name.startswith("proj")}, parameter))
         return state
 
     def _accumulates_low(self, group: Group, parameter: Tensor) -> bool:
@@ -164,7 +187,7 @@ class GaLoreAdamW(MatrixOptimizer):
         gradient = self._gradient(parameter).reshape(matrix_shape(parameter))
         if first:
             self._begin(group, parameter, gradient)
-        return self._low(parameter, gradient)
+        return self._low(group, parameter, gradient)
 
     def _begin(self, group: Group, parameter: Tensor, gradient: Tensor) -> None:
         """Count the step, and refresh the basis from `gradient` (m x n) if that is due."""
@@ -173,16 +196,15 @@ class GaLoreAdamW(MatrixOptimizer):
         if state["step"] >= state["next_refresh"]:
             self._refresh(group, parameter, gradient, state)
 
-    def _low(self, parameter: Tensor, gradient: Tensor) -> Tensor:
+    def _low(self, group: Group, parameter: Tensor, gradient: Tensor) -> Tensor:
         """L of a gradient, m x n."""
-        state = self.state[parameter]
-        return project(gradient, bases_of(state), state["side"])
+        return project(gradient, self._bases(group, parameter), self.state[parameter]["side"])
 
     def _apply(self, group: Group, parameter: Tensor, low: Tensor) -> None:
         """Finish the update with L: moments, then W <- (1 - lr decay) W - lr scale back(N)."""
         state = self.state[parameter]
         minus_n = normalised_step(low, state, state["step"] - state["reset_step"], group)
-        change = Change(state["side"]).add_back(minus_n, bases_of(state), rate(group) * group["scale"])
+        change = Change(state["side"]).add_back(minus_n, self._bases(group, parameter), rate(group) * group["scale"])
         self._write(group, parameter, change)
 
     def _write(self, group: Group, parameter: Tensor, change: Change) -> None:
@@ -200,17 +222,18 @@ class GaLoreAdamW(MatrixOptimizer):
             raise RunFailed(f"{name}: its gradient is not finite at step {step}; lower the learning rate or clip")
         if largest == 0:
             # nothing to learn a basis from: keep the one there is, and try again at the next step
-            if "proj" not in state:
+            if not has_basis(state):
                 self._store(group, parameter, state, self._find(group, parameter, gradient, state)[0])
             state["next_refresh"] = step + 1
             return
         new, failures = self._find(group, parameter, gradient, state)
-        old = bases_of(state)
+        old = self._bases(group, parameter)
         self._store(group, parameter, state, new)
         if state["refreshes"] > 0:
-            self._carry_moments(group, state, old)
+            now = self._bases(group, parameter)
+            self._carry_moments(group, state, old, now)
             if group["adaptive"]:
-                adapt_gap(group, state, old[0])
+                adapt_gap(group, state, old[0], now[0])
         self._schedule_next(group, parameter, state)
         self._refreshed[parameter] = (time.perf_counter() - started, failures)
 
@@ -228,6 +251,7 @@ class GaLoreAdamW(MatrixOptimizer):
         rank = rank_of(group["rank"], matrix_shape(parameter))
         sides = ("left", "right") if state["side"] == "full" else (state["side"],)
         draw = gaussian(group["seed"], self._address(parameter).index, state["refreshes"])
+        previous = self._bases(group, parameter) if state["refreshes"] > 0 else (None, None)
         found = [
             basis(
                 gradient,
@@ -235,21 +259,23 @@ class GaLoreAdamW(MatrixOptimizer):
                 rank,
                 group["proj_method"] if group["compat"] == "none" else "svd",
                 draw=draw,
-                previous=state.get(name) if state["refreshes"] > 0 else None,
+                previous=before,
                 oversample=group["oversample"],
                 power_iters=group["power_iters"],
                 canonical=group["compat"] == "none",
             )
-            for side, name in zip(sides, BASES, strict=False)
+            for side, before in zip(sides, previous, strict=False)
         ]
         return tuple(new for new, _ in found), sum(failures for _, failures in found)
 
     def _store(self, group: Group, parameter: Tensor, state: State, new: tuple[Tensor, ...]) -> None:
-        dtype = {"param": parameter.dtype, "fp32": torch.float32, "bf16": torch.bfloat16}[group["proj_dtype"]]
         for name, tensor in zip(BASES, new, strict=False):
-            state[name] = tensor.to(dtype)
+            if group["proj_dtype"] == "int4":
+                state.update(zip((name + part for part in PARTS), pack(tensor), strict=True))
+            else:
+                state[name] = tensor.to({"param": parameter.dtype, "fp32": torch.float32, "bf16": torch.bfloat16}[group["proj_dtype"]])
 
-    def _carry_moments(self, group: Group, state: State, previous: tuple[Tensor, ...]) -> None:
+    def _carry_moments(self, group: Group, state: State, previous: tuple[Tensor, ...], now: tuple[Tensor, ...]) -> None:
         if group["moment_transfer"] == "none":
             return
         piece = Piece(state, group["block_size"]) if "exp_avg_q" in state else None
@@ -259,7 +285,7 @@ class GaLoreAdamW(MatrixOptimizer):
             second.zero_()
             state["reset_step"] = state["step"] - 1
         elif (before := state["step"] - 1 - state["reset_step"]) > 0:
-            changes = tuple(new.to(first.dtype) @ old.to(first.dtype).t() for new, old in zip(bases_of(state), previous, strict=True))
+            changes = tuple(new.to(first.dtype) @ old.to(first.dtype).t() for new, old in zip(now, previous, strict=True))
             transfer(first, second, changes, before, group["betas"])
         if piece:
             piece.write(first, second)
@@ -286,7 +312,7 @@ class GaLoreAdamW(MatrixOptimizer):
     def set_basis(self, parameter: Tensor, *new: Tensor) -> None:
         """Use `new` (r x k with orthonormal rows; two of them, left and right, for proj_type full) until the next refresh."""
         group = next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
-        shapes = {name: shape for name, shape in self._layout(group, parameter).items() if name in BASES}
+        shapes = self._basis_shapes(group, parameter) if self._is_matrix(group, parameter) else {}
         if [tuple(tensor.shape) for tensor in new] != list(shapes.values()):
             needed = " and ".join(str(shape) for shape in shapes.values()) or "none: it is dense"
             raise InputError(f"basis of {self._address(parameter).name}: it has shape {[tuple(t.shape) for t in new]}; needed is {needed}")
@@ -304,12 +330,12 @@ class GaLoreAdamW(MatrixOptimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 state = self.state.get(parameter, {})
-                if "proj" not in state:
+                if not has_basis(state):
                     continue
                 energy = None
                 if parameter.grad is not None:
                     gradient = self._gradient(parameter).reshape(matrix_shape(parameter)).to(work_dtype(parameter.dtype))
-                    bases = tuple(b.to(gradient.dtype) for b in bases_of(state))
+                    bases = tuple(b.to(gradient.dtype) for b in self._bases(group, parameter))
                     energy = float(project(gradient, bases, state["side"]).square().sum() / gradient.square().sum())
                 seconds, fallbacks = self._refreshed.get(parameter, (None, None))
                 age = state["step"] - state["refresh_step"]
@@ -323,14 +349,24 @@ class GaLoreAdamW8bit(GaLoreAdamW):
     _state_bits = 8
 
 
-def bases_of(state: State) -> tuple[Tensor, ...]:
-    """The bases of a parameter: one, two for side "full", none before the first refresh."""
-    return tuple(state[name] for name in BASES if name in state)
+class QGaLoreAdamW8bit(GaLoreAdamW8bit):
+    """Q-GaLore: GaLore with moments in 8 bits and bases in 4, whose matrices are refreshed less often once their basis stays.
+
+    Weights keep their type; those of Q-GaLore in 8 bits are not built.
+    """
+
+    def __init__(self, params: Iterable[Any], *args: Any, adaptive: bool = True, proj_dtype: str = "int4", **settings: Any) -> None:
+        super().__init__(params, *args, adaptive=adaptive, proj_dtype=proj_dtype, **settings)
 
 
-def adapt_gap(group: Group, state: State, old: Tensor) -> None:
+def has_basis(state: State) -> bool:
+    """Whether a parameter's state holds a basis, whole or in 4 bits."""
+    return "proj" in state or "proj_q" in state
+
+
+def adapt_gap(group: Group, state: State, old: Tensor, new: Tensor) -> None:
     """Double the gap of a matrix whose leading direction has stayed for `adaptive_window` refreshes."""
-    cosine = torch.nn.functional.cosine_similarity(state["proj"][0].float(), old[0].float(), dim=0)
+    cosine = torch.nn.functional.cosine_similarity(new[0].float(), old[0].float(), dim=0)
     overlaps = [*state["overlaps"], abs(float(cosine))][-group["adaptive_window"] :]
     if len(overlaps) == group["adaptive_window"] and sum(overlaps) / len(overlaps) >= group["adaptive_threshold"]:
         largest = group["max_gap"] or 16 * group["update_proj_gap"]

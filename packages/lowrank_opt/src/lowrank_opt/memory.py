@@ -17,6 +17,7 @@ from torch import nn
 from lm_core.errors import ConfigError
 from lowrank_opt.base import choice
 from lowrank_opt.groups import build_param_groups
+from lowrank_opt.int4 import GROUP
 from lowrank_opt.models import HUB_MODELS, PRESETS
 from lowrank_opt.projector import low_shape, rank_of, resolve_method, side_of
 
@@ -31,6 +32,8 @@ class Kind:
     family: Family
     state_bits: int = 32
     rank: int | None = None
+    proj_dtype: str = "param"
+    feeds_back: bool = False
 
 
 KINDS: Mapping[str, Kind] = {
@@ -41,6 +44,8 @@ KINDS: Mapping[str, Kind] = {
     "fira": Kind("projected"),
     "apollo": Kind("regenerated"),
     "apollo-mini": Kind("regenerated", rank=1),
+    "qgalore": Kind("projected", 8, proj_dtype="int4"),
+    "ldadam": Kind("projected", feeds_back=True),
     "muon": Kind("momentum"),
 }
 ALIASES = {"baseline": "adamw", "lora": "adamw", "lora+galore": "galore", "lora+galore8bit": "galore8bit"}
@@ -88,9 +93,9 @@ def dense_bytes(numel: int, bits: int, block: int = 256, smallest: int = 4096) -
 
 
 def low_rank_bytes(
-    shape: tuple[int, int], rank: int, family: Family, bits: int, proj_type: str, proj_bytes: int, block: int = 256, smallest: int = 4096
+    shape: tuple[int, int], rank: int, family: Family, bits: int, proj_type: str, proj_bytes: float, block: int = 256, smallest: int = 4096
 ) -> tuple[int, int]:
-    """Moments and basis of a low-rank parameter."""
+    """Moments and basis of a low-rank parameter; `proj_bytes` of an entry of the basis, 0.5 for one of 4 bits."""
     if family == "momentum":
         return 4 * shape[0] * shape[1], 0
     side = side_of(shape, proj_type)
@@ -98,7 +103,12 @@ def low_rank_bytes(
     small = bits == 32 or low[0] * low[1] < smallest
     moments = 8 * low[0] * low[1] if small else quantised_bytes(*low, block)
     sides = {"left": shape[:1], "right": shape[1:], "full": shape}[side]
-    return moments, 0 if family == "regenerated" else proj_bytes * rank * sum(sides)
+    if family == "regenerated":
+        return moments, 0
+    entries = [rank * size for size in sides]
+    if proj_bytes == 0.5:
+        return moments, sum(math.ceil(count / 2) + 4 * math.ceil(count / GROUP) for count in entries)
+    return moments, int(proj_bytes) * sum(entries)
 
 
 def workspace_bytes(shape: tuple[int, int], rank: int, side: str, method: str, oversample: int, exact_gradient: bool) -> int:
@@ -144,7 +154,8 @@ def estimate_memory(
     *,
     rank: int | float = 128,
     proj_type: str = "std",
-    proj_dtype: str = "param",
+    proj_dtype: str | None = None,
+    error_feedback: bool = True,
     proj_method: str = "auto",
     oversample: int = 16,
     state_bits: int | None = None,
@@ -164,7 +175,7 @@ def estimate_memory(
 
     dtype: of the weights; default that of the model. tokens: positions per micro-batch, for the rough figure of
     activations; 0 leaves them out. Parameters that do not require a gradient are weights only, so an adapter
-    model counts its adapters.
+    model counts its adapters. proj_dtype: default int4 for qgalore, else that of the weight.
     """
     name = ALIASES.get(optimizer, optimizer)
     choice("optimizer", name, list(KINDS))
@@ -186,8 +197,10 @@ def estimate_memory(
             shape = p.shape[0], p.numel() // max(1, p.shape[0])
             if is_low_rank(group["rank"], shape, kind, full_rank_policy):
                 low = rank_of(group["rank"], shape)
-                proj_bytes = {"fp32": 4, "bf16": 2}.get(proj_dtype, bytes_of[key] // max(1, p.numel()))
+                proj_bytes = {"fp32": 4, "bf16": 2, "int4": 0.5}.get(proj_dtype or kind.proj_dtype, bytes_of[key] // max(1, p.numel()))
                 found = low_rank_bytes(shape, low, kind.family, bits, proj_type, proj_bytes, block_size, min_8bit_size)
+                if kind.feeds_back and error_feedback:
+                    found = found[0] + 4 * p.numel(), found[1]
                 moments, bases, low_states = moments + found[0], bases + found[1], low_states + sum(found)
                 side = side_of(shape, proj_type)
                 low_gradients += 4 * math.prod(low_shape(shape, side, low))

@@ -118,6 +118,12 @@ def test_the_rate_stays_at_the_floor_after_tmax_epochs_but_oscillates_in_steps()
         ({"optimizer": "muon", "engine": "sharded"}, "optimizer: engine: sharded flattens"),
         ({"per_layer": True, "precision": "bf16", "num_processes": 2}, "per_layer: .*one process"),
         ({"per_layer": True, "precision": "bf16", "nonfinite": "drop"}, "per_layer: .*dropped"),
+        ({"engine": "deepspeed", "zero_stage": 2}, "engine: DeepSpeed's ZeRO stages .*flat pieces.*galore.*--engine replicated"),
+        ({"zero_stage": 1, "optimizer": "muon"}, "engine: DeepSpeed's"),
+        ({"engine": "sharded", "optimizer": "apollo"}, "engine: sharded engines cut matrices"),
+        ({"engine": "sharded", "optimizer": "baseline", "galore": {"state_bits": 8}}, "engine: sharded"),
+        ({"resume_reset_optimizer": True}, "resume_reset_optimizer: nothing is resumed"),
+        ({"model": "roberta"}, "model: roberta predicts no next token"),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(values: dict[str, Any], named: str) -> None:

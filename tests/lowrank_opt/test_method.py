@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lm_core.config import build, to_dict
-from lm_core.errors import ConfigError, InputError
+from lm_core.errors import ConfigError, InputError, ResumeRefused
 from lm_core.method import Method
 from lm_core.models import load_model
 from lm_core.options import RunConfig
@@ -68,6 +68,27 @@ class TestGalore(LowRankConformance):
 
     def configure(self, **options: Any) -> RunConfig:
         return super().configure(galore={"rank": 8, "update_proj_gap": 3}, **options)
+
+
+def test_a_resumed_run_may_begin_with_a_fresh_and_other_optimizer(tmp_path: Path) -> None:
+    suite = TestGalore()
+    suite.run(tmp_path / "run", budget="2 steps")
+    longer: dict[str, Any] = {"resume": "auto", "budget": "4 steps", "optimizer": "apollo", "galore": {}, "apollo": {"apollo_rank": 4}}
+
+    def go_on(**more: Any) -> None:
+        config = LowRankConformance().options(tmp_path / "run", **{**longer, **more})
+        run(config, LowRank(config))
+
+    with pytest.raises(ResumeRefused, match="the checkpoint was written with 'galore', this run asks for 'apollo'"):
+        go_on()
+    with pytest.raises(ResumeRefused, match="max_length: the checkpoint"):
+        go_on(resume_reset_optimizer=True, max_length=32)
+    go_on(resume_reset_optimizer=True)
+    info = json.loads((tmp_path / "run" / "checkpoints" / "checkpoint-4" / "optimizer.json").read_text())
+    assert info["class"].endswith("ApolloAdamW")
+    assert {state["step"] for state in info["state"].values()} == {2}
+    progress = json.loads((tmp_path / "run" / "checkpoints" / "checkpoint-4" / "state.json").read_text())["progress"]
+    assert progress["steps"] == 4
 
 
 @pytest.mark.slow

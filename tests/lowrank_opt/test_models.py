@@ -4,10 +4,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from lm_core.config import build, to_dict
 from lowrank_opt import build_param_groups
+from lowrank_opt.config import TrainConfig
 from lowrank_opt.memory import model_of
-from lowrank_opt.models import HUB_MODELS, LLAMA_PRESETS, PRESETS, RANKS
+from lowrank_opt.method import method_for
+from lowrank_opt.models import HUB_IDS, HUB_MODELS, LLAMA_PRESETS, PRESETS, RANKS, default_tokenizer
 
 # name, parameters, elements and number of low-rank matrices
 SIZES = [
@@ -58,3 +62,18 @@ def test_unknown_names_of_the_package_are_attribute_errors():
 
     with pytest.raises(AttributeError, match="GaLoreAdamX"):
         lowrank_opt.GaLoreAdamX  # noqa: B018
+
+
+@pytest.mark.parametrize("name", HUB_MODELS)
+def test_models_of_the_hub_are_named_as_in_the_guide(name):
+    config = build(TrainConfig, {"mode": "finetuning", "task": "sst2", "optimizer": "galore", "model": name, "max_length": 64})
+    method = method_for(config)
+    assert method.source() == {"name": HUB_IDS[name], "presets": PRESETS, "init": "pretrained"}
+    assert default_tokenizer(name) == HUB_IDS[name]
+    # sizes are known without the hub: for estimates, and from random weights
+    with torch.device("meta"):
+        loaded = method_for(config).load(torch.float32)
+    assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in model_of(name).parameters())
+    random = build(TrainConfig, {**to_dict(config), "init": "random"})
+    assert method_for(random).source()["init"] == "random"
+    assert name in method_for(random).source()["presets"]

@@ -267,7 +267,10 @@ def resume(path: Path, *, engine: Engine, method: Method, data: DataState, confi
     """
     state = dist.on_main(verified, path)
     _compare(state, engine, config, allow)
-    engine.load(path)
+    if method.fresh_optimizer:
+        engine.load_weights(path)
+    else:
+        engine.load(path)
     data.load_state_dict(state["data"])
     method.load_state_dict(state["method"])
     return Progress.from_dict(state["progress"])

@@ -79,6 +79,8 @@ class Method:
 
     # options of the package that a resumed run may change, beside those that core knows (budget, logging, saving, evaluation)
     resumable: frozenset[str] = frozenset()
+    # whether a resumed run takes over weights and place in the data, and begins with an empty optimizer (replicated engine)
+    fresh_optimizer: bool = False
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config

@@ -16,7 +16,7 @@ from lm_core.errors import ConfigError
 from lm_core.options import DataOptions, EngineOptions, ModelOptions, OptimOptions, OutputOptions, RunConfig
 from lm_core.progress import Budget, Progress, Size
 from lm_core.schedule import cosine, fraction_of_run
-from lowrank_opt.models import PRESETS
+from lowrank_opt.models import HUB_MODELS, PRESETS
 
 log = logging.getLogger("lowrank_opt")
 
@@ -143,7 +143,7 @@ class TrainConfig(RunConfig):
     model: str = change(
         ModelOptions,
         "model",
-        help="llama_60m, llama_130m, llama_350m, llama_1b, llama_3b, llama_7b, gpt2, smollm2-135m, a folder, a .gguf file or a hub id.",
+        help="llama_60m, llama_130m, llama_350m, llama_1b, llama_3b, llama_7b, roberta, gpt2, smollm2-135m, a folder, a .gguf file or a hub id.",
     )
     init: Literal["auto", "pretrained", "random"] = opt(
         "auto", "Initial weights; auto: random in pretraining and for *_test models, else pretrained."
@@ -196,6 +196,9 @@ class TrainConfig(RunConfig):
     galore_config: Path = opt(
         Path("config/galore_config.json"), "JSON file with the keys of section galore; the packaged defaults where it is absent."
     )
+    resume_reset_optimizer: bool = opt(
+        False, "Resume the weights and the place in the data, with a fresh optimizer: another one, or another rank."
+    )
     stochastic_rounding: bool = opt(True, "Round updates of bfloat16 weights at random, so that small ones are not lost.")
     test: bool = opt(False, "Smoke test: 1000 tokens or 64 samples, one epoch, float32, nothing sent anywhere.")
     galore: GaloreOptions = section(GaloreOptions)
@@ -222,7 +225,7 @@ class TrainConfig(RunConfig):
     def check(self) -> None:
         if self.model in PRESETS and not self.random_init() and self.model_path is None:
             raise ConfigError(f"model: {self.model} has no trained weights; add --init random, --model-path FOLDER, or name a hub id")
-        if self.model_path is not None and self.model not in PRESETS:
+        if self.model_path is not None and self.model not in {**PRESETS, **HUB_MODELS}:
             raise ConfigError(f"model_path: {self.model} is no named size; write --model {self.model_path} instead")
         if self.model_path is not None and self.init == "random":
             raise ConfigError(f"model_path: the weights in {self.model_path} would be ignored under --init random; drop one of them")
@@ -238,6 +241,9 @@ class TrainConfig(RunConfig):
         self.check_batch()
         self.check_engine()
         self.check_clipping()
+        self.check_engine()
+        if self.resume_reset_optimizer and self.resume == "none":
+            raise ConfigError("resume_reset_optimizer: nothing is resumed; add --resume auto, or a checkpoint folder")
         if self.budget and self.max_steps is not None:
             raise ConfigError(f"max_steps: {self.max_steps} and --budget {self.budget!r} both set the length; drop one of them")
 
@@ -290,6 +296,21 @@ class TrainConfig(RunConfig):
             raise ConfigError(f"per_layer: updates inside backward run in one process, not {processes(self)}; use 1, or --per-layer false")
         if self.per_layer and self.nonfinite == "drop":
             raise ConfigError("per_layer: updates inside backward cannot be dropped; use --nonfinite stop")
+
+    def check_engine(self) -> None:
+        """Refuse optimizers that an engine leaves without whole matrices, before anything is built."""
+        zero = self.zero_stage or self.offload != "none" or self.deepspeed_config is not None
+        kind = "deepspeed" if zero else self.engine
+        if kind not in ("deepspeed", "sharded") or self.zero_stage == 0:
+            return
+        if self.optimizer not in ("baseline", "lora") or moment_bits(self) == 8:
+            what = "hand the optimizer flat pieces of parameters" if kind == "deepspeed" else "cut matrices into rows"
+            name = "DeepSpeed's ZeRO stages" if kind == "deepspeed" else "sharded engines"
+            raise ConfigError(
+                f"engine: {name} {what}, and {self.optimizer} needs whole ones; use --engine replicated, or --optimizer baseline or lora"
+            )
+        if self.resume_reset_optimizer and kind == "deepspeed":
+            raise ConfigError("resume_reset_optimizer: DeepSpeed's checkpoints hold weights and state together; start a new run")
 
     def limits(self) -> Budget:
         """--budget or --max-steps, else epochs in finetuning and tokens in pretraining; tiny under --test."""

@@ -18,7 +18,6 @@ from lm_core.sinks import read
 from lowrank_opt import examples
 from lowrank_opt.config import TrainConfig
 from lowrank_opt.method import LowRank
-from lowrank_opt.models import PRESETS
 from lowrank_opt.scores import scored
 from lowrank_opt.tasks import TASKS
 
@@ -41,14 +40,8 @@ class Classifier(LowRank):
 
     def load(self, dtype: torch.dtype) -> PreTrainedModel:
         config = self.config
-        model = load_classifier(
-            config.model if config.model_path is None else str(config.model_path),
-            config.num_labels or TASKS[config.task].labels,
-            presets=PRESETS,
-            init="random" if config.random_init() else "pretrained",
-            seed=config.seed,
-            dtype=dtype,
-        )
+        labels = config.num_labels or TASKS[config.task].labels
+        model = load_classifier(**self.source(), num_labels=labels, seed=config.seed, dtype=dtype)
         if hasattr(model, "score") and torch.get_default_device().type != "meta":
             # decoders classify by the last token that is no padding, so they must know what padding is; in encoders
             # the id decides where positions begin

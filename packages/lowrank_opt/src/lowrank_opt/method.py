@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels_cuda.head import linear_cross_entropy
+from lm_core.config import leaves
 from lm_core.data.vocab import build_tokenizer
 from lm_core.errors import ConfigError
 from lm_core.memory import current_bytes
@@ -22,7 +23,7 @@ from lowrank_opt.config import LOW_RANK, GaloreOptions, LoraOptions, TrainConfig
 from lowrank_opt.csv_sink import CsvSink
 from lowrank_opt.groups import auto_targets, matching
 from lowrank_opt.layerwise import attach_per_layer
-from lowrank_opt.models import PRESETS, default_tokenizer
+from lowrank_opt.models import HUB_MODELS, PRESETS, default_tokenizer, weights_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,6 +34,12 @@ if TYPE_CHECKING:
     from lm_core.sinks import Sink
 
 log = logging.getLogger("lowrank_opt")
+
+
+# what a fresh optimizer may change, beside the sections of options that only optimizers read
+OF_THE_OPTIMIZER = frozenset({
+    "optimizer", "betas", "eps", "weight_decay", "grad_clip", "clip_mode", "per_layer", "stochastic_rounding", "tmax", "tmax_unit", "restart_every",
+})  # fmt: skip
 
 
 def method_for(config: TrainConfig) -> LowRank:
@@ -49,13 +56,23 @@ class LowRank(Method):
 
     config: TrainConfig
     # the budget in other words; the content of the JSON files is compared option by option
-    resumable = frozenset({"max_steps", "num_epochs", "num_training_tokens", "total_batch_size", "csv", "lora_config", "galore_config"})
+    resumable = frozenset({
+        "max_steps", "num_epochs", "num_training_tokens", "total_batch_size", "csv", "lora_config", "galore_config",
+        "resume_reset_optimizer",
+    })  # fmt: skip
     low_rank: frozenset[str] = frozenset()
     embeddings: frozenset[str] = frozenset()
     module: nn.Module
     built: BaseOptimizer
     said = ""
     words: PreTrainedTokenizerBase | None = None
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        if config.resume_reset_optimizer:
+            sections = (leaf.path for leaf in leaves(TrainConfig) if leaf.path.startswith(("galore.", "apollo.", "ldadam.")))
+            self.fresh_optimizer = True
+            self.resumable = self.resumable | OF_THE_OPTIMIZER | frozenset(sections)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         if self.words is None:
@@ -99,9 +116,16 @@ class LowRank(Method):
 
     def load(self, dtype: torch.dtype) -> PreTrainedModel:
         """The model before adapters and losses."""
+        return load_model(**self.source(), seed=self.config.seed, dtype=dtype)
+
+    def source(self) -> dict[str, Any]:
+        """What core's loaders need to know: the name, the sizes that have one, and whether weights are trained."""
         config = self.config
-        name = config.model if config.model_path is None else str(config.model_path)
-        return load_model(name, presets=PRESETS, init="random" if config.random_init() else "pretrained", seed=config.seed, dtype=dtype)
+        random, path = config.random_init(), None if config.model_path is None else str(config.model_path)
+        # sizes need no file
+        if config.model in HUB_MODELS and path is None and (random or torch.get_default_device().type == "meta"):
+            return {"name": config.model, "presets": {**PRESETS, **HUB_MODELS}, "init": "random"}
+        return {"name": weights_of(config.model, path), "presets": PRESETS, "init": "random" if random else "pretrained"}
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The module to train around the model, with its adapters if any."""
@@ -203,7 +227,7 @@ def fused_loss(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor
 
 def check_size(config: TrainConfig, found: PretrainedConfig) -> None:
     """Refuse weights of another size than the one that is named."""
-    for key, wanted in PRESETS[config.model].items():
+    for key, wanted in {**PRESETS, **HUB_MODELS}[config.model].items():
         if isinstance(wanted, int) and not key.endswith("_token_id") and getattr(found, key, wanted) != wanted:
             raise ConfigError(
                 f"model_path: {config.model_path} has {key} {getattr(found, key)}, {config.model} has {wanted}; write --model {config.model_path}"

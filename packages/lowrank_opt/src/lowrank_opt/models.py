@@ -1,7 +1,7 @@
 """The model sizes that have a name: arguments of a transformers config, with its `model_type`. Imports no torch.
 
-`PRESETS` start from random weights. `HUB_MODELS` have trained weights under the same name on the Hugging Face
-hub; their arguments serve estimates. `RANKS` are the ranks that the published recipes use.
+`PRESETS` start from random weights. `HUB_MODELS` have trained weights, which `HUB_IDS` names on the Hugging Face hub;
+their arguments serve estimates and random weights. `RANKS` are the ranks that the published recipes use.
 """
 
 from __future__ import annotations
@@ -76,13 +76,6 @@ LLAMA_PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def default_tokenizer(model: str) -> str | None:
-    """The tokenizer of models that bring none: T5's, whose special ids they have, and bytes for those of tests."""
-    if model not in PRESETS:
-        return None
-    return "bytes" if model.endswith("_test") else "t5-base"
-
-
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     **LLAMA_PRESETS,
     "gpt2_test": _gpt2(64, 128, 4, 2, vocabulary=512, eos=511),
@@ -94,4 +87,18 @@ HUB_MODELS: Mapping[str, Mapping[str, Any]] = {
     "roberta": _roberta(768, 3072, 12, 12, vocabulary=50265),
 }
 
+HUB_IDS: Mapping[str, str] = {"gpt2": "openai-community/gpt2", "roberta": "FacebookAI/roberta-base"}
+
 RANKS: Mapping[str, int] = {"llama_60m": 128, "llama_130m": 256, "llama_350m": 256, "llama_1b": 512, "llama_7b": 1024, "smollm2-135m": 128}
+
+
+def default_tokenizer(model: str) -> str | None:
+    """The tokenizer of named models: T5's, whose special ids the LLaMAs have, bytes for those of tests, and its own on the hub."""
+    if model not in PRESETS:
+        return HUB_IDS.get(model)
+    return "bytes" if model.endswith("_test") else "t5-base"
+
+
+def weights_of(model: str, model_path: str | None) -> str:
+    """Where the trained weights of a model lie: the folder that was named, the id on the hub of a model that has one, or the name."""
+    return model_path or HUB_IDS.get(model, model)

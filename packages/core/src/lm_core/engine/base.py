@@ -12,6 +12,8 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from lm_core.errors import ConfigError
+
 if TYPE_CHECKING:
     from lm_core.method import Batch, Method
 
@@ -92,6 +94,10 @@ class Engine:
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote, for any world size where the engine allows it."""
         raise NotImplementedError
+
+    def load_weights(self, folder: Path) -> None:
+        """Restore the weights alone of what `save` wrote; ConfigError where the engine does not keep them apart."""
+        raise ConfigError(f"engine: checkpoints of the {self.kind} engine are restored as a whole; use --engine replicated")
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the state dict, whole and on the CPU, one at a time; every rank iterates."""

@@ -77,12 +77,15 @@ class Sharded(Replicated):
         info["scaler"] = None if self.scaler is None else asdict(self.scaler)
         dist.on_main(state.write_json, folder / "optimizer.json", info)
 
-    def load(self, folder: Path) -> None:
-        info = json.loads((folder / "optimizer.json").read_text())
-        state.check_optimizer(state.describe(self.optimizer, self.trained), info)
+    def load_weights(self, folder: Path) -> None:
         weights = {name: tensor.detach() for name, tensor in state.weights(self.model).items()}
         state.check_weights(weights, _shapes(folder / "model"))
         load(weights, storage_reader=FileSystemReader(folder / "model"))
+
+    def load(self, folder: Path) -> None:
+        info = json.loads((folder / "optimizer.json").read_text())
+        state.check_optimizer(state.describe(self.optimizer, self.trained), info)
+        self.load_weights(folder)
         tensors: dict[str, Tensor] = {}
         if (folder / "optimizer").exists():
             mesh = self._mesh()

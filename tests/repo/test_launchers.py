@@ -17,11 +17,11 @@ JOBS = sorted(ROOT.glob("launchers/*/*.sh"))
 each_job = pytest.mark.parametrize("script", JOBS, ids=lambda path: f"{path.parent.name}/{path.name}")
 
 
-def dry_run(*command: str, **environment: str) -> list[str]:
-    """The words of the command that a launcher prints."""
+def dry_run(*command: str, **environment: str) -> list[list[str]]:
+    """The words of every command that a launcher prints."""
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "DRY_RUN": "1", **environment})
     assert (run.returncode, run.stderr) == (0, "")
-    return shlex.split(run.stdout)
+    return [shlex.split(line) for line in run.stdout.splitlines()]
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("launchers/**/*.sh")), ids=lambda path: path.name)
@@ -35,23 +35,34 @@ def test_scripts_are_sound(path: Path) -> None:
 @each_job
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "none"])
 def test_printed_command_has_options_that_exist(script: Path, launcher: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words = dry_run(str(script), "--seed", "7", LAUNCHER=launcher)
-    assert words[0] == {"none": words[0]}.get(launcher, launcher)
-    at = next(at for at, word in enumerate(words) if word in SCRIPTS)
-    group(SCRIPTS[words[at]]).main([*words[at + 1 :], "--print-config"], standalone_mode=False)
-    assert "seed: 7" in capsys.readouterr().out
+    for words in dry_run(str(script), "--seed", "7", LAUNCHER=launcher):
+        at = next(at for at, word in enumerate(words) if word in SCRIPTS)
+        group(SCRIPTS[words[at]]).main([*words[at + 1 :], "--print-config"], standalone_mode=False)
+        # what reads finished runs starts no processes, and has no seed
+        if words[at + 1] != "compare":
+            assert words[0] == {"none": words[0]}.get(launcher, launcher)
+            assert "seed: 7" in capsys.readouterr().out
 
 
 @each_job
 def test_several_machines_come_from_the_environment(script: Path) -> None:
-    words = dry_run(str(script), LAUNCHER="torchrun", NUM_NODES="2", NODE_RANK="1", MASTER_ADDR="first", PROCESSES="8")
+    words, *_ = dry_run(str(script), LAUNCHER="torchrun", NUM_NODES="2", NODE_RANK="1", MASTER_ADDR="first", PROCESSES="8")
     at = {word: words[index + 1] for index, word in enumerate(words[:-1]) if word.startswith("--")}
     assert [at["--nnodes"], at["--node-rank"], at["--master-addr"], at["--nproc-per-node"]] == ["2", "1", "first", "8"]
 
 
 def test_slurm_runs_a_script_once_per_machine_and_resumes() -> None:
-    words = dry_run("launchers/slurm.sh", "launchers/x.sh", "--seed", "1", SLURM_JOB_ID="7")
+    (words,) = dry_run("launchers/slurm.sh", "launchers/x.sh", "--seed", "1", SLURM_JOB_ID="7")
     assert words == ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "bash", "launchers/x.sh", "--seed", "1", "--resume", "auto"]
+
+
+def test_scripts_of_lowrank_opt_take_size_task_and_optimizer_by_place() -> None:
+    (words,) = dry_run("launchers/lowrank_opt/pretrain_c4.sh", "7b", "apollo", "--seed", "7", LAUNCHER="none")
+    at = {word: words[index + 1] for index, word in enumerate(words[:-1]) if word.startswith("--")}
+    assert [at["--model"], at["--optimizer"], at["--lr"], at["--apollo-rank"], at["--seed"]] == ["llama_7b", "apollo", "0.005", "1024", "7"]
+    (words,) = dry_run("launchers/lowrank_opt/finetune_glue.sh", "rte", LAUNCHER="none", DATA="x.jsonl")
+    assert words[words.index("--task") + 1] == "rte"
+    assert words[words.index("--data") + 1] == "x.jsonl"
 
 
 def test_an_unknown_launcher_is_refused() -> None:

@@ -124,6 +124,8 @@ def test_workspace_follows_the_method():
     assert workspace_bytes(shape, 100, "left", "gram", 16, True) == 12 * 1000**2
     assert workspace_bytes(shape, 100, "left", "gram", 16, False) == 12 * 1000**2 + 4 * 3_000_000
     assert workspace_bytes(shape, 100, "left", "rsvd", 16, True) == 4 * 4000 * 116
+    # with that many columns A A^T is computed once
+    assert workspace_bytes(shape, 400, "left", "rsvd", 16, True) == 4 * 4000 * 416 + 4 * 1000**2
     assert workspace_bytes(shape, 100, "left", "svd", 16, True) == 4 * (3_000_000 + 1000 * 4000) + 12 * 1000**2
 
 

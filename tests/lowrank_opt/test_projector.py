@@ -13,11 +13,14 @@ from lowrank_opt.projector import (
     cholesky_qr2,
     gaussian,
     gram_matrix,
+    leading_eigenvectors,
     low_shape,
     orth,
     rank_of,
     resolve_method,
     side_of,
+    squares_first,
+    whole_gram,
 )
 
 METHODS = ["svd", "gram", "rsvd", "subspace", "random", "auto"]
@@ -181,6 +184,30 @@ def test_random_bases_depend_on_their_address_alone():
 def test_blockwise_gram_has_the_lower_triangle_of_the_product():
     matrix = torch.randn(13, 7)
     torch.testing.assert_close(gram_matrix(matrix).tril(), (matrix @ matrix.t()).tril())
+
+
+def test_few_eigenvectors_of_a_large_matrix_are_those_of_all():
+    generator = torch.Generator().manual_seed(0)
+    low = torch.randn(300, 3, generator=generator) @ torch.randn(3, 400, generator=generator)
+    for matrix, rank in ((spectrum(300, 400, 0.5).float(), 40), (torch.eye(300), 5), (low, 6)):
+        gram = gram_matrix(matrix)
+        values = torch.linalg.eigvalsh(gram.double().tril() + gram.double().tril(-1).t()).flip(0)
+        columns = leading_eigenvectors(gram.clone(), rank)
+        torch.testing.assert_close(columns.t() @ columns, torch.eye(rank), rtol=0, atol=1e-5)
+        caught = (columns.double().t() @ matrix.double()).square().sum(dim=1)
+        torch.testing.assert_close(caught, values[:rank], rtol=1e-3, atol=1e-4 * float(values[0]))
+
+
+def test_power_iterations_may_begin_with_the_square(monkeypatch):
+    gradient = spectrum(48, 130, 0.5).float()
+    assert squares_first(48, 130, 28, 2)
+    assert not squares_first(48, 130, 4, 2)
+    found = {}
+    for squared in (True, False):
+        monkeypatch.setattr("lowrank_opt.projector.squares_first", lambda *sizes, squared=squared: squared)
+        found[squared] = basis(gradient, "left", 12, "rsvd", draw=DRAW)[0]
+    torch.testing.assert_close(found[True], found[False], rtol=0, atol=2e-4)
+    torch.testing.assert_close(whole_gram(gradient), gradient @ gradient.t())
 
 
 def test_sides_ranks_and_shapes():

@@ -19,7 +19,7 @@ from lowrank_opt.base import choice
 from lowrank_opt.groups import build_param_groups
 from lowrank_opt.int4 import GROUP
 from lowrank_opt.models import HUB_MODELS, PRESETS
-from lowrank_opt.projector import low_shape, rank_of, resolve_method, side_of
+from lowrank_opt.projector import low_shape, rank_of, resolve_method, side_of, squares_first
 
 # What a low-rank parameter's state consists of: bits of the moments, and what is kept beside them.
 Family = Literal["dense", "projected", "regenerated", "momentum"]
@@ -111,7 +111,9 @@ def low_rank_bytes(
     return moments, int(proj_bytes) * sum(entries)
 
 
-def workspace_bytes(shape: tuple[int, int], rank: int, side: str, method: str, oversample: int, exact_gradient: bool) -> int:
+def workspace_bytes(
+    shape: tuple[int, int], rank: int, side: str, method: str, oversample: int, exact_gradient: bool, power_iters: int = 2
+) -> int:
     """Largest temporary of a refresh; 4 m n more where the gradient is not float32 and is copied."""
     rows, columns = shape
     projected, other = (rows, columns) if side == "left" else (columns, rows)
@@ -122,7 +124,9 @@ def workspace_bytes(shape: tuple[int, int], rank: int, side: str, method: str, o
         return copy + 4 * (rows * columns + smaller * (rows + columns)) + 12 * smaller**2
     if chosen == "gram":
         return copy + 12 * projected**2
-    return copy + 4 * (projected + other) * (rank + oversample)
+    width = rank + oversample
+    squared = squares_first(projected, other, width, 1 if chosen == "subspace" else power_iters)
+    return copy + 4 * (projected + other) * width + (4 * projected**2 if squared else 0)
 
 
 def model_of(model: nn.Module | str | Mapping[str, Any] | Any, num_labels: int = 2) -> nn.Module:

@@ -14,6 +14,7 @@ import logging
 from collections.abc import Callable
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,8 @@ log = logging.getLogger("lowrank_opt")
 
 Side = Literal["left", "right", "full"]
 PROJ_TYPES = ("std", "reverse_std", "right", "left", "full")
+# Smaller matrices take longer to be handed over than the vectors that are left out.
+PARTIAL_FROM = 256
 PROJ_METHODS = ("auto", "svd", "gram", "rsvd", "subspace", "random")
 
 
@@ -113,9 +116,38 @@ def gram_matrix(matrix: Tensor, blocks: int = 4) -> Tensor:
 
 
 def leading_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
-    """Columns: eigenvectors of the `rank` largest eigenvalues, largest first; reads the lower triangle."""
+    """Columns: eigenvectors of the `rank` largest eigenvalues, largest first; reads the lower triangle, and may destroy it.
+
+    Half of the vectors or fewer of a larger matrix are computed alone, which LAPACK can and torch cannot.
+    """
+    size = len(symmetric)
+    if symmetric.device.type == "cpu" and size >= PARTIAL_FROM and 2 * rank <= size:
+        from scipy.linalg import eigh
+
+        # the transpose of a row-major matrix is what LAPACK reads without a copy
+        found = eigh(
+            symmetric.numpy().T, lower=False, subset_by_index=(size - rank, size - 1), driver="evr", overwrite_a=True, check_finite=False
+        )
+        return torch.from_numpy(found[1]).flip(1)
     vectors: Tensor = torch.linalg.eigh(symmetric, UPLO="L")[1]
     return vectors[:, -rank:].flip(1)
+
+
+def whole_gram(matrix: Tensor, blocks: int = 4) -> Tensor:
+    """A A^T, the upper block triangle copied from the lower one."""
+    gram = gram_matrix(matrix, blocks)
+    edges = [len(gram) * block // blocks for block in range(blocks + 1)]
+    for start, end in itertools.pairwise(edges):
+        gram[:start, start:end] = gram[start:end, :start].t()
+    return gram
+
+
+def squares_first(size: int, other: int, width: int, iterations: int) -> bool:
+    """Whether power iterations of a k x d matrix on `width` columns take fewer operations with A A^T computed once."""
+    half = 0.62  # what the blocks of `gram_matrix` leave of a product
+    direct = iterations * 4 * size * other * width + 2 * size * other * width + half * 2 * width**2 * other
+    squared = half * 2 * size**2 * other + (iterations + 1) * 2 * size**2 * width + 2 * size * width**2
+    return squared < direct
 
 
 def resolve_method(method: str, rank: int, size: int, device: torch.device) -> str:
@@ -183,10 +215,14 @@ def basis(
         return leading_eigenvectors(gram_matrix(matrix), rank)
 
     def iterate(start: Tensor, iterations: int) -> Tensor:
+        # A A^T takes k^2 numbers: nothing on a CPU, while a GPU may have no room
+        squared = matrix.device.type == "cpu" and squares_first(*matrix.shape, start.shape[1], iterations)
+        square = whole_gram(matrix) if squared else None
         for _ in range(iterations):
-            start = matrix @ (matrix.t() @ orth(start))
+            start = matrix @ (matrix.t() @ orth(start)) if square is None else square @ orth(start)
         columns = orth(start)
-        return torch.mm(columns, leading_eigenvectors(gram_matrix(columns.t() @ matrix), rank))
+        small = gram_matrix(columns.t() @ matrix) if square is None else columns.t() @ (square @ columns)
+        return torch.mm(columns, leading_eigenvectors(small, rank))
 
     def randomised() -> Tensor:
         width = min(rank + oversample, *matrix.shape)
@@ -208,7 +244,7 @@ def basis(
     for failures, (name, attempt) in enumerate(attempts):
         try:
             rows = attempt().t()
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        except (torch.linalg.LinAlgError, np.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
             log.warning("basis of a %s x %s gradient by %s failed (%s); trying the next method", *gradient.shape, name, error)
             continue
         if bool(rows.isfinite().all()):

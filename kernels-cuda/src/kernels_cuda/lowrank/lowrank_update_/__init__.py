@@ -28,9 +28,9 @@ def lowrank_update_(
     W: [m, n], float32 or bfloat16, changed in place. P: [r, m] (left) or [r, n] (right), float32 or bfloat16; N: [r, n] or
     [r, m], float32. The product is one of bfloat16 numbers if W and P are, else of float32 ones; what follows is float32. A bfloat16
     W is rounded to nearest, or, with a seed of 0 or more, to one of its neighbours at random, the nearer the likelier: an update
-    below half a step is then not lost but rare. The random words are those of element e = row n + column of Philox4x32-10 with
-    the key `seed` and the counter (offset, e // 4, stream 13): the same on every device, for any number of threads. (They need the same
-    products, whose last bits differ between libraries.)
+    below half a step is then not lost but rare. Element e = row n + column draws 16 bits, half e % 2 (0 the lower) of word e // 2 % 4
+    of Philox4x32-10 with the key `seed` and the counter (offset, e // 8, stream 13): the same on every device, for any number of threads.
+    (They need the same products, whose last bits differ between libraries.)
 
     Memory beyond the arguments: a copy of N and some rows of back(N) for a bfloat16 W, none for a contiguous float32 one.
 

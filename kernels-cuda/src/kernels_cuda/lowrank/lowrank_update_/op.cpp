@@ -9,14 +9,15 @@
 namespace kernels {
 namespace {
 
-constexpr int64_t group = 64;  // elements whose random words are found together
+constexpr int64_t group = 128;  // elements whose random bits are found together
 
-// Words of elements 4 block to 4 block + 63.
-void group_words(const Random& random, uint32_t block, uint32_t* found) {
-  constexpr int blocks = group / 4;
+// 16 bits for each of the elements 8 block to 8 block + 127.
+void group_bits(const Random& random, uint32_t block, uint16_t* found) {
+  constexpr int blocks = group / 8;
   uint32_t words[blocks][4];
   // independent of one another: the compiler puts them into vectors
   for (int i = 0; i < blocks; ++i) random.words(block + uint32_t(i), words[i]);
+  // little-endian: the lower half of a word comes first
   memcpy(found, words, sizeof words);
 }
 
@@ -26,13 +27,13 @@ inline float widened(const uint16_t* from) { return float_of(uint32_t(*from) << 
 template <class T>
 void write_range(const Write& by, const T* back, int64_t begin, int64_t end) {
   const Write in = by;
-  alignas(64) uint32_t words[group];
+  alignas(64) uint16_t bits[group];
   while (begin < end) {
     const int64_t element = in.first + begin, start = element / group * group;
     const int64_t stop = std::min(end, begin + group - (element - start));
     if (in.at_random) {
-      group_words(in.random, uint32_t(start / 4), words);
-      const uint32_t* own = words + (element - start) - begin;
+      group_bits(in.random, uint32_t(start / 8), bits);
+      const uint16_t* own = bits + (element - start) - begin;
       for (int64_t i = begin; i < stop; ++i) in.weight[i] = rounded_at_random(in.value(in.weight[i], widened(back + i)), own[i]);
     } else {
       for (int64_t i = begin; i < stop; ++i) in.weight[i] = bfloat16_bits(in.value(in.weight[i], widened(back + i)));

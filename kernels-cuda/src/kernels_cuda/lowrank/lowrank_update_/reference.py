@@ -19,16 +19,18 @@ def lowrank_update_(W: Tensor, P: Tensor, N: Tensor, side: str, alpha: float, de
 
 def round_at_random(value: Tensor, seed: int, offset: int) -> Tensor:
     """float32 to bfloat16 neighbours, the upper one with the probability of the distance from the lower."""
-    words = random_words(seed, offset, value.numel(), value.device).view(value.shape)
+    words = random_words(seed, offset, (value.numel() + 1) // 2, value.device)
+    # two elements share a word, the first one its lower half
+    halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten()[: value.numel()].view(value.shape)
     bits = value.view(torch.int32).long() & _LOW
-    rounded = (bits + (words >> 16)) >> 16 << 16
+    rounded = (bits + halves) >> 16 << 16
     # back to 32 bits with a sign
     chosen = torch.where(rounded >= 2**31, rounded - 2**32, rounded).int().view(torch.float32)
     return torch.where(value.isfinite(), chosen, value).to(torch.bfloat16)
 
 
 def random_words(seed: int, offset: int, count: int, device: torch.device) -> Tensor:
-    """Philox4x32-10 as in philox.h: 32 bits for each element, in int64."""
+    """Philox4x32-10 as in philox.h: `count` words of 32 bits, in int64."""
     c = torch.arange((count + 3) // 4, device=device)
     a, b, d = (torch.full_like(c, value) for value in (offset & _LOW, offset >> 32 & _LOW, ROUNDING))
     k0, k1 = seed & _LOW, seed >> 32 & _LOW

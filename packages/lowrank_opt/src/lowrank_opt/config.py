@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lm_core.config import Count, change, config, explicit, load, opt, section
-from lm_core.deepspeed_settings import split
+from lm_core.deepspeed_settings import engine_kind, split
 from lm_core.errors import ConfigError
 from lm_core.options import DataOptions, EngineOptions, ModelOptions, OptimOptions, OutputOptions, RunConfig
 from lm_core.progress import Budget, Progress, Size
@@ -241,9 +241,6 @@ class TrainConfig(RunConfig):
         self.check_batch()
         self.check_engine()
         self.check_clipping()
-        self.check_engine()
-        if self.resume_reset_optimizer and self.resume == "none":
-            raise ConfigError("resume_reset_optimizer: nothing is resumed; add --resume auto, or a checkpoint folder")
         if self.budget and self.max_steps is not None:
             raise ConfigError(f"max_steps: {self.max_steps} and --budget {self.budget!r} both set the length; drop one of them")
 
@@ -281,6 +278,12 @@ class TrainConfig(RunConfig):
             raise ConfigError(f"per_layer: {said} keeps no whole gradient; use --engine replicated")
         if stage and self.optimizer in LOW_RANK:
             raise ConfigError(f"optimizer: {said} flattens or shards matrices, which {self.optimizer} needs whole; use --engine replicated")
+        if stage and moment_bits(self) == 8:
+            raise ConfigError(f"optimizer: {said} would cut through the blocks of moments in 8 bits; use --engine replicated")
+        if self.resume_reset_optimizer and self.resume == "none":
+            raise ConfigError("resume_reset_optimizer: nothing is resumed; add --resume auto, or a checkpoint folder")
+        if self.resume_reset_optimizer and engine_kind(self) == "deepspeed":
+            raise ConfigError("resume_reset_optimizer: DeepSpeed's checkpoints hold weights and state together; start a new run")
 
     def check_clipping(self) -> None:
         """Refuse what the place of the update does not allow."""
@@ -296,21 +299,6 @@ class TrainConfig(RunConfig):
             raise ConfigError(f"per_layer: updates inside backward run in one process, not {processes(self)}; use 1, or --per-layer false")
         if self.per_layer and self.nonfinite == "drop":
             raise ConfigError("per_layer: updates inside backward cannot be dropped; use --nonfinite stop")
-
-    def check_engine(self) -> None:
-        """Refuse optimizers that an engine leaves without whole matrices, before anything is built."""
-        zero = self.zero_stage or self.offload != "none" or self.deepspeed_config is not None
-        kind = "deepspeed" if zero else self.engine
-        if kind not in ("deepspeed", "sharded") or self.zero_stage == 0:
-            return
-        if self.optimizer not in ("baseline", "lora") or moment_bits(self) == 8:
-            what = "hand the optimizer flat pieces of parameters" if kind == "deepspeed" else "cut matrices into rows"
-            name = "DeepSpeed's ZeRO stages" if kind == "deepspeed" else "sharded engines"
-            raise ConfigError(
-                f"engine: {name} {what}, and {self.optimizer} needs whole ones; use --engine replicated, or --optimizer baseline or lora"
-            )
-        if self.resume_reset_optimizer and kind == "deepspeed":
-            raise ConfigError("resume_reset_optimizer: DeepSpeed's checkpoints hold weights and state together; start a new run")
 
     def limits(self) -> Budget:
         """--budget or --max-steps, else epochs in finetuning and tokens in pretraining; tiny under --test."""

@@ -216,7 +216,7 @@ def basis(
 
     def iterate(start: Tensor, iterations: int) -> Tensor:
         # A A^T takes k^2 numbers: nothing on a CPU, while a GPU may have no room
-        squared = matrix.device.type == "cpu" and squares_first(*matrix.shape, start.shape[1], iterations)
+        squared = matrix.device.type == "cpu" and squares_first(matrix.shape[0], matrix.shape[1], start.shape[1], iterations)
         square = whole_gram(matrix) if squared else None
         for _ in range(iterations):
             start = matrix @ (matrix.t() @ orth(start)) if square is None else square @ orth(start)

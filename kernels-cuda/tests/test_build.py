@@ -125,10 +125,11 @@ def test_a_wish_that_cannot_be_had_is_an_error(fresh: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_use_refuses_a_gpu_that_is_not_there() -> None:
+@pytest.mark.parametrize("wish", ["cuda", "cuda-chunked"])
+def test_use_refuses_a_gpu_that_is_not_there(wish: str) -> None:
     before = choice.chosen()
-    with pytest.raises(kernels_cuda.BuildError, match="'cuda' cannot be had because torch sees no GPU; use 'auto' or 'cpu'"):
-        kernels_cuda.use("cuda")
+    with pytest.raises(kernels_cuda.BuildError, match=f"'{wish}' cannot be had because torch sees no GPU; use 'auto' or 'cpu'"):
+        kernels_cuda.use(wish)
     assert choice.chosen() == before
 
 

@@ -42,7 +42,7 @@ def test_same_bits_from_run_to_run_and_on_poisoned_memory(
     testing.check_same_bits(op, case, dtype, implementation)
 
 
-@pytest.mark.parametrize(("op", "call"), KERNEL_CALLS)
+@pytest.mark.parametrize(("op", "call"), [call for call in KERNEL_CALLS if "cpu" in call.values[1].kinds])
 def test_kernel_gives_the_same_bits_for_one_and_two_threads(op: testing.Op, call: testing.Call) -> None:
     build.load(op.name, "cpu")
     found, before = [], torch.get_num_threads()
@@ -73,8 +73,10 @@ def test_gradients_match_finite_differences(op: testing.Op, case: testing.Case, 
     testing.check_gradients(op, case, implementation)
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "emulated"])
-@pytest.mark.parametrize(("op", "call"), KERNEL_CALLS)
+@pytest.mark.parametrize(
+    ("op", "call", "implementation"),
+    [pytest.param(*call.values, kind, id=f"{call.id}-{kind}") for call in KERNEL_CALLS for kind in call.values[1].kinds],
+)
 def test_kernel_stays_in_bounds(op: testing.Op, call: testing.Call, implementation: build.Kind) -> None:
     build.load(op.name, implementation)
     testing.check_guards(call, op.family if implementation == "cpu" else f"{op.family}_emulated")
@@ -82,8 +84,11 @@ def test_kernel_stays_in_bounds(op: testing.Op, call: testing.Call, implementati
 
 @pytest.mark.parametrize(("op", "call"), CALLS)
 def test_opcheck(op: testing.Op, call: testing.Call) -> None:
-    build.load(op.name, "cpu")
-    torch.library.opcheck(call.kernel(op.family), call.arguments)
+    kind = call.kinds[0]
+    build.load(op.name, kind)
+    compiled = any(call is kernel for kernel in op.kernels)
+    with testing.using(kind):
+        torch.library.opcheck(call.kernel(f"{op.family}_emulated" if kind == "emulated" and compiled else op.family), call.arguments)
 
 
 @pytest.mark.parametrize(

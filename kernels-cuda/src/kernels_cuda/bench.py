@@ -38,6 +38,7 @@ class Shape:
     flops: int  # of the matrix products that cannot be avoided
     bytes: int  # that must be read or written at least once
     peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # others to compare with, by name
+    devices: Sequence[str] = ("cpu", "cuda")  # where it is timed
 
 
 @dataclass(frozen=True)
@@ -184,11 +185,13 @@ def main(words: Sequence[str] | None = None) -> int:
     for op in chosen.ops or build.ops():
         try:
             testing.verify(testing.find(op), chosen.device)
+            if chosen.device == "cuda":
+                testing.verify(testing.find(op), "cuda-chunked")
         except AssertionError as error:
             print(f"{op}: not timed, because its tests fail: {error}", file=sys.stderr)
             return 1
         with testing.using(chosen.device):
-            for shape in shapes(op):
+            for shape in (shape for shape in shapes(op) if chosen.device in shape.devices):
                 print(report(op, shape, chosen.repeats, chosen.device), flush=True)
     return 0
 

@@ -12,8 +12,9 @@ import torch
 from kernels_cuda.build import BuildError, Kind, load
 
 # auto: kernels where they can be had, else the reference with one warning. cpu and cuda: those kernels or an error.
-# emulated: the CUDA sources run on the CPU, slowly; for tests.
-Choice = Literal["auto", "reference", "cpu", "cuda", "emulated"]
+# cuda-chunked: as cuda, but ops that have a path by chunks of tokens on tensor cores take it where dtype and GPU allow.
+# emulated, emulated-chunked: the CUDA sources run on the CPU, slowly; for tests.
+Choice = Literal["auto", "reference", "cpu", "cuda", "cuda-chunked", "emulated", "emulated-chunked"]
 CHOICES: tuple[str, ...] = get_args(Choice)
 
 _used: Choice | None = None
@@ -22,16 +23,16 @@ _used: Choice | None = None
 def use(choice: str) -> str:
     """Choose the kernels of this process, and return the choice that held before.
 
-    `choice`: auto, reference, cpu or cuda; the variable KERNELS_CUDA gives the choice until this is called. A choice that cannot
+    `choice`: auto, reference, cpu, cuda or cuda-chunked; the variable KERNELS_CUDA gives the choice until this is called. A choice that cannot
     be had raises here (ValueError, BuildError) or, when it depends on an op, in the op's first call. Functions that
     torch.compile has already compiled keep the choice they were compiled with.
     """
     global _used
     before = chosen()
     _used = _checked(choice, "use(choice)")
-    if choice == "cuda" and not torch.cuda.is_available():
+    if choice.startswith("cuda") and not torch.cuda.is_available():
         _used = _checked(before, "use(choice)")
-        raise BuildError("use(choice): 'cuda' cannot be had because torch sees no GPU; use 'auto' or 'cpu'")
+        raise BuildError(f"use(choice): {choice!r} cannot be had because torch sees no GPU; use 'auto' or 'cpu'")
     return before
 
 
@@ -75,11 +76,24 @@ def _library(choice: Choice, op: str, device: str) -> str:
             _warn_once(str(error))
             return ""
         return family
-    kind, home = {"cpu": ("cpu", "cpu"), "cuda": ("cuda", "cuda"), "emulated": ("emulated", "cpu")}[choice]  # type: ignore[assignment]
+    kind = choice.removesuffix("-chunked")  # type: ignore[assignment]
+    home = "cuda" if kind == "cuda" else "cpu"
     if device != home:
         raise BuildError(f"KERNELS_CUDA: {choice!r} has no kernels for tensors on {device!r}; use 'auto', or move the tensors to {home!r}")
     load(op, kind)
-    return f"{family}_emulated" if choice == "emulated" else family
+    return f"{family}_emulated" if kind == "emulated" else family
+
+
+def chunked(device: torch.device, shared_bytes: int) -> bool:
+    """Whether ops that have a path by chunks on tensor cores take it on `device`, where a block of it needs that much shared memory."""
+    if chosen() == "cuda-chunked" and device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        # torch's stubs leave the number out, and it is absent for AMD's GPUs
+        return gpu.major >= 8 and int(getattr(gpu, "shared_memory_per_block_optin", 0)) >= shared_bytes
+    return chosen() == "emulated-chunked"
+
+
+chunked._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 _warned = False

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels_cuda.build import Kind
 from kernels_cuda.choice import use
 
 Arguments = dict[str, Any]
@@ -46,6 +47,7 @@ class Call:
 
     name: str
     arguments: tuple[Any, ...]
+    kinds: Sequence[Kind] = ("cpu", "emulated")  # builds that have it
 
     def kernel(self, library: str) -> Any:
         """The op in torch.ops.<library>, where torch finds its schema."""
@@ -140,7 +142,7 @@ def moved(arguments: Arguments, *, device: str | None = None, dtype: torch.dtype
 
 def made(case: Case, dtype: torch.dtype, implementation: str) -> Arguments:
     """The case's arguments where the implementation wants them."""
-    return moved(case.make(dtype), device="cuda" if implementation == "cuda" else "cpu")
+    return moved(case.make(dtype), device="cuda" if implementation.startswith("cuda") else "cpu")
 
 
 def check_accuracy(op: Op, case: Case, dtype: torch.dtype, implementation: str) -> None:

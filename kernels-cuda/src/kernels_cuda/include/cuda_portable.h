@@ -11,6 +11,8 @@
 // LAUNCH(kernel, grid, block, dynamic shared bytes, stream)(arguments...). Throws if the launch is refused.
 #define LAUNCH(kernel, grid, block, shared_bytes, stream)                                                        \
   [&](auto... arguments) {                                                                                       \
+    if ((shared_bytes) > 48 * 1024)                                                                              \
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));              \
     kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);                      \
     const cudaError_t status = cudaGetLastError();                                                               \
     if (status != cudaSuccess) throw std::runtime_error(std::string(#kernel ": ") + cudaGetErrorString(status)); \
@@ -21,6 +23,8 @@
 #define DYNAMIC_SHARED(type, name)                              \
   extern __shared__ __align__(16) unsigned char name##_bytes[]; \
   type* name = reinterpret_cast<type*>(name##_bytes)
+// DYNAMIC_PART(float, name, 32, 128): 32 floats from byte 128 of the memory asked for at the launch; the emulation keeps parts apart.
+#define DYNAMIC_PART(type, name, count, offset) type* const name = reinterpret_cast<type*>(kernels::dynamic_shared() + (offset))
 #else
 #include "emulation.h"
 
@@ -33,6 +37,7 @@
   static const char name##_site = 0; \
   type* const name = static_cast<type*>(emulation::Block::here()->allocate(&name##_site, sizeof(type) * (count)))
 #define DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(emulation::Block::here()->dynamic())
+#define DYNAMIC_PART(type, name, count, offset) SHARED(type, name, count)
 #endif
 
 #include "floats.h"
@@ -40,6 +45,13 @@
 namespace kernels {
 
 constexpr uint32_t whole_warp = 0xffffffffu;
+
+#ifdef __CUDACC__
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+  extern __shared__ __align__(16) unsigned char dynamic_shared_bytes[];
+  return dynamic_shared_bytes;
+}
+#endif
 
 // 16 bytes that move in one instruction.
 template <class T>

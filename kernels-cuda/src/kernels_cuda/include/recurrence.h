@@ -24,7 +24,7 @@ struct Sequences {
     return to > from ? to : from;
   }
   // Room for the states of each sequence, without knowing the lengths of the others.
-  KERNELS_FN int64_t first_chunk(int64_t sequence) const { return begin(sequence) / chunk_tokens + sequence; }
+  KERNELS_FN int64_t first_chunk(int64_t sequence, int64_t each = chunk_tokens) const { return begin(sequence) / each + sequence; }
   KERNELS_FN bool counts(int64_t token) const { return !mask || mask[token]; }
 };
 

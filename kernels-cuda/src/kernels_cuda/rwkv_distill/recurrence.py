@@ -21,13 +21,13 @@ CHUNK_TOKENS = 32  # as in recurrence.h
 def new_states(r: Tensor, starts: Tensor | None, wanted: bool) -> Tensor:
     """Room for the state of each sequence, empty unless wanted."""
     _, _, heads, size = r.shape
-    return r.new_empty((_num_sequences(r, starts), heads, size, size) if wanted else 0, dtype=torch.float32)
+    return r.new_empty((num_sequences(r, starts), heads, size, size) if wanted else 0, dtype=torch.float32)
 
 
-def new_kept(r: Tensor, starts: Tensor | None, wanted: bool) -> Tensor:
-    """Room for the states that backward starts from, empty unless wanted."""
+def new_kept(r: Tensor, starts: Tensor | None, wanted: bool, tokens: int = CHUNK_TOKENS) -> Tensor:
+    """Room for the states that backward starts from, one before every `tokens` tokens of a sequence; empty unless wanted."""
     batch, time, heads, size = r.shape
-    chunks = batch * time // CHUNK_TOKENS + _num_sequences(r, starts)
+    chunks = batch * time // tokens + num_sequences(r, starts)
     return r.new_empty((chunks, heads, size, size) if wanted else 0, dtype=torch.float32)
 
 
@@ -35,10 +35,11 @@ def new_history(r: Tensor, starts: Tensor | None, library: str) -> Tensor:
     """Room for the states of one chunk of each sequence; the twin keeps them in the cache."""
     _, _, heads, size = r.shape
     needed = r.is_cuda or library.endswith("_emulated")
-    return r.new_empty((_num_sequences(r, starts), heads, CHUNK_TOKENS + 1, size, size) if needed else 0, dtype=torch.float32)
+    return r.new_empty((num_sequences(r, starts), heads, CHUNK_TOKENS + 1, size, size) if needed else 0, dtype=torch.float32)
 
 
-def _num_sequences(r: Tensor, starts: Tensor | None) -> int:
+def num_sequences(r: Tensor, starts: Tensor | None) -> int:
+    """Those of a batch, or packed ones."""
     return r.shape[0] if starts is None else starts.shape[0] - 1
 
 

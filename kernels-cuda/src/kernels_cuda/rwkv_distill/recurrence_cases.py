@@ -118,6 +118,6 @@ def refused(make: Callable[..., Arguments], tokens: str, extra: Callable[[int], 
     ]
 
 
-def kept_of(batch: int, time: int, heads: int, size: int, sequences: int) -> torch.Tensor:
+def kept_of(batch: int, time: int, heads: int, size: int, sequences: int, tokens: int = CHUNK_TOKENS) -> torch.Tensor:
     """States kept for backward, for calls of compiled functions."""
-    return torch.zeros(batch * time // CHUNK_TOKENS + sequences, heads, size, size)
+    return torch.zeros(batch * time // tokens + sequences, heads, size, size)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernels_cuda import testing
 from kernels_cuda.bench import Shape
 from kernels_cuda.rwkv_distill.wkv7 import reference, wkv7
 from kernels_cuda.rwkv_distill.wkv7.cases import make
@@ -37,4 +42,29 @@ def shape(batch: int, time: int, heads: int, size: int, dtype: torch.dtype) -> S
     )
 
 
-SHAPES = [shape(1, 512, 14, 64, dtype) for dtype in (torch.float32, torch.bfloat16)]
+def _chunked_y(**arguments: Any) -> Tensor:
+    with testing.using("cuda-chunked"):
+        return wkv7(**arguments)[0]
+
+
+def _fla_y(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, **_: Any) -> Tensor:
+    """flash-linear-attention's, which takes the logarithm of the decay."""
+    chunk_rwkv7 = importlib.import_module("fla.ops.rwkv7").chunk_rwkv7
+    found: Tensor = chunk_rwkv7(r=r, w=-math.exp(-0.5) * torch.sigmoid(w), k=k, v=v, a=a, b=b, output_final_state=False)[0]
+    return found
+
+
+def gpu_shape(batch: int, time: int, heads: int, size: int) -> Shape:
+    """Chunks on tensor cores against the recurrence in float32; the reference would not fit into memory."""
+    peers = {"flash-linear-attention": _fla_y} if importlib.util.find_spec("fla") else {}
+    return replace(
+        shape(batch, time, heads, size, torch.bfloat16),
+        function=_chunked_y,
+        baseline=_y,
+        baseline_name="the kernel that goes token by token",
+        peers=peers,
+        devices=("cuda",),
+    )
+
+
+SHAPES = [*(shape(1, 512, 14, 64, dtype) for dtype in (torch.float32, torch.bfloat16)), gpu_shape(8, 4096, 64, 64)]

@@ -5,17 +5,19 @@ B batch, T time, H heads, N head size, Q sequences, C states kept for backward.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels_cuda import choice
-from kernels_cuda.rwkv_distill.recurrence import arriving, new_history, new_kept, new_states, save
+from kernels_cuda.rwkv_distill.recurrence import CHUNK_TOKENS, arriving, new_history, new_kept, new_states, num_sequences, save
 from kernels_cuda.rwkv_distill.sequences import check_starts, contiguous
 
 OP = "rwkv_distill/wkv7"
+SEGMENT_TOKENS = 64  # as in op.h: tokens between two states that the chunked path keeps
+SEGMENT_CHUNKS = 4
+SHARED_BYTES = {32: 31_232, 64: 61_952, 128: 147_968}  # of a block in backward, by head size: Memory<N> in chunked.cu
 
 _INPUTS = "Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b"
 
@@ -30,6 +32,16 @@ for _library in ("rwkv_distill", "rwkv_distill_emulated"):
         f"{_library}::wkv7_backward_",
         f"({_INPUTS}, Tensor? mask, Tensor? starts, Tensor kept, Tensor removed, Tensor dy, Tensor? dfinal, Tensor(a!) history,"
         " Tensor(b!) dr, Tensor(c!) dw, Tensor(d!) dk, Tensor(e!) dv, Tensor(f!) da, Tensor(g!) db, Tensor(h!) dinitial) -> ()",
+    )
+    # by chunks on tensor cores: CUDA and its emulation only
+    torch.library.define(
+        f"{_library}::wkv7_chunked_forward_",
+        f"({_INPUTS}, Tensor? initial, Tensor? mask, Tensor? starts, Tensor(a!) y, Tensor(b!) final, Tensor(c!) kept) -> ()",
+    )
+    torch.library.define(
+        f"{_library}::wkv7_chunked_backward_",
+        f"({_INPUTS}, Tensor? mask, Tensor? starts, Tensor kept, Tensor dy, Tensor? dfinal, Tensor(a!) history, Tensor(b!) dr,"
+        " Tensor(c!) dw, Tensor(d!) dk, Tensor(e!) dv, Tensor(f!) da, Tensor(g!) db, Tensor(h!) dinitial) -> ()",
     )
     torch.library.define(f"{_library}::wkv7_step_", f"({_INPUTS}, Tensor(a!) state, Tensor(b!) y) -> ()")
 
@@ -47,12 +59,17 @@ def forward(
     starts: Tensor | None,
     output_final: bool,
     gradient: bool,
+    chunked: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, final states, and for backward the states kept and S a of every token; what was not asked for is empty."""
+    """y, final states, and for backward the states kept and S a of every token (not `chunked`); what was not asked for is empty."""
     check_starts(starts, r.shape[1])
-    outputs = _forward_outputs(r, starts, output_final, gradient)
+    outputs = _forward_outputs(r, starts, output_final, gradient, chunked)
     kernels = getattr(torch.ops, choice.library(OP, r.device.type))
-    kernels.wkv7_forward_(*contiguous(r, w, k, v, a, b, initial, mask, starts), *outputs)
+    arguments = contiguous(r, w, k, v, a, b, initial, mask, starts)
+    if chunked:
+        kernels.wkv7_chunked_forward_(*_aligned(arguments), *outputs[:3])
+    else:
+        kernels.wkv7_forward_(*arguments, *outputs)
     return outputs
 
 
@@ -69,13 +86,22 @@ def _(
     starts: Tensor | None,
     output_final: bool,
     gradient: bool,
+    chunked: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _forward_outputs(r, starts, output_final, gradient)
+    return _forward_outputs(r, starts, output_final, gradient, chunked)
 
 
-def _forward_outputs(r: Tensor, starts: Tensor | None, output_final: bool, gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    removed = r.new_empty(r.shape if gradient else 0, dtype=torch.float32)
-    return r.new_empty(r.shape), new_states(r, starts, output_final), new_kept(r, starts, gradient), removed
+def _forward_outputs(
+    r: Tensor, starts: Tensor | None, output_final: bool, gradient: bool, chunked: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    removed = r.new_empty(r.shape if gradient and not chunked else 0, dtype=torch.float32)
+    kept = new_kept(r, starts, gradient, SEGMENT_TOKENS if chunked else CHUNK_TOKENS)
+    return r.new_empty(r.shape), new_states(r, starts, output_final), kept, removed
+
+
+def _aligned(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """At multiples of 16 bytes, as the chunked path reads; a view into a larger tensor need not lie so."""
+    return [tensor if tensor is None or tensor.data_ptr() % 16 == 0 else tensor.clone() for tensor in tensors]
 
 
 @torch.library.custom_op("rwkv_distill::wkv7_backward", mutates_args=())
@@ -93,14 +119,20 @@ def backward(
     dy: Tensor,
     dfinal: Tensor | None,
     initial_gradient: bool,
+    chunked: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the six inputs and of the initial state (empty if not asked for)."""
     outputs = _backward_outputs(r, starts, initial_gradient)
     library = choice.library(OP, r.device.type)
     kernels = getattr(torch.ops, library)
-    kernels.wkv7_backward_(
-        *contiguous(r, w, k, v, a, b, mask, starts, kept, removed, dy, dfinal), new_history(r, starts, library), *outputs
-    )
+    if chunked:
+        _, _, heads, size = r.shape
+        history = r.new_empty(num_sequences(r, starts), heads, SEGMENT_CHUNKS, size, size)
+        arguments = contiguous(r, w, k, v, a, b, mask, starts, kept, dy, dfinal)
+        kernels.wkv7_chunked_backward_(*_aligned(arguments), history, *outputs)
+    else:
+        arguments = contiguous(r, w, k, v, a, b, mask, starts, kept, removed, dy, dfinal)
+        kernels.wkv7_backward_(*arguments, new_history(r, starts, library), *outputs)
     return outputs
 
 
@@ -119,6 +151,7 @@ def _(
     dy: Tensor,
     dfinal: Tensor | None,
     initial_gradient: bool,
+    chunked: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _backward_outputs(r, starts, initial_gradient)
 
@@ -133,9 +166,14 @@ def _backward_outputs(
 def _backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     given = arriving("wkv7", ctx, dy, dfinal)
     if given is None:
-        return (None,) * 11
-    *gradients, initial = backward(*ctx.saved_tensors, *given, ctx.initial)
-    return *gradients, initial if ctx.initial else None, None, None, None, None
+        return (None,) * 12
+    *gradients, initial = backward(*ctx.saved_tensors, *given, ctx.initial, ctx.chunked)
+    return *gradients, initial if ctx.initial else None, None, None, None, None, None
 
 
-forward.register_autograd(_backward, setup_context=partial(save, "wkv7", 6))
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.chunked = inputs[-1]
+    save("wkv7", 6, ctx, inputs[:-1], output)
+
+
+forward.register_autograd(_backward, setup_context=_save)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from kernels_cuda.rwkv_distill import recurrence_cases
 from kernels_cuda.rwkv_distill.recurrence import CHUNK_TOKENS
 from kernels_cuda.rwkv_distill.recurrence_cases import Random, kept_of
+from kernels_cuda.rwkv_distill.wkv7.binding import SEGMENT_CHUNKS, SEGMENT_TOKENS
 from kernels_cuda.testing import Call
 
 
@@ -47,7 +48,25 @@ def kernel_calls() -> list[Call]:
     packed = [value.detach()[:1].contiguous() for value in inputs]
     starts = torch.tensor([0, 17, 17, 19], dtype=torch.int32)
     kept, empty = kept_of(1, 19, 2, size, 3), torch.zeros(0)
-    return [*found, Call("wkv7_forward_", (*packed, None, None, starts, y[:1].contiguous(), empty, kept, removed[:1].contiguous()))]
+    found.append(Call("wkv7_forward_", (*packed, None, None, starts, y[:1].contiguous(), empty, kept, removed[:1].contiguous())))
+    return [*found, *_chunked_calls()]
+
+
+def _chunked_calls() -> list[Call]:
+    found: list[Call] = []
+    for size in (32, 64):
+        arguments = make(torch.bfloat16, 70, batch=2, heads=2, size=size, state=True, ignored=0.2)
+        inputs = [arguments[name].detach() for name in "rwkvab"]
+        initial, mask = arguments["initial_state"].detach(), arguments["mask"]
+        y, final, kept = torch.zeros_like(inputs[0]), torch.zeros_like(initial), kept_of(2, 70, 2, size, 2, SEGMENT_TOKENS)
+        gradients = [torch.zeros_like(value) for value in inputs]
+        history = torch.zeros(2, 2, SEGMENT_CHUNKS, size, size, dtype=torch.bfloat16)
+        backward = (*inputs, mask, None, kept, inputs[0], initial, history, *gradients, torch.zeros_like(initial))
+        found += [
+            Call("wkv7_chunked_forward_", (*inputs, initial, mask, None, y, final, kept), ("emulated",)),
+            Call("wkv7_chunked_backward_", backward, ("emulated",)),
+        ]
+    return found
 
 
 def calls() -> list[Call]:
@@ -59,8 +78,13 @@ def calls() -> list[Call]:
         plain = [value.detach() for value in inputs]
         kept, removed = torch.randn_like(kept_of(2, 19, 1, 32, 2)), torch.randn(2, 19, 1, 32)
         found += [
-            Call("wkv7", (*inputs, arguments["initial_state"], arguments["mask"], None, True, True)),
-            Call("wkv7", (*plain, None, None, None, False, False)),
-            Call("wkv7_backward", (*plain, None, None, kept, removed, plain[0], None, True)),
+            Call("wkv7", (*inputs, arguments["initial_state"], arguments["mask"], None, True, True, False)),
+            Call("wkv7", (*plain, None, None, None, False, False, False)),
+            Call("wkv7_backward", (*plain, None, None, kept, removed, plain[0], None, True, False)),
         ]
-    return found
+    kept, removed = torch.randn_like(kept_of(2, 19, 1, 32, 2, SEGMENT_TOKENS)), torch.zeros(0)
+    return [
+        *found,
+        Call("wkv7", (*inputs, arguments["initial_state"], arguments["mask"], None, True, True, True), ("emulated",)),
+        Call("wkv7_backward", (*plain, None, None, kept, removed, plain[0], None, True, True), ("emulated",)),
+    ]

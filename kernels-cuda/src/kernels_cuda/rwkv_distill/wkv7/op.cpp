@@ -58,6 +58,26 @@ void step_op(const Tensor r, const Tensor w, const Tensor k, const Tensor v, con
   wkv7_step(inputs(r, w, k, v, a, b, {}, {}), pointer_to<float>(state), y.data_ptr(), stream.handle);
 }
 
+#if defined(KERNELS_CUDA_BUILD_CUDA) || defined(KERNELS_CUDA_BUILD_EMULATED)
+#define KERNELS_CHUNKED
+void chunked_forward_op(const Tensor r, const Tensor w, const Tensor k, const Tensor v, const Tensor a, const Tensor b,
+                        const Optional initial, const Optional mask, const Optional starts, Tensor y, Tensor final, Tensor kept) {
+  const Stream stream(r);
+  wkv7_chunked_forward(inputs(r, w, k, v, a, b, mask, starts), pointer_to<float>(initial), y.data_ptr(), pointer_or_null(final),
+                       pointer_or_null(kept), stream.handle);
+}
+
+void chunked_backward_op(const Tensor r, const Tensor w, const Tensor k, const Tensor v, const Tensor a, const Tensor b,
+                         const Optional mask, const Optional starts, const Tensor kept, const Tensor dy, const Optional dfinal,
+                         Tensor history, Tensor dr, Tensor dw, Tensor dk, Tensor dv, Tensor da, Tensor db, Tensor dinitial) {
+  const Stream stream(r);
+  const Wkv7Gradients out = {
+      dr.data_ptr(), dw.data_ptr(), dk.data_ptr(), dv.data_ptr(), da.data_ptr(), db.data_ptr(), pointer_or_null(dinitial)};
+  wkv7_chunked_backward(inputs(r, w, k, v, a, b, mask, starts), pointer_to<float>(kept), dy.data_ptr(), pointer_to<float>(dfinal),
+                        history.data_ptr(), out, stream.handle);
+}
+#endif
+
 }  // namespace
 }  // namespace kernels
 
@@ -65,4 +85,8 @@ KERNELS_LIBRARY(rwkv_distill, library) {
   library.impl("wkv7_forward_", TORCH_BOX(&kernels::forward_op));
   library.impl("wkv7_backward_", TORCH_BOX(&kernels::backward_op));
   library.impl("wkv7_step_", TORCH_BOX(&kernels::step_op));
+#ifdef KERNELS_CHUNKED
+  library.impl("wkv7_chunked_forward_", TORCH_BOX(&kernels::chunked_forward_op));
+  library.impl("wkv7_chunked_backward_", TORCH_BOX(&kernels::chunked_backward_op));
+#endif
 }

@@ -24,9 +24,19 @@ def test_random_words_are_the_published_ones() -> None:
         reference.ROUNDING = original
 
 
+def test_an_element_is_rounded_by_its_half_of_the_published_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One bit below the step up to which its 16 bits reach, it stays; at the step it goes up."""
+    monkeypatch.setattr(reference, "ROUNDING", 0)
+    halves = [0xE8D5, 0x6627, 0xC58D, 0xE169, 0xAC4C, 0xBC57, 0xDBD8, 0x9B00]
+    reached = torch.tensor([0x3F800000 + 0x10000 - half for half in halves], dtype=torch.int32)
+    up, one = (reference.round_at_random(bits.view(torch.float32), 0, 0) for bits in (reached, reached - 1))
+    assert torch.equal(one, torch.ones(8, dtype=torch.bfloat16))
+    assert torch.equal(up, torch.full((8,), 1 + 2.0**-7, dtype=torch.bfloat16))
+
+
 @each_implementation
-def test_kernels_draw_the_words_of_the_reference(implementation: str) -> None:
-    """An update of zero rounds the weight itself; one third of a step tells which words were drawn."""
+def test_kernels_draw_the_bits_of_the_reference(implementation: str) -> None:
+    """One third of a step tells which bits were drawn."""
     device = "cuda" if implementation == "cuda" else "cpu"
     W = torch.ones(30, 41, dtype=torch.bfloat16, device=device)
     # back(N) is 2^-8 / 3 everywhere, a third of the step above 1 - 2^-8

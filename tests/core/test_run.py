@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from torch import nn
 
 from lm_core.config import build, load
-from lm_core.errors import ConfigError
+from lm_core.errors import ConfigError, Interrupted
 from lm_core.method import Batch, Loss
 from lm_core.options import RunConfig
 from lm_core.run import run, starting_point
@@ -278,3 +278,15 @@ def test_what_a_method_measures_and_the_weights_of_sources_are_logged(tmp_path: 
     logged = [row for row in read(tmp_path / "metrics.jsonl") if "train/loss" in row]
     assert [(row["gate/one"], row["gate/two"]) for row in logged] == [(2.0, 3.0)] * 2
     assert [(row["data/weight/markov"], row["data/weight/copy"]) for row in logged] == [(0.75, 0.25)] * 2
+
+
+def test_a_run_may_stop_at_multiples_of_steps_or_after_minutes_and_go_on(tmp_path: Path) -> None:
+    whole = small_run(tmp_path / "whole")
+    for at in (3, 6):
+        with pytest.raises(Interrupted, match=f"{at} steps are a multiple of 3: saved at step {at}"):
+            small_run(tmp_path / "run", stop_every=3, resume="auto")
+    with pytest.raises(Interrupted, match=r"1e-09 minutes have passed: saved at step 6"):
+        small_run(tmp_path / "run", stop_minutes=1e-9, resume="auto")
+    result = small_run(tmp_path / "run", stop_every=3, resume="auto")
+    assert result["progress"]["steps"] == whole["progress"]["steps"] == 8
+    assert steps(tmp_path / "run", "train/loss") == list(range(1, 9))

@@ -79,6 +79,8 @@ class OutputOptions:
     )
     stop_loss: float | None = opt(None, "Stop when the mean training loss of the last 20 steps is below this value.")
     kill_file: Path | None = opt(None, "Stop after a checkpoint as soon as this file exists.")
+    stop_minutes: float | None = opt(None, "Save and leave with exit code 130 after so many minutes; --resume auto goes on.", gt=0)
+    stop_every: int | None = opt(None, "Save and leave with exit code 130 at every multiple of so many steps; --resume auto goes on.", ge=1)
     seed: int = opt(0, "Address of all randomness.", ge=0)
     resume: str = opt(
         "none",
@@ -95,6 +97,7 @@ class OutputOptions:
     tensorboard: bool = opt(True, "Write TensorBoard files into the run folder.")
     wandb: Literal["off", "offline", "online"] = opt("off", "Weights & Biases; online needs WANDB_API_KEY.")
     wandb_project: str = opt("lm-methods", "Project name in Weights & Biases.")
+    wandb_group: str | None = opt(None, "Group of the run in Weights & Biases.")
     sample_prompt: str | None = opt(None, "Prompt to continue at the end of the run; the text goes to sample.txt.")
 
 

@@ -331,6 +331,31 @@ def kill_file(path: Path, every_seconds: float = 1.0) -> Rule:
     return killed
 
 
+def time_limit(minutes: float) -> Rule:
+    """Stop once `minutes` have gone by since this call."""
+    end = time.monotonic() + 60 * minutes
+    return lambda progress: Reason("interrupted", f"{minutes:g} minutes have passed") if time.monotonic() >= end else None
+
+
+def pause(steps: int) -> Rule:
+    """Stop at each multiple of `steps` beyond the place where the rule was first asked.
+
+    >>> rule = pause(10)
+    >>> rule(Progress(steps=10)), rule(Progress(steps=20))
+    (None, Reason(kind='interrupted', text='20 steps are a multiple of 10'))
+    """
+    start: int | None = None
+
+    def paused(progress: Progress) -> Reason | None:
+        nonlocal start
+        start = progress.steps if start is None else start
+        if progress.steps == start or progress.steps % steps:
+            return None
+        return Reason("interrupted", f"{progress.steps} steps are a multiple of {steps}")
+
+    return paused
+
+
 class Signals:
     """A rule that stops after SIGTERM, SIGINT or SIGUSR1; a second SIGINT aborts at once with KeyboardInterrupt.
 

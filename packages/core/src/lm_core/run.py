@@ -28,7 +28,7 @@ from lm_core.export import export
 from lm_core.generate import continue_text
 from lm_core.metrics import Metrics
 from lm_core.models import load_model
-from lm_core.progress import Every, LossBelow, Progress, Reason, Rule, Signals, Size, any_of, kill_file
+from lm_core.progress import Every, LossBelow, Progress, Reason, Rule, Signals, Size, any_of, kill_file, pause, time_limit
 from lm_core.train import Report, train
 from lm_core.unbuilt import estimate_unbuilt
 
@@ -184,6 +184,10 @@ class Run:
             rules.append(self.loss_below)
         if config.kill_file is not None:
             rules.append(kill_file(config.kill_file))
+        if config.stop_minutes is not None:
+            rules.append(time_limit(config.stop_minutes))
+        if config.stop_every is not None:
+            rules.append(pause(config.stop_every))
         self.rule = any_of(*rules, agree=dist.agree)
         self.metrics: Metrics
         self.before = Progress()

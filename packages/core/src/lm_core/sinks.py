@@ -230,6 +230,7 @@ class Wandb:
             identity.write_text(secrets.token_hex(4))
         self.run = wandb.init(
             project=self.options.wandb_project,
+            group=self.options.wandb_group,
             name=self.folder.name,
             id=identity.read_text(),
             resume="allow",

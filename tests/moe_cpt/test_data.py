@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from lm_core.data.vocab import byte_tokenizer
 from lm_core.errors import ConfigError, InputError
 from moe_cpt.config import TrainConfig
 from moe_cpt.data import expanded, weighted_sources
+from moe_cpt.split.features import token_rows
 
 TEXT = "one two three four five six seven eight nine ten " * 20
 
@@ -108,3 +110,14 @@ def test_every_source_needs_a_reference_and_held_out_data(tmp_path: Path) -> Non
     (tmp_path / "ref.json").write_text('{"markov": 1, "copy": 1}')
     with pytest.raises(ConfigError, match="cannot sum to 1"):
         MoeCPT(config(**common, reference_loss=tmp_path / "ref.json", dynamic_min_weight=0.6)).data(byte_tokenizer())
+
+
+def test_calibration_reads_what_is_trained_on_and_nothing_that_is_held_out(tmp_path: Path) -> None:
+    documents = [chr(33 + n) * 15 for n in range(40)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    data = weighted_sources(config(data=[str(tmp_path / "x.jsonl")], max_length=16), byte_tokenizer())
+    held = {token for row in range(len(data.valid["x"])) for token in data.valid["x"][row]["input_ids"].tolist()} - {258}
+    rows = token_rows([str(tmp_path / "x.jsonl")], byte_tokenizer(), text_column="text", length=16, tokens=16 * 100, batch=3)
+    seen = {token for row in rows for token in row.flatten().tolist()} - {258}
+    assert held
+    assert seen == {ord(text[0]) for text in documents} - held

@@ -15,8 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lm_core.data import eval_rows
-from lm_core.data.loader import eval_batches
+from lm_core.data import build_data
 from lm_core.errors import InputError
 
 # layer -> inputs (R x D), gate, up and act (R x M), output (R x D)
@@ -55,21 +54,22 @@ def watching(dense: Any, watch: Watch) -> Iterator[None]:
 
 
 def token_rows(data: Sequence[str], tokenizer: Any, *, text_column: str, length: int, tokens: int, batch: int = 1) -> list[Tensor]:
-    """Token ids (rows x length) of the held-out parts of data arguments, about `tokens` of them in all, shared evenly by the sources."""
-    options = SimpleNamespace(eval_data=list(data), text_column=text_column, max_length=length, packing="stream")
-    sources = eval_rows(options, tokenizer)
+    """Token ids (rows x length) of training documents of data arguments, about `tokens` of them in all, shared evenly by the sources.
+
+    What these sources hold out stays unseen, so a model may be judged on it that was made with these rows.
+    """
+    options = SimpleNamespace(
+        data=list(data), eval_data=[], text_column=text_column, max_length=length, packing="stream", hold_out=0.05, shuffle=True, seed=0
+    )
+    sources: Mapping[str, Any] = build_data(options, tokenizer).train
     share = -(-tokens // len(sources))
     found = []
-    for rows in sources.values():
-        for part in eval_batches(rows, micro_batch=batch, tokens=share):
-            ids, mask = part["input_ids"], part.get("attention_mask")
-            real = part.index >= 0
-            # a shorter last row would bring padding along
-            whole = real if mask is None else real & (mask.sum(1) == ids.shape[1])
-            if whole.any():
-                found.append(ids[whole])
-            elif mask is not None and real.any():
-                found.append(ids[real][:1, : int(mask[real][0].sum())])
+    for source in sources.values():
+        rows = source.epoch(0)
+        chosen = [torch.as_tensor(rows[k]["input_ids"]) for k in range(min(len(rows), -(-share // length)))]
+        # a source of less than one row gives a shorter one
+        whole = [row for row in chosen if len(row) == length] or chosen[:1]
+        found += [torch.stack(whole[at : at + batch]) for at in range(0, len(whole), batch)]
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -146,7 +147,8 @@ def _read_adapter(folder: Path, model: PreTrainedModel, weights: dict[str, Tenso
     """A fresh base model with the trained run's base weights, and the adapter as peft reads it."""
     base: Any = type(model)(model.config)
     base.to(model.dtype)
-    plain = {name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor for name, tensor in weights.items()}
+    # adapters of stacked tensors lie around one another
+    plain = {re.sub(r"(?:\.base_layer)+\.", ".", name.removeprefix("base_model.model.")): tensor for name, tensor in weights.items()}
     base.load_state_dict(plain, strict=False)
     with using_peft() as peft:
         return cast("PreTrainedModel", peft.PeftModel.from_pretrained(base, str(folder)))

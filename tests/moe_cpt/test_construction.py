@@ -98,7 +98,7 @@ def test_a_ridge_router_prefers_experts_with_large_outputs(network: str, tmp_pat
     norms, chosen = {}, {}
 
     def watch(layer: int, tensors: dict[str, Tensor]) -> None:
-        norms[layer] = expert_norms(tensors["act"], dense.model.layers[layer].mlp.down_proj.weight, split.indices[layer])
+        norms[layer] = expert_norms(tensors["act"], dense.model.layers[layer].mlp.down_proj.weight, list(split.indices[layer]))
         chosen[layer] = mixture.blocks()[layer](tensors["inputs"][None])[1].experts_RK
 
     with watching(dense, watch):  # type: ignore[arg-type]

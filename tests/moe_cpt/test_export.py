@@ -17,7 +17,7 @@ from moe_cpt.config import ExportConfig
 from moe_cpt.convert import convert
 from moe_cpt.export import export, scaled
 from moe_cpt.inspection import load_mixture
-from moe_cpt.split import Split, require_partition, split_ffn
+from moe_cpt.split import Split, require_valid, split_ffn
 from moe_cpt.tensors import ModelTensors
 from tests.moe_cpt.small import dense_folder, mixture_folder, tokens
 
@@ -45,7 +45,7 @@ def with_shared(tmp_path: Path) -> Path:
         {},
         [indices[6:].flatten() for indices in base.indices],
     )
-    require_partition(split, "split")
+    require_valid(split, "split")
     convert(source, split, tmp_path / "moe", num_selects=2, gate_network="linear", gate_init="centroid", score_scale_factor=3.0)
     return tmp_path / "moe"
 

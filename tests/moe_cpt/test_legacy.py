@@ -63,9 +63,9 @@ def test_an_imported_checkpoint_gives_equal_logits(network: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"gate_type": "SwitchBalancedGate"}, "gate_type 'SwitchBalancedGate' of the checkpoint is not supported"),
+        ({"gate_type": "BestGate"}, "gate_type: 'BestGate' is not known"),
         ({"add_weight_norm": True}, "add_weight_norm True of the checkpoint is not supported"),
-        ({"size_experts": [[8, 16]]}, "experts of 8 to 16 neurons; only equal ones"),
+        ({"size_experts": [[8, 16]]}, "size_experts: \\[1, 2\\] sizes; give 8 for each of 2 layers"),
     ],
 )
 def test_what_cannot_be_imported_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -73,11 +73,10 @@ def layer_sums(mixture: LlamaMoEForCausalLM, dense: nn.Module, rows: list[Tensor
 
 def routed_output(block: MoEBlock, x: Tensor) -> Tensor:
     """What the routed experts give together at factor 1."""
-    scale = block.config.scale_of(block.layer_idx) if block.config.multiply_gate_scores else 1.0
     y: Tensor = block(x)[0]
     if block.config.num_shared_experts:
         y = y - block.config.shared_scale_factor * block.shared_experts(x)
-    return y / scale
+    return y / block.scale()
 
 
 def read_scales(path: Path, layers: int) -> list[float]:

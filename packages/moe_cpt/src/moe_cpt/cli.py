@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import click
 
 from lm_core.cli import command_group, configured
 from lm_core.cli import main as run_cli
@@ -17,20 +20,30 @@ from moe_cpt.config import (
     ActivationConfig,
     BenchConfig,
     ClusteringConfig,
+    ClusterTextConfig,
     ConvertConfig,
     EvalConfig,
     ExportConfig,
     FeaturesConfig,
     FilterConfig,
+    GradientConfig,
+    GraphConfig,
     InspectConfig,
     LegacyConfig,
     PackConfig,
     PlanConfig,
     ReferenceConfig,
+    ReportConfig,
+    ResidualConfig,
     ScaleConfig,
+    ScoreConfig,
+    SFTConfig,
+    SlurmCheckConfig,
     SplitConfig,
+    TensorBoardConfig,
     TokenizeConfig,
     TrainConfig,
+    TrainGateConfig,
 )
 
 cli = command_group("Dense LLaMA models into mixtures of experts, and their continued pre-training.")
@@ -73,6 +86,84 @@ def activation(config: ActivationConfig) -> dict[str, Any]:
     return _split("activation", config, **options)
 
 
+@split.command()
+@configured(GraphConfig)
+def graph(config: GraphConfig) -> dict[str, Any]:
+    """Put neurons that are active together into one expert, by their co-activation graph.
+
+    Example: moe-cpt split graph --model_path smollm2-135m --hidden_features_path up/ --num_experts 16 --save_path split.safetensors
+    """
+    names = ("hidden_features_path", "proj_type", "metric", "threshold", "batch_size")
+    return _split("graph", config, **{name: getattr(config, name) for name in names})
+
+
+IMPORTANCE = ("score_file_path", "proj_type", "expert_size", "criterion", "share_neurons")
+
+
+@split.command()
+@configured(GradientConfig)
+def gradient(config: GradientConfig) -> dict[str, Any]:
+    """Give each expert the neurons that matter most for its cluster of texts.
+
+    Example: moe-cpt split gradient --model_path smollm2-135m --score_file_path score.safetensors --num_experts 16 --save_path split.safetensors
+    """
+    return _split("gradient", config, **{name: getattr(config, name) for name in IMPORTANCE})
+
+
+@split.command()
+@configured(ResidualConfig)
+def residual(config: ResidualConfig) -> dict[str, Any]:
+    """Share the neurons that matter for most clusters of texts, and split the others by importance.
+
+    Example: moe-cpt split residual --model_path smollm2-135m --score_file_path score.safetensors --num_experts 14 --save_path split.safetensors
+    """
+    return _split("residual", config, **{name: getattr(config, name) for name in (*IMPORTANCE, "num_experts_residual")})
+
+
+@cli.command(name="cluster-text")
+@configured(ClusterTextConfig)
+def cluster_text(config: ClusterTextConfig) -> dict[str, Any]:
+    """Put texts into clusters of similar ones, one file per cluster.
+
+    Example: moe-cpt cluster-text -d builtin:python-docs -d builtin:stdlib -n 16 -m centres/ -o clusters/
+    """
+    from moe_cpt.split.text_clusters import cluster
+
+    counts = cluster(config)
+    for number, count in enumerate(counts):
+        print(f"cluster {number}: {count:,} texts")
+    return {"output_dir": str(config.output_dir), "texts": counts}
+
+
+@cli.command()
+@configured(ScoreConfig)
+def score(config: ScoreConfig) -> dict[str, Any]:
+    """Write how much each neuron of a dense model matters for each cluster of texts.
+
+    Example: moe-cpt score --model_name_or_path smollm2-135m --dataset clusters/ --block_size 512 --max_tokens 4096 --save_path score.safetensors
+    """
+    from moe_cpt.split.importance import score_clusters
+
+    found = score_clusters(config)
+    print(f"{config.save_path}: {found['clusters']} clusters, {found['samples']} samples")
+    return found
+
+
+@cli.command(name="train-gate")
+@configured(TrainGateConfig)
+def train_gate(config: TrainGateConfig) -> dict[str, Any]:
+    """Train routers to find the experts whose neurons are most active on a token.
+
+    Example: moe-cpt train-gate --model_path smollm2-135m --split_file_path split.safetensors --hidden_features_path feats/ --save_path gate.safetensors
+    """
+    from moe_cpt.train_gate import train_gate as fit
+
+    shares = fit(config)
+    for layer, share in enumerate(shares):
+        print(f"layer {layer}: {share:.1%} of the {config.num_selects} most active experts found on held-out tokens")
+    return {"save_path": str(config.save_path), "overlap": shares}
+
+
 @cli.command()
 @configured(FeaturesConfig)
 def features(config: FeaturesConfig) -> dict[str, Any]:
@@ -81,14 +172,16 @@ def features(config: FeaturesConfig) -> dict[str, Any]:
     Example: moe-cpt features --model_path smollm2-135m --data builtin:python-docs --what act --max_tokens 8192 --save_path act/
     """
     from lm_core.models import load_model, load_tokenizer
+    from moe_cpt.models import source_folder
     from moe_cpt.split.features import bytes_of, token_rows, write_features
     from moe_cpt.tensors import require_swiglu
 
     if config.save_path.exists() and not config.overwrite:
         raise ConfigError(f"save_path: {config.save_path} exists; add --overwrite, or choose another folder")
-    dense = load_model(config.model_path).train(False)
+    folder = str(source_folder(config.model_path))
+    dense = load_model(folder).train(False)
     require_swiglu(dense.config.to_dict(), config.model_path)
-    tokenizer = load_tokenizer(config.model_path)
+    tokenizer = load_tokenizer(folder)
     rows = token_rows(
         config.data,
         tokenizer,
@@ -149,21 +242,22 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
 
     Example: moe-cpt convert --model_path smollm2-135m --split_file_path split.safetensors --num_selects 4 --save_path moe-4of16
     """
-    from lm_core.models import load_tokenizer, model_folder
+    from lm_core.models import load_tokenizer
     from moe_cpt.calibrate import read_scales
     from moe_cpt.convert import convert as write
+    from moe_cpt.models import source_folder
     from moe_cpt.plan import parameter_counts
     from moe_cpt.split import Split
     from moe_cpt.split.features import token_rows
 
-    chosen = Split.load(config.split_file_path)
+    source, chosen = source_folder(config.model_path), Split.load(config.split_file_path)
     file = config.score_scale_factor_file_path
     rows = []
     if config.gate_init == "ridge" and config.calibration_data:
-        tokenizer, tokens = load_tokenizer(config.model_path), int(config.calibration_tokens)
+        tokenizer, tokens = load_tokenizer(str(source)), int(config.calibration_tokens)
         rows = token_rows(config.calibration_data, tokenizer, text_column=config.text_column, length=512, tokens=tokens)
     made = write(
-        model_folder(config.model_path),
+        source,
         chosen,
         config.save_path,
         num_selects=config.num_selects,
@@ -171,6 +265,11 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
         gate_network=config.gate_network,
         gate_init=config.gate_init,
         calibration=rows,
+        trained_gate=config.select_file_path,
+        add_noise=config.add_noise,
+        gate_type=config.gate_type,
+        calculator_type=config.calculator_type,
+        add_weight_norm=config.add_weight_norm,
         use_softmax=config.use_softmax,
         multiply_gate_scores=config.multiply_gate_scores,
         seed=config.seed,
@@ -199,6 +298,23 @@ def train(config: TrainConfig) -> dict[str, Any]:
     from moe_cpt.method import MoeCPT
 
     method = MoeCPT(config)
+    result = run(config, method)
+    method.keep_split()
+    return result
+
+
+@cli.command()
+@configured(SFTConfig)
+def sft(config: SFTConfig) -> dict[str, Any]:
+    """Tune a mixture on conversations.
+
+    Example: moe-cpt sft --model_name_or_path runs/moe/final --dataset_dir_or_path builtin:python-docs --model_max_length 256 --max_steps 20
+    """
+    require_launched(config)
+    from lm_core.run import run
+    from moe_cpt.sft import SupervisedTuning
+
+    method = SupervisedTuning(config)
     result = run(config, method)
     method.keep_split()
     return result
@@ -321,6 +437,68 @@ def keep(config: FilterConfig) -> dict[str, Any]:
     return counts
 
 
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@configured(ReportConfig)
+def report(config: ReportConfig, runs: tuple[Path, ...]) -> dict[str, Any]:
+    """Compare runs: held-out loss by source before and after training, router loads, and shares of the sources over time.
+
+    Example: moe-cpt report runs/random runs/activation --output report/
+    """
+    from moe_cpt.report import compare
+
+    return compare(runs, config.output)
+
+
+@cli.group()
+def slurm() -> None:
+    """Scripts for clusters."""
+
+
+@slurm.command(name="check")
+@click.argument("script", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@configured(SlurmCheckConfig)
+def slurm_check(config: SlurmCheckConfig, script: Path) -> dict[str, Any]:
+    """Find contradictions in a Slurm script before it waits in a queue; exit code 3 for errors.
+
+    Example: moe-cpt slurm check launchers/moe_cpt/fpt.sh --fix
+    """
+    from moe_cpt.slurm import check_slurm
+
+    if config.header is not None and not config.header.is_file():
+        raise ConfigError(f"header: {config.header} does not exist; name the log of a run")
+    header = None if config.header is None else config.header.read_text()
+    found = check_slurm(script.read_text(), folder=Path.cwd(), max_cpus=config.max_cpus, header=header, make_folders=config.fix)
+    print(*map(str, found or [f"{script}: no contradictions"]), sep="\n")
+    if any(finding.severity == "error" for finding in found):
+        # after the findings are printed, as JSON where that is wanted
+        click.get_current_context().call_on_close(_failed)
+    return {"findings": [asdict(finding) for finding in found]}
+
+
+def _failed() -> None:
+    raise click.exceptions.Exit(RunFailed.code)
+
+
+@cli.command(name="tb-spec")
+@click.argument("runs", nargs=-1, required=True)
+@configured(TensorBoardConfig)
+def tb_spec(config: TensorBoardConfig, runs: tuple[str, ...]) -> dict[str, Any]:
+    """Print (with --run: become) the TensorBoard command that shows several runs under short names.
+
+    RUNS are NAME:FOLDER, run folders, or patterns of them.
+
+    Example: moe-cpt tb-spec base:outputs/moe_fpt-1 'outputs/moe_lora-*' --port 8001
+    """
+    from moe_cpt.tensorboard import command
+
+    words = command(runs, config.port)
+    print(shlex.join(words))
+    if config.run:
+        os.execvp(words[0], words)
+    return {"command": words}
+
+
 @cli.group()
 def data() -> None:
     """Look at training data."""
@@ -402,18 +580,18 @@ def require_launched(config: TrainConfig) -> None:
 
 
 def _split(method: str, config: SplitConfig, **options: Any) -> dict[str, Any]:
-    from lm_core.models import model_folder
-    from moe_cpt.split import split_ffn
+    from moe_cpt.models import source_folder
+    from moe_cpt.split import described, split_ffn
 
     if config.save_path.exists() and not config.overwrite:
         raise ConfigError(f"save_path: {config.save_path} exists; add --overwrite, or choose another file")
-    folder = model_folder(config.model_path)
+    folder = source_folder(config.model_path)
     made = split_ffn(folder, method, num_experts=config.num_experts, seed=config.seed, **options)
     made.save(config.save_path)
     neurons, costs = made.indices[0].shape[1], made.args.get("cost", [])
     shared = len(made.shared[0]) if made.shared else 0
-    for layer, cost in enumerate(costs):
-        print(f"layer {layer}: cost {cost:.5g}")
+    for layer in range(len(made.indices)):
+        print(described(made, layer))
     print(f"{config.save_path}: {len(made.indices)} layers, {made.num_experts} experts of {neurons} neurons, {shared} shared neurons")
     return {
         "save_path": str(config.save_path),

@@ -15,8 +15,17 @@ from lm_core.schedule import learning_rate
 from moe_cpt.plan import Plan, steps_of_tokens
 
 GateNetwork = Literal["mlp", "linear"]
+GateType = Literal[
+    "TopKBalancedNoisyGate", "SwitchBalancedGate", "UniformPlainGate", "UniformLearnableGate", "RandomPlainGate", "RandomLearnableGate"
+]
+CalculatorType = Literal["UniversalCalculator", "UniformCalculator", "SwitchDropTokenCalculator"]
+GATE_TYPE = "Which experts see a token: the best K with noise in training, the best one by probability, all of them, or K at random."
+CALCULATOR_TYPE = (
+    "Experts take all tokens sent to them; Uniform needs all experts selected; SwitchDropToken refuses those beyond a capacity."
+)
 # options that only a conversion uses: a checkpoint's router and experts have their shape already
 CONVERSION = ("num_experts", "gate_network")
+ADAPTERS = ("lora_rank", "lora_alpha", "lora_dropout", "trainable", "modules_to_save", "peft_path")
 DYNAMIC = ("dynamic_eta", "dynamic_smoothing", "dynamic_min_weight", "dynamic_max_weight")
 SAVE_PATH = "Folder to write; an existing one needs --overwrite."
 
@@ -50,6 +59,103 @@ class ActivationConfig(SplitConfig):
     features: Path = opt(help="Folder written by moe-cpt features --what act.")
     num_shared_experts: int = opt(0, "Experts made of the most active neurons, which see every token.", ge=0)
     k_act: int = opt(10, "Neurons that count as active on a token.", ge=1)
+
+
+@config
+class GraphConfig(SplitConfig):
+    """Split by common activity: parts of the co-activation graph that cut few of its edges."""
+
+    hidden_features_path: Path = opt(help="Folder written by moe-cpt features --what up (or gate).")
+    proj_type: Literal["up_proj", "gate_proj"] = opt("up_proj", "Projection whose outputs are compared.")
+    metric: Literal["l1_norm", "l2_norm", "plain"] = opt("l1_norm", "Size of an activation: its absolute value, its square, or itself.")
+    threshold: float = opt(1.0, "Most that one batch of tokens adds to an edge.", gt=0)
+    batch_size: int = opt(16, "Tokens whose common activity is capped together.", ge=1)
+
+
+@config
+class GradientConfig(SplitConfig):
+    """Split by importance: every expert takes the neurons that matter most for its cluster of texts."""
+
+    num_experts: int = change(SplitConfig, "num_experts", help="Routed experts per layer, one per cluster of texts.")
+    score_file_path: Path = opt(help="File written by moe-cpt score.")
+    proj_type: Literal["up_proj", "gate_proj"] = opt("up_proj", "Projection whose scores count.")
+    expert_size: int | None = opt(None, "Neurons of an expert; default: an equal part of all.", ge=1)
+    criterion: Literal["max", "min"] = opt("max", "Take the neurons of the highest or of the lowest scores.")
+    share_neurons: bool = opt(False, "Let a neuron be in several experts, or in none.")
+
+
+@config
+class ResidualConfig(GradientConfig):
+    """Split by importance, with the neurons that matter for most clusters in shared experts."""
+
+    num_experts_residual: int = opt(2, "Shared experts, which see every token; 14 routed and 2 shared ones are 16 equal parts.", ge=1)
+
+
+@config
+class ClusterTextConfig:
+    """Put texts into clusters of similar ones."""
+
+    data_dir: list[str] = opt(
+        help="Texts: a folder or file of .jsonl, or written like --data of train; repeatable.", flags=("-d", "--data"), min_length=1
+    )
+    output_dir: Path = opt(help="Folder to write: one .jsonl file per cluster.", flags=("-o",))
+    model_dir: Path = opt(help="Folder for the clusters' centres.", flags=("-m",))
+    num_clusters: int = opt(16, "Clusters.", ge=2, flags=("-n",))
+    do_train: bool = opt(True, "Find the centres; without it those in --model_dir are used.")
+    do_eval: bool = opt(True, "Write every text into the file of its cluster.")
+    encoder: Literal["tfidf", "sentence"] = opt("tfidf", "Compare texts by their words, or by a model's mean hidden state.")
+    encoder_path: str | None = opt(None, "With --encoder sentence: the model.")
+    text_column: str = opt("text", "Column or key that holds the text.", flags=("--content_column",))
+    seed: int = opt(1227, "Address of all randomness.", ge=0)
+    overwrite: bool = opt(False, "Write into folders that exist.")
+
+    def check(self) -> None:
+        if not self.do_train and not self.do_eval:
+            raise ConfigError("do_train: neither --do_train nor --do_eval, so nothing is done; leave one of them on")
+        if (self.encoder == "sentence") != (self.encoder_path is not None):
+            raise ConfigError(
+                f"encoder_path: {self.encoder_path} does not go with --encoder {self.encoder}; sentence needs one, tfidf none"
+            )
+
+
+@config
+class ScoreConfig:
+    """How much each neuron matters for each cluster of texts, by the gradient of the loss."""
+
+    model_name_or_path: str = opt(help="Dense model: a folder, a .gguf file, smollm2-135m or a hub id.", flags=("--model",))
+    dataset: Path = opt(help="Folder written by moe-cpt cluster-text.")
+    save_path: Path = opt(help="File to write, for example score.safetensors.", flags=("-o",))
+    kernel: Literal["plain", "l1_norm", "l2_norm"] = opt("l1_norm", "Size of a gradient: itself, its absolute value, or its square.")
+    accumulate_level: Literal["sample", "total"] = opt("sample", "Take the size for every sample, or of the mean over all samples.")
+    importance_type: Literal["feature_grad", "feature_change"] = opt(
+        "feature_change", "Derivative of the loss by a hidden value, or times that value."
+    )
+    max_length: int = opt(4096, "Tokens per sample.", ge=2, flags=("--block_size",))
+    batch_size: int = opt(1, "Samples in one pass.", ge=1)
+    max_tokens: Count = opt(0, "Tokens per cluster; 0 uses all.", ge=0)
+    text_column: str = opt("text", "Key that holds the text.", flags=("--content_column",))
+    overwrite: bool = opt(False, "Replace what is at --save-path.")
+
+
+@config
+class TrainGateConfig:
+    """Routers that are trained to find the experts whose neurons are most active."""
+
+    model_path: str = opt(help="Dense model: a folder, a .gguf file, smollm2-135m or a hub id.")
+    split_file_path: Path = opt(help="Split of that model, as written by moe-cpt split.")
+    hidden_features_path: Path = opt(help="Folder written by moe-cpt features --what inputs --what act.")
+    save_path: Path = opt(help="File to write, for example gate.safetensors.", flags=("-o",))
+    gate_network: GateNetwork = opt("mlp", "Shape of the router.", flags=("--gate_network_type",))
+    num_selects: int = opt(4, "Experts whose choice is compared on held-out tokens.", ge=1)
+    select_criterion: Literal["plain", "positive", "l1_norm", "l2_norm"] = opt(
+        "l2_norm", "How active an expert is: the sum of its hidden values, of their positive parts, or their norm."
+    )
+    epochs: int = opt(100, "Passes over the tokens.", ge=1)
+    lr: float = opt(0.1, "Learning rate of the first step; it falls to zero.", gt=0)
+    batch_size: int = opt(1024, "Tokens per step.", ge=1)
+    train_percent: float = opt(0.95, "Share of the tokens to train on; the others are held out.", gt=0, lt=1)
+    seed: int = opt(1227, "Address of all randomness.", ge=0)
+    overwrite: bool = opt(False, "Replace what is at --save-path.")
 
 
 @config
@@ -123,13 +229,19 @@ class ConvertConfig:
         flags=("--moe_calculator_score_scale_factor",),
     )
     gate_network: GateNetwork = opt("mlp", "Shape of the router.", flags=("--gate_network_type",))
-    gate_init: Literal["normal", "zeros", "centroid", "ridge"] = opt(
+    gate_init: Literal["normal", "zeros", "centroid", "ridge", "trained"] = opt(
         "normal",
-        "Initial router: random, zero (needs training with noise before it routes), the experts' mean gate rows, or a fit to their output on a text.",
+        "Initial router: random, zero (needs training with noise before it routes), the experts' mean gate rows, a fit to their output on a "
+        "text, or that of --select_file_path.",
     )
+    select_file_path: Path | None = opt(None, "With --gate_init trained: file written by moe-cpt train-gate.")
     calibration_data: list[str] = opt(help="Text for --gate-init ridge, written like --data of train.", factory=list)
     calibration_tokens: Count = opt(65536, "Tokens for --gate-init ridge.", ge=1)
     text_column: str = opt("text", "Column or key that holds the text.")
+    gate_type: GateType = opt("TopKBalancedNoisyGate", GATE_TYPE)
+    calculator_type: CalculatorType = opt("UniversalCalculator", CALCULATOR_TYPE)
+    add_noise: bool = opt(True, "Learn the spread of routing noise, used in training.")
+    add_weight_norm: bool = opt(False, "Learn the factor of the routed experts' output, one number per layer.")
     use_softmax: bool = opt(True, "Scores are a softmax over the selected logits, not the logits.")
     multiply_gate_scores: bool = opt(True, "Multiply expert outputs by their scores; without it every selected expert has weight 1.")
     seed: int = opt(1227, "Address of all randomness.", ge=0)
@@ -138,6 +250,32 @@ class ConvertConfig:
     def check(self) -> None:
         if self.score_scale_factor is not None and self.score_scale_factor_file_path is not None:
             raise ConfigError(f"score_scale_factor: {self.score_scale_factor} and a file of factors are both given; drop one of them")
+        if (self.gate_init == "trained") != (self.select_file_path is not None):
+            raise ConfigError(f"select_file_path: {self.select_file_path} does not go with --gate_init {self.gate_init}; trained needs one")
+
+
+@config
+class SlurmCheckConfig:
+    """What to compare a Slurm script with."""
+
+    max_cpus: int = opt(128, "Most CPUs per task that the cluster has.", ge=1)
+    header: Path | None = opt(None, "Log of a run: its first lines must say what the script computes.")
+    fix: bool = opt(False, "Make the folders of the logs.")
+
+
+@config
+class ReportConfig:
+    """Where to write pictures of runs."""
+
+    output: Path = opt(help="Folder for the pictures and the table.", flags=("-o",))
+
+
+@config
+class TensorBoardConfig:
+    """Where to show runs."""
+
+    port: int = opt(8001, "Port of the page.", ge=1, le=65535)
+    run: bool = opt(False, "Start TensorBoard instead of printing its command.")
 
 
 @config
@@ -264,6 +402,17 @@ class TrainConfig(RunConfig):
         flags=("--moe_calculator_score_scale_factor",),
     )
     gate_network: GateNetwork = opt("mlp", "With --from-dense: shape of the router.", flags=("--gate_network_type",))
+    mode: Literal["fpt", "lora"] = opt("fpt", "Train all weights, or low-rank adapters and the routers.")
+    lora_rank: int = opt(8, "With --mode lora: rank of the adapters.", ge=1)
+    lora_alpha: float = opt(32.0, "Adapters are scaled by alpha / rank.", gt=0)
+    lora_dropout: float = opt(0.1, "Dropout in front of the adapters of linear layers.", ge=0, lt=1)
+    trainable: str = opt(
+        "q_proj,v_proj", "Comma list of what gets adapters: names of linear layers; gate_proj, up_proj and down_proj mean all experts."
+    )
+    modules_to_save: str = opt("", "Comma list of modules that are trained in full beside the adapters.")
+    peft_path: Path | None = opt(None, "Adapter of an earlier run to go on with; its own settings hold.")
+    gate_type: GateType | None = opt(None, f"{GATE_TYPE} Default: the checkpoint's.")
+    calculator_type: CalculatorType | None = opt(None, f"{CALCULATOR_TYPE} Default: the checkpoint's.")
     gate_balance_loss_weight: float | None = opt(None, "Weight of the balance loss; default: the checkpoint's, else 0.01.", ge=0)
     balance_scope: Literal["micro", "global"] = opt(
         "micro", "Experts are balanced over each process's micro-batch, or over all processes and the micro-batches of a step so far."
@@ -316,6 +465,7 @@ class TrainConfig(RunConfig):
     betas: tuple[float, float] = change(OptimOptions, "betas", default=(0.9, 0.95))
     grad_clip: float = change(OptimOptions, "grad_clip", flags=("--max_grad_norm",))
     precision: Literal["fp32", "bf16", "fp16"] = change(EngineOptions, "precision", default="bf16")
+    deepspeed_config: Path | None = change(EngineOptions, "deepspeed_config", flags=("--deepspeed",))
     micro_batch_size: int = change(EngineOptions, "micro_batch_size", flags=("--per_device_train_batch_size",))
     accumulate: int = change(EngineOptions, "accumulate", flags=("--gradient_accumulation_steps",))
     num_nodes: int | None = opt(None, "Machines of the run, for its plan; default: those of the launcher.", ge=1)
@@ -344,6 +494,11 @@ class TrainConfig(RunConfig):
                     raise ConfigError(f"{name}: {getattr(self, name)} belongs to --from-dense; a checkpoint has its own, so leave it out")
         elif self.num_selects is not None and self.num_selects > self.num_experts:
             raise ConfigError(f"num_selects: {self.num_selects} of {self.num_experts} experts; use 1 to {self.num_experts}")
+        for name in ADAPTERS:
+            if name in given and self.mode != "lora":
+                raise ConfigError(f"{name}: {getattr(self, name)} belongs to --mode lora; add that, or leave it out")
+        if self.peft_path is not None and (clash := given & set(ADAPTERS) - {"peft_path"}):
+            raise ConfigError(f"{min(clash)}: the adapter in {self.peft_path} has its own; leave one of them out")
         if self.max_steps is not None and "num_tokens" in given and self.max_steps != self.steps_of_tokens():
             raise ConfigError(
                 f"max_steps: {self.max_steps}, but --num-tokens {self.num_tokens} makes {self.steps_of_tokens()} updates; drop one of them"
@@ -427,3 +582,30 @@ class PlanConfig(TrainConfig):
     def check(self) -> None:
         if self.seconds_per_step is not None and self.logdir is not None:
             raise ConfigError(f"logdir: {self.logdir} and --seconds-per-step {self.seconds_per_step} both tell the speed; drop one of them")
+
+
+@config
+class SFTConfig(TrainConfig):
+    """Supervised tuning of a mixture on conversations."""
+
+    data: list[str] = change(
+        TrainConfig,
+        "data",
+        help="Conversations, repeatable or a comma list: .jsonl files whose rows hold conversations, or builtin:python-docs (a title, then its text).",
+        flags=("--dataset_dir_or_path", "--dataset_dir"),
+    )
+    max_length: int = change(TrainConfig, "max_length", flags=("--model_max_length", "--block_size"))
+    lr: float = change(TrainConfig, "lr", default=2e-5)
+    warmup: Count = change(TrainConfig, "warmup", default=0.03, flags=("--warmup_ratio", "--warmup_steps"))
+    num_train_epochs: Count = opt(2, "Passes over the data, unless --max-steps or --budget is given.", gt=0)
+
+    def check(self) -> None:
+        if self.dynamic_data_selection != "none" or self.prob_map is not None:
+            raise ConfigError("prob_map: conversations are used as often as they are; leave out --prob-map and --dynamic-data-selection")
+        if "num_tokens" in explicit(self):
+            raise ConfigError(f"num_tokens: {self.num_tokens} is for train; give --num-train-epochs, --max-steps or --budget")
+
+    def limits(self) -> Budget:
+        if self.budget:
+            return Budget.parse(self.budget)
+        return Budget({"steps": self.max_steps} if self.max_steps else {"epochs": self.num_train_epochs})

@@ -16,13 +16,14 @@ from lm_core import counter
 from lm_core.errors import ConfigError
 from lm_core.models import load_model
 from moe_cpt.hf.configuration_llama_moe import LlamaMoEConfig
-from moe_cpt.router_init import RouterOf, centroid, ridge
+from moe_cpt.router_init import RouterOf, centroid, ridge, trained
 from moe_cpt.split import FILE, Split
 from moe_cpt.tensors import FFN, ModelTensors, ModelWriter, read_config, require_swiglu
+from moe_cpt.train_gate import read_gate
 
 logger = logging.getLogger(__name__)
 
-GateInit = Literal["normal", "zeros", "centroid", "ridge"]
+GateInit = Literal["normal", "zeros", "centroid", "ridge", "trained"]
 _FFN_NAME = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)\.weight")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "chat_template*")
 
@@ -39,7 +40,11 @@ def convert(
     use_softmax: bool = True,
     multiply_gate_scores: bool = True,
     add_noise: bool = True,
+    gate_type: str = "TopKBalancedNoisyGate",
+    calculator_type: str = "UniversalCalculator",
+    add_weight_norm: bool = False,
     calibration: Sequence[Tensor] = (),
+    trained_gate: Path | None = None,
     seed: int = 1227,
     overwrite: bool = False,
 ) -> LlamaMoEConfig:
@@ -47,7 +52,7 @@ def convert(
 
     Tensors outside the feed-forward layers are copied bit for bit and keep their type. At most one output file and two layers
     are in memory. `score_scale_factor` defaults to N / K; `calibration` are rows of token ids for a ridge router, which loads the
-    dense model. An interrupted conversion leaves nothing under `save_path`.
+    dense model; `trained_gate` is a file of `moe-cpt train-gate`. An interrupted conversion leaves nothing under `save_path`.
     """
     source = ModelTensors(model_path)
     dense = read_config(model_path)
@@ -55,6 +60,8 @@ def convert(
     split.require_model(source, dense, "the split")
     if gate_init == "ridge" and not calibration:
         raise ConfigError("calibration_data: a ridge router is fitted to text; give for example --calibration-data builtin:python-docs")
+    if (gate_init == "trained") != (trained_gate is not None):
+        raise ConfigError(f"select_file_path: {trained_gate} does not go with --gate_init {gate_init}; trained needs one")
     if gate_init == "zeros" and not add_noise and num_selects < split.num_experts:
         raise ConfigError("gate_init: zeros without noise sends every token to the same experts; use normal, or all experts")
     config = moe_config(
@@ -62,11 +69,15 @@ def convert(
         num_experts=split.num_experts,
         num_selects=num_selects,
         num_shared_experts=split.num_shared_experts,
+        size_experts=uneven_sizes(split),
         score_scale_factor=score_scale_factor,
         gate_network=gate_network,
         gate_use_softmax=use_softmax,
         multiply_gate_scores=multiply_gate_scores,
         gate_add_noise=add_noise,
+        gate_type=gate_type,
+        calculator_type=calculator_type,
+        add_weight_norm=add_weight_norm,
     )
     if save_path.exists() and not overwrite:
         raise ConfigError(f"save_path: {save_path} exists; add --overwrite, or choose another folder")
@@ -78,8 +89,10 @@ def convert(
         router = centroid(config, source, split)
     elif gate_init == "ridge":
         router = ridge(config, load_model(str(model_path)).train(False), split, calibration)
+    elif trained_gate is not None:
+        router = trained(config, read_gate(trained_gate, split, gate_network))
     else:
-        router = initial_router(config, gate_init, seed)
+        router = initial_router(config, "zeros" if gate_init == "zeros" else "normal", seed)
     for name, tensor in converted(source, split, config, router):
         writer.add(name, tensor)
     writer.close()
@@ -89,6 +102,13 @@ def convert(
     shutil.rmtree(save_path, ignore_errors=True)
     partial.rename(save_path)
     return config
+
+
+def uneven_sizes(split: Split) -> list[list[int]] | None:
+    """The sizes of all experts, unless each has an equal part of the neurons."""
+    sizes, parts = split.sizes(), split.num_experts + split.num_shared_experts
+    equal = split.intermediate_size % parts == 0 and {size for layer in sizes for size in layer} == {split.intermediate_size // parts}
+    return None if equal else sizes
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -123,24 +143,28 @@ def converted(source: ModelTensors, split: Split, config: LlamaMoEConfig, router
             prefix, dtype = f"model.layers.{layer}.mlp.", parts["gate_proj"].dtype
             for inner, tensor in expert_tensors(**waiting.pop(layer), split=split.layer(layer), stored=config.stored_size).items():
                 yield prefix + inner, tensor
-            for inner, tensor in router(layer).items():
-                yield f"{prefix}router.{inner}", tensor.to(dtype)
+            if config.has_router:
+                for inner, tensor in router(layer).items():
+                    yield f"{prefix}router.{inner}", tensor.to(dtype)
+            if config.add_weight_norm:
+                yield prefix + "score_scale", torch.tensor([config.scale_of(layer)], dtype=dtype)
 
 
 def expert_tensors(
-    gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor, *, split: tuple[Tensor, Tensor], stored: int
+    gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor, *, split: tuple[list[Tensor], Tensor], stored: int
 ) -> dict[str, Tensor]:
     """The tensors of the experts of one layer; neurons beyond an expert's own are zero."""
     routed, shared = split
-    experts, size = routed.shape
     hidden = gate_proj.shape[1]
-    gate_up = gate_proj.new_zeros(experts, 2 * stored, hidden)
-    down = gate_proj.new_zeros(experts, hidden, stored)
-    gate_up[:, :size], gate_up[:, stored : stored + size] = gate_proj[routed], up_proj[routed]
-    down[:, :, :size] = down_proj.T[routed].transpose(1, 2)
+    gate_up = gate_proj.new_zeros(len(routed), 2 * stored, hidden)
+    down = gate_proj.new_zeros(len(routed), hidden, stored)
+    for expert, neurons in enumerate(routed):
+        size = len(neurons)
+        gate_up[expert, :size], gate_up[expert, stored : stored + size] = gate_proj[neurons], up_proj[neurons]
+        down[expert, :, :size] = down_proj[:, neurons]
     tensors = {"experts.gate_up_proj": gate_up, "experts.down_proj": down}
     if len(shared):
-        width = len(shared) // size * stored
+        width = len(shared) // len(routed[0]) * stored
         wide, back = gate_proj.new_zeros(2 * width, hidden), gate_proj.new_zeros(hidden, width)
         wide[: len(shared)], wide[width : width + len(shared)] = gate_proj[shared], up_proj[shared]
         back[:, : len(shared)] = down_proj[:, shared]
@@ -160,7 +184,7 @@ def initial_router(config: LlamaMoEConfig, init: Literal["normal", "zeros"], see
         for number, (name, (rows, columns)) in enumerate(shapes.items()):
             drawn = counter.normal(counter.derive(seed, "init", layer, number), "init", 0, rows * columns)
             made[name] = std * drawn.view(rows, columns)
-        if config.gate_add_noise:
+        if config.has_noise_weights:
             made["noise.weight"] = torch.zeros(config.num_experts, config.hidden_size)
         return made
 

@@ -31,7 +31,7 @@ from moe_cpt.config import ExportConfig
 from moe_cpt.convert import copy_tokenizer
 from moe_cpt.hf.configuration_llama_moe import LlamaMoEConfig
 from moe_cpt.inspection import load_mixture
-from moe_cpt.model import LlamaMoEForCausalLM
+from moe_cpt.model import LlamaMoEForCausalLM, MoEBlock
 from moe_cpt.split import FILE, Split
 
 Stock = TypeVar("Stock", bound=PreTrainedModel)
@@ -73,6 +73,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     try:
         rounding = 0.0
         if config.format == "llama_moe":
+            require_inference(model.config)
             _write_own(model, partial, keep_noise=config.keep_noise)
         elif config.format == "llama":
             split = _split_of(source)
@@ -81,7 +82,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
             as_dense(model)
         else:
             require_fit(model.config, config.format)
-            rounding = max(_rounding(block.experts.down_proj, model.config.scale_of(block.layer_idx)) for block in model.blocks())
+            rounding = max(_rounding(block.experts.down_proj, factor_of(block)) for block in model.blocks())
             with quiet():
                 (mixtral(model) if config.format == "mixtral" else granite(model)).save_pretrained(partial)
         copy_tokenizer(source, partial)
@@ -104,18 +105,31 @@ def export(config: ExportConfig) -> dict[str, Any]:
 def require_fit(config: LlamaMoEConfig, format: str) -> None:
     """Raise ConfigError where a stock class cannot compute what the mixture does, and say which format can."""
     problem = None
-    if config.gate_network != "linear":
+    if config.gate_type != "TopKBalancedNoisyGate":
+        problem = f"its gate is a {config.gate_type}"
+    elif config.may_drop:
+        problem = "its experts drop tokens"
+    elif config.gate_network != "linear":
         problem = "its router is an mlp"
     elif not (config.gate_use_softmax and config.multiply_gate_scores):
         problem = "its scores are not a softmax"
     elif config.attention_bias:
         problem = "its attention has biases"
+    elif config.size_experts is not None and len({size for layer in config.size_experts for size in layer}) > 1:
+        problem = "its experts differ in size"
     if problem is not None:
         raise ConfigError(f"format: {format} cannot hold this mixture, since {problem}; use --format llama_moe")
     if format == "mixtral" and config.num_shared_experts:
         raise ConfigError("format: mixtral has no shared experts; use --format granitemoeshared, or llama_moe")
     if format == "granitemoeshared" and not config.num_shared_experts:
         raise ConfigError("format: granitemoeshared wants shared experts, this mixture has none; use --format mixtral")
+
+
+def require_inference(config: LlamaMoEConfig) -> None:
+    """Raise ConfigError for what only makes sense in training: draws that depend on the number of a sample."""
+    if config.gate_type.startswith("Random") or config.may_drop:
+        what = "drops random tokens" if config.may_drop else f"has a {config.gate_type}"
+        raise ConfigError(f"format: the mixture {what}, which no exported code repeats; train it with another gate, or without dropping")
 
 
 def mixtral(model: LlamaMoEForCausalLM) -> MixtralForCausalLM:
@@ -180,14 +194,16 @@ def merged(model: LlamaMoEForCausalLM, split: Split) -> LlamaForCausalLM:
     fields = {name: value for name, value in model.config.to_dict().items() if name in LlamaConfig().to_dict() and name != "model_type"}
     made = LlamaConfig(**fields | {"architectures": ["LlamaForCausalLM"]})
     tensors = {name: tensor for name, tensor in model.state_dict().items() if ".mlp." not in name}
-    size, stored = model.config.expert_size, model.config.stored_size
+    stored = model.config.stored_size
     for block in model.blocks():
         routed, shared = split.layer(block.layer_idx)
         gate_up, down = block.experts.gate_up_proj.detach(), block.experts.down_proj.detach()
         gate = gate_up.new_empty(model.config.intermediate_size, model.config.hidden_size)
         up, back = torch.empty_like(gate), torch.empty_like(gate)
-        gate[routed], up[routed] = gate_up[:, :size], gate_up[:, stored : stored + size]
-        back[routed] = down[:, :, :size].transpose(1, 2)
+        for expert, neurons in enumerate(routed):
+            size = len(neurons)
+            gate[neurons], up[neurons] = gate_up[expert, :size], gate_up[expert, stored : stored + size]
+            back[neurons] = down[expert, :, :size].T
         if len(shared):
             wide, narrow = block.shared_experts.gate_up_proj.weight.detach(), block.shared_experts.down_proj.weight.detach()
             half = len(wide) // 2
@@ -207,7 +223,10 @@ def as_dense(model: LlamaMoEForCausalLM) -> None:
     model.set_num_selects(model.config.num_experts)
     model.set_score_scale_factor(float(model.config.num_experts))
     model.config.gate_use_softmax = model.config.multiply_gate_scores = True
+    model.config.calculator_type = "UniversalCalculator"
     model.config.shared_scale_factor = 1.0
+    if model.config.gate_type != "UniformPlainGate":
+        model.config.gate_type = "UniformLearnableGate" if model.config.has_router else "UniformPlainGate"
     model.reset_router(std=0.0)
 
 
@@ -217,7 +236,12 @@ def routed_tensors(model: LlamaMoEForCausalLM, layer: int) -> tuple[Tensor, Tens
     Zero neurons that align the experts stay: transformers' grouped products want rows of 16 bytes, too.
     """
     experts = model.blocks()[layer].experts
-    return experts.gate_up_proj, scaled(experts.down_proj, model.config.scale_of(layer))
+    return experts.gate_up_proj, scaled(experts.down_proj, factor_of(model.blocks()[layer]))
+
+
+def factor_of(block: MoEBlock) -> float:
+    """What the routed experts' output is multiplied with, learned or not."""
+    return float(torch.as_tensor(block.scale()).detach())
 
 
 def scaled(weight: Tensor, factor: float) -> Tensor:
@@ -267,7 +291,12 @@ def _split_of(folder: Path) -> Split:
         raise InputError(
             f"model: {folder} holds no {FILE}, so nobody knows where its neurons were; use another format, or copy the file there"
         )
-    return Split.load(path)
+    split = Split.load(path)
+    if not split.partition:
+        raise InputError(
+            f"model: experts of {folder} share neurons or lack some, so there is no dense model to go back to; use another format"
+        )
+    return split
 
 
 def _common(config: LlamaMoEConfig) -> dict[str, Any]:

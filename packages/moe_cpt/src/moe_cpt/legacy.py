@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lm_core.errors import ConfigError, InputError
@@ -23,9 +22,8 @@ _GATE = {
     "gate.gate_network.weight": "router.proj.weight",
     "gate.weight_noise.weight": "router.noise.weight",
 }
-# what the original code could do otherwise, and this package does in one way
-_ONLY = {"gate_type": "TopKBalancedNoisyGate", "calculator_type": "UniversalCalculator", "add_weight_norm": False}
-_DROPPED = ("size_experts", "drop_tokens", "dropped_padding", "capacity_factor", *_ONLY)
+# the original code keeps its learned factors elsewhere
+_DROPPED = ("add_weight_norm",)
 
 
 def import_legacy(source: Path, target: Path, *, overwrite: bool = False) -> LlamaMoEConfig:
@@ -51,18 +49,17 @@ def import_legacy(source: Path, target: Path, *, overwrite: bool = False) -> Lla
 
 
 def legacy_config(stored: Mapping[str, Any]) -> LlamaMoEConfig:
-    """The config with this package's fields. Raises ConfigError for gates and experts that it has not."""
-    for name, value in _ONLY.items():
-        if stored.get(name, value) != value:
-            raise ConfigError(f"model: {name} {stored[name]!r} of the checkpoint is not supported; only {value!r} is")
-    sizes = {size for layer in stored.get("size_experts") or [] for size in layer}
-    if len(sizes) > 1:
-        raise ConfigError(f"model: experts of {min(sizes)} to {max(sizes)} neurons; only equal ones can be imported")
+    """The config with this package's fields. Raises ConfigError for what it has not."""
+    if stored.get("add_weight_norm"):
+        raise ConfigError("model: add_weight_norm True of the checkpoint is not supported; only False is")
     kept = {
         name: value
         for name, value in stored.items()
         if name not in (*_DROPPED, "model_type", "architectures", "auto_map", "transformers_version")
     }
+    equal = stored["intermediate_size"] // stored["num_experts"]
+    if {size for layer in stored.get("size_experts") or [] for size in layer} <= {equal}:
+        kept.pop("size_experts", None)
     try:
         return LlamaMoEConfig(**kept, architectures=["LlamaMoEForCausalLM"])
     except ValueError as error:
@@ -93,11 +90,12 @@ def renamed(source: ModelTensors, config: LlamaMoEConfig) -> Iterator[tuple[str,
 
 def stacked(prefix: str, parts: Mapping[tuple[str, int], Tensor], config: LlamaMoEConfig) -> Iterator[tuple[str, Tensor]]:
     """The experts of one layer, with zero neurons up to the stored size."""
-    size, stored = config.expert_size, config.stored_size
-    gate, up, down = (torch.stack([parts[name, expert] for expert in range(config.num_experts)]) for name in ("gate", "up", "down"))
-    gate_up = gate.new_zeros(config.num_experts, 2 * stored, config.hidden_size)
-    gate_up[:, :size], gate_up[:, stored : stored + size] = gate, up
-    wide = gate.new_zeros(config.num_experts, config.hidden_size, stored)
-    wide[:, :, :size] = down
+    stored = config.stored_size
+    gate_up = parts["gate", 0].new_zeros(config.num_experts, 2 * stored, config.hidden_size)
+    wide = gate_up.new_zeros(config.num_experts, config.hidden_size, stored)
+    for expert in range(config.num_experts):
+        gate, up, down = (parts[name, expert] for name in ("gate", "up", "down"))
+        gate_up[expert, : len(gate)], gate_up[expert, stored : stored + len(up)] = gate, up
+        wide[expert, :, : len(gate)] = down
     yield prefix + "experts.gate_up_proj", gate_up
     yield prefix + "experts.down_proj", wide

@@ -19,10 +19,11 @@ from lm_core import dist
 from lm_core.errors import ConfigError, ResumeRefused, RunFailed
 from lm_core.method import IGNORE, Batch, Loss, Method, Rule
 from lm_core.models import CausalLoss, checkpoint_activations, load_model, model_folder, quiet
+from moe_cpt.adapters import adapted, from_adapter
 from moe_cpt.config import TrainConfig
 from moe_cpt.convert import convert, moe_config
 from moe_cpt.data import weighted_sources
-from moe_cpt.hf.configuration_llama_moe import LlamaMoEConfig
+from moe_cpt.hf.configuration_llama_moe import CALCULATORS, GATES, LlamaMoEConfig
 from moe_cpt.model import LlamaMoEForCausalLM
 from moe_cpt.models import PRESETS
 from moe_cpt.plan import parameter_counts
@@ -69,12 +70,27 @@ class MoeCPT(Method):
             with self.initial_model() as name:
                 loaded = load_model(name, presets=PRESETS, seed=config.seed)
             model = cast(LlamaMoEForCausalLM, self.require_mixture(loaded))
-        self.override(model.config)
+        self.override(model)
         model.set_attn_implementation(config.attn_implementation)
-        module = CausalLoss(model, loss=linear_cross_entropy)
+        module = CausalLoss(self.adapted(model) if config.mode == "lora" else model, loss=linear_cross_entropy)
         if config.gradient_checkpointing:
             checkpoint_activations(module)
         return module
+
+    def adapted(self, model: LlamaMoEForCausalLM) -> nn.Module:
+        """The mixture with the adapters that the options name."""
+        config = self.config
+        if config.peft_path is not None:
+            return from_adapter(model, config.peft_path)
+        return adapted(
+            model,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            trainable=names_in(config.trainable),
+            modules_to_save=names_in(config.modules_to_save),
+            freeze_router=config.freeze_router,
+        )
 
     def require_mixture(self, model: nn.Module) -> nn.Module:
         if isinstance(model, LlamaMoEForCausalLM):
@@ -90,7 +106,14 @@ class MoeCPT(Method):
         if self.config.from_dense == "none":
             return LlamaMoEConfig(**{key: value for key, value in stored.items() if key != "model_type"})
         config = self.config
-        return moe_config(stored, num_experts=config.num_experts, num_selects=config.num_selects or 4, gate_network=config.gate_network)
+        return moe_config(
+            stored,
+            num_experts=config.num_experts,
+            num_selects=config.num_selects or 4,
+            gate_network=config.gate_network,
+            gate_type=config.gate_type or GATES[0],
+            calculator_type=config.calculator_type or CALCULATORS[0],
+        )
 
     @contextmanager
     def initial_model(self) -> Iterator[str]:
@@ -127,6 +150,8 @@ class MoeCPT(Method):
                 folder,
                 num_selects=config.num_selects or 4,
                 gate_network=config.gate_network,
+                gate_type=config.gate_type or GATES[0],
+                calculator_type=config.calculator_type or CALCULATORS[0],
                 seed=config.seed,
                 overwrite=True,
             )
@@ -138,18 +163,26 @@ class MoeCPT(Method):
         if dist.rank() == 0 and not config.dry_run and (source / FILE).is_file():
             shutil.copy2(source / FILE, config.run_folder() / "final" / FILE)
 
-    def override(self, model: LlamaMoEConfig) -> None:
+    def override(self, mixture: LlamaMoEForCausalLM) -> None:
         """Routing options that were given win over the checkpoint's; says where each value comes from."""
-        config = self.config
-        for name in ("num_selects", "score_scale_factor", "gate_balance_loss_weight"):
+        config, model = self.config, mixture.config
+        for name in ("gate_type", "calculator_type", "num_selects", "gate_balance_loss_weight"):
             given = getattr(config, name)
             origin = "checkpoint" if given is None else "option"
             if given is not None:
                 setattr(model, name, given)
             logger.info("%s: %s (%s)", name, getattr(model, name), origin)
+        if config.score_scale_factor is not None:
+            mixture.set_score_scale_factor(config.score_scale_factor)
+        logger.info(
+            "score_scale_factor: %s (%s)", model.score_scale_factor, "checkpoint" if config.score_scale_factor is None else "option"
+        )
         model.balance_scope, model.experts_backend = config.balance_scope, config.experts_backend
-        if model.num_selects > model.num_experts:
-            raise ConfigError(f"num_selects: {model.num_selects} of {model.num_experts} experts; use 1 to {model.num_experts}")
+        try:
+            LlamaMoEConfig(**model.to_dict())
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        mixture.fit_router()
         usual = model.num_experts / model.num_selects
         if model.multiply_gate_scores and model.score_scale_factor != usual:
             logger.warning(
@@ -176,11 +209,11 @@ class MoeCPT(Method):
         if not importance_LN.is_meta:
             self._meter.add(batch, self.tokens(batch), routing, len(self._sources))
         load_LN, targets = routing.sums("load_N"), (batch["labels"] != IGNORE).sum()
-        weight = self.mixture(model).gate_balance_loss_weight
+        config = self.mixture(model)
         scale = targets
         if self.config.balance_scope == "global" and not importance_LN.is_meta:
             importance_LN, load_LN, scale = self._step_so_far.add(batch, importance_LN, load_LN, targets)
-        balance = balance_loss(importance_LN, load_LN, weight)
+        balance = balance_loss(importance_LN, load_LN, config.balance_weight, config.gate_type == "SwitchBalancedGate")
         moving = scale * balance
         yield Loss(total=total + moving - moving.detach(), metrics={"moe/balance_loss": targets * balance.detach()})
 
@@ -280,6 +313,11 @@ class StepSums:
         self._sums = everyone if self._sums is None else self._sums + everyone
         others = self._sums[:-1].view(mine.shape) - mine
         return importance_LN + others[0], load_LN + others[1], self._sums[-1]
+
+
+def names_in(text: str) -> list[str]:
+    """The names of a comma list."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _require_finite(importance_LN: Tensor, step: int) -> None:

@@ -23,9 +23,10 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
+from lm_core.errors import ConfigError
 from moe_cpt.experts import moe_ffn, swiglu
 from moe_cpt.hf.configuration_llama_moe import LlamaMoEConfig
-from moe_cpt.routing import Gate, Router, Routing, balance_loss, gate, noise
+from moe_cpt.routing import Gate, Router, Routing, balance_loss, drop_order, fixed_gate, gate, gumbel, noise, switch_gate, within_capacity
 
 # B rows, T positions, R tokens (B x T), D hidden size, N experts
 
@@ -63,36 +64,56 @@ class MoEBlock(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.router = Router(config)
+        if config.has_router:
+            self.router = Router(config)
         self.experts = Experts(config)
+        if config.add_weight_norm:
+            self.score_scale = nn.Parameter(torch.empty(1))
         if config.num_shared_experts:
             self.shared_experts = SharedExperts(config)
+
+    def scale(self) -> Tensor | float:
+        """What the routed experts' output is multiplied with."""
+        config = self.config
+        if not config.multiply_gate_scores:
+            return 1.0
+        return self.score_scale if config.add_weight_norm else config.scale_of(self.layer_idx)
 
     def forward(self, x_BTD: Tensor, mask: Tensor | None = None, index: Tensor | None = None, seed: int = 0) -> tuple[Tensor, Gate]:
         """The layer's output and what its gate said. `mask` (B x T) marks real tokens, `index` (B; default 0 .. B-1) their samples."""
         config = self.config
-        rows, length, _ = x_BTD.shape
-        x_RD = x_BTD.flatten(0, 1)
-        noisy = self.training and config.gate_add_noise
-        logits_RN, sigma_RN = self.router(x_RD, noisy)
-        noise_RN = None
-        if noisy:
-            index = torch.arange(rows, device=x_BTD.device) if index is None else index
-            noise_RN = noise(seed, self.layer_idx, index, length, config.num_experts)
-        said = gate(
-            logits_RN,
-            config.num_selects,
-            sigma_RN=sigma_RN,
-            noise_RN=noise_RN,
-            mask_R=None if mask is None else mask.flatten(),
-            softmax=config.gate_use_softmax,
-            multiply=config.multiply_gate_scores,
-        )
-        scale = config.scale_of(self.layer_idx) if config.multiply_gate_scores else 1.0
-        y = self.experts(x_RD, said.experts_RK, scale * said.score_RK, config.experts_backend).view(x_BTD.shape)
+        index = torch.arange(len(x_BTD), device=x_BTD.device) if index is None else index
+        x_RD, mask_R = x_BTD.flatten(0, 1), None if mask is None else mask.flatten()
+        said, dropped_R = self.gate(x_RD, mask_R, index, seed), None
+        if config.may_drop:
+            order_R = drop_order(seed, self.layer_idx, index, x_BTD.shape[1])
+            said, dropped_R = within_capacity(said, order_R, config.capacity_factor, mask_R)
+        y_RD = self.experts(x_RD, said.experts_RK, self.scale() * said.score_RK, config.experts_backend)
+        if dropped_R is not None and config.dropped_padding == "input":
+            y_RD = torch.where(dropped_R[:, None], x_RD.to(y_RD.dtype), y_RD)
+        y = y_RD.view(x_BTD.shape)
         if config.num_shared_experts:
             y = y + config.shared_scale_factor * self.shared_experts(x_BTD)
         return y, said
+
+    def gate(self, x_RD: Tensor, mask_R: Tensor | None, index_B: Tensor, seed: int) -> Gate:
+        """Which experts see each token, by the config's `gate_type`."""
+        config = self.config
+        k, multiply, softmax = config.num_selects, config.multiply_gate_scores, config.gate_use_softmax
+        address = (seed, self.layer_idx, index_B, len(x_RD) // len(index_B), config.num_experts)
+        noisy = self.training and config.gate_add_noise
+        logits_RN = sigma_RN = None
+        if config.has_router:
+            logits_RN, sigma_RN = self.router(x_RD, noisy and config.has_noise_weights)
+        if config.gate_type.startswith("Uniform") or config.gate_type.startswith("Random"):
+            same = torch.zeros(len(x_RD), config.num_experts, device=x_RD.device)
+            keys_RN = same if config.gate_type.startswith("Uniform") else noise(*address)
+            return fixed_gate(keys_RN, k, logits_RN, mask_R=mask_R, softmax=softmax, multiply=multiply)
+        assert logits_RN is not None
+        if config.gate_type == "SwitchBalancedGate":
+            return switch_gate(logits_RN, gumbel_RN=gumbel(*address) if noisy else None, mask_R=mask_R, multiply=multiply)
+        drawn_RN = noise(*address) if noisy else None
+        return gate(logits_RN, k, sigma_RN=sigma_RN, noise_RN=drawn_RN, mask_R=mask_R, softmax=softmax, multiply=multiply)
 
 
 class LlamaMoEDecoderLayer(GradientCheckpointingLayer):
@@ -128,8 +149,10 @@ class LlamaMoEPreTrainedModel(LlamaPreTrainedModel):
         if isinstance(module, Experts):
             init.normal_(module.gate_up_proj, std=self.config.initializer_range)
             init.normal_(module.down_proj, std=self.config.initializer_range)
-        elif isinstance(module, Router) and self.config.gate_add_noise:
+        elif isinstance(module, Router) and self.config.has_noise_weights:
             init.zeros_(module.noise.weight)
+        elif isinstance(module, MoEBlock) and self.config.add_weight_norm:
+            init.constant_(module.score_scale, self.config.scale_of(module.layer_idx))
 
 
 class LlamaMoEModel(LlamaMoEPreTrainedModel, LlamaModel):
@@ -148,10 +171,11 @@ class LlamaMoEModel(LlamaMoEPreTrainedModel, LlamaModel):
 
 @dataclass
 class MoECausalLMOutput(CausalLMOutputWithPast):
-    """`loss` is `ce_loss` plus `balance_loss`; `gate_load` and `gate_importance` are L x N sums over real tokens."""
+    """`loss` is `ce_loss` plus `balance_loss`; `gate_load` and `gate_importance` are L x N sums over real tokens, `num_dropped_tokens` L."""
 
     ce_loss: Tensor | None = None
     balance_loss: Tensor | None = None
+    num_dropped_tokens: Tensor | None = None
     gate_load: Tensor | None = None
     gate_importance: Tensor | None = None
 
@@ -181,7 +205,7 @@ class LlamaMoEForCausalLM(LlamaMoEPreTrainedModel, LlamaForCausalLM):
         kwargs["return_dict"] = True
         out = super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels, routing=routing, **kwargs)
         importance, load = routing.sums("importance_N"), routing.sums("load_N")
-        balance = balance_loss(importance, load, self.config.gate_balance_loss_weight if self.config.gate_use_balance else 0.0)
+        balance = balance_loss(importance, load, self.config.balance_weight, self.config.gate_type == "SwitchBalancedGate")
         return MoECausalLMOutput(
             loss=None if labels is None else out.loss + balance,
             logits=out.logits,
@@ -190,6 +214,7 @@ class LlamaMoEForCausalLM(LlamaMoEPreTrainedModel, LlamaForCausalLM):
             attentions=out.attentions,
             ce_loss=out.loss,
             balance_loss=balance,
+            num_dropped_tokens=routing.sums("dropped"),
             gate_load=load,
             gate_importance=importance,
         )
@@ -205,26 +230,43 @@ class LlamaMoEForCausalLM(LlamaMoEPreTrainedModel, LlamaForCausalLM):
         self.config.num_selects = num_selects
 
     def set_score_scale_factor(self, scale: float, layer: int | None = None) -> None:
-        """Change s in all layers, or in one."""
+        """Change s in all layers, or in one; where s is learned, its present value."""
         if layer is None:
             self.config.score_scale_factor = scale
-            return
-        scales = [self.config.scale_of(at) for at in range(self.config.num_hidden_layers)]
-        scales[layer] = scale
-        self.config.score_scale_factor = scales
+        else:
+            scales = [self.config.scale_of(at) for at in range(self.config.num_hidden_layers)]
+            scales[layer] = scale
+            self.config.score_scale_factor = scales
+        if self.config.add_weight_norm:
+            for block in self.blocks():
+                nn.init.constant_(block.score_scale, self.config.scale_of(block.layer_idx))
+
+    def fit_router(self) -> None:
+        """Drop the router weights that the config's gate does not use. Raises ConfigError when it wants some that are not there."""
+        for block in self.blocks():
+            if not self.config.has_router:
+                block._modules.pop("router", None)
+            elif not hasattr(block, "router"):
+                raise ConfigError(f"gate_type: the mixture has no router for a {self.config.gate_type}; convert it with that gate")
+            elif not self.config.has_noise_weights:
+                block.router._modules.pop("noise", None)
+            elif not hasattr(block.router, "noise"):
+                raise ConfigError(f"gate_type: the mixture has no noise weights for a {self.config.gate_type}; convert it with that gate")
 
     def set_balance_loss_weight(self, weight: float) -> None:
         self.config.gate_balance_loss_weight = weight
 
     def set_gate_noise(self, on: bool) -> None:
         """Turn routing noise in training on or off; a mixture made without noise weights cannot turn it on."""
-        if on and not hasattr(self.blocks()[0].router, "noise"):
+        if on and self.config.has_router and not hasattr(self.blocks()[0].router, "noise"):
             raise ValueError("gate_add_noise: the mixture has no noise weights; convert it with noise")
         self.config.gate_add_noise = on
 
     def reset_router(self, std: float | None = None) -> None:
         """Draw the router weights anew from torch's generator (zeros for `std` 0); noise weights become zero."""
         std = self.config.initializer_range if std is None else std
+        if not self.config.has_router:
+            return
         for block in self.blocks():
             for name, parameter in block.router.named_parameters():
                 nn.init.normal_(parameter, std=0.0 if name.startswith("noise") else std)

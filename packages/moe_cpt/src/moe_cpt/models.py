@@ -1,7 +1,8 @@
-"""Names of models that come with the package: random weights, for tests and first steps."""
+"""Names of models that come with the package: random weights, for tests and first steps. Imports no torch by itself."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -19,3 +20,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     }
 }
+
+
+def source_folder(name: str) -> Path:
+    """The folder of a dense model; one that comes with the package is written into the cache first, with a tokenizer of bytes."""
+    from lm_core import cache
+    from lm_core.data.vocab import byte_tokenizer
+    from lm_core.models import load_model, model_folder, quiet
+
+    if name not in PRESETS:
+        return model_folder(name)
+
+    def write(folder: Path) -> None:
+        with quiet():
+            load_model(name, presets=PRESETS).save_pretrained(folder)
+        byte_tokenizer().save_pretrained(str(folder))
+
+    return cache.build("models", f"{name}-{cache.key_of(PRESETS[name])}", write)

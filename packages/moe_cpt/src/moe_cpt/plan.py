@@ -79,8 +79,20 @@ def parameter_counts(config: Mapping[str, Any]) -> Counts:
     if "num_experts" not in config:
         return Counts(dense, dense, dense)
     experts, shared = config["num_experts"], config.get("num_shared_experts", 0)
-    router = experts * hidden * (2 if config.get("gate_add_noise", True) else 1)
+    kind = config.get("gate_type", "TopKBalancedNoisyGate")
+    router = experts * hidden
     if config.get("gate_network", "mlp") == "mlp":
         router += experts * experts
-    idle = width // (experts + shared) * (experts - config["num_selects"])
-    return Counts(dense, dense + layers * router, dense + layers * (router - 3 * hidden * idle))
+    if kind == "TopKBalancedNoisyGate" and config.get("gate_add_noise", True):
+        router += experts * hidden
+    # a gate that does not look at the token has no weights
+    router = (0 if kind.endswith("PlainGate") else router) + bool(config.get("add_weight_norm"))
+    sizes = config.get("size_experts")
+    # neurons of one routed expert: their mean where they differ
+    size = width / (experts + shared) if sizes is None else sum(map(sum, sizes)) / (layers * experts)
+    without = dense + layers * (router - 3 * hidden * width)
+    return Counts(
+        dense,
+        without + round(layers * 3 * hidden * size * (experts + shared)),
+        without + round(layers * 3 * hidden * size * (config["num_selects"] + shared)),
+    )

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lm_core import dist
+from lm_core.errors import InputError
 from lm_core.method import Batch
-from lm_core.plot import drawing
-from lm_core.sinks import Record
+from lm_core.plot import drawing, plot_run, plot_runs
+from lm_core.sinks import Record, read
 from moe_cpt.routing import Routing
 
 # L layers, N experts
@@ -26,6 +28,7 @@ class Meter:
         self.load_LN: Tensor | None = None
         self.importance_LN: Tensor | None = None
         self.source_tokens: Tensor | None = None
+        self.dropped: Tensor | None = None
         self.last_load: list[list[float]] = []
         self.last_importance: list[list[float]] = []
         # where the data is; the clock runs from a step's first micro-batch to the next step's, unless something lies between
@@ -40,7 +43,7 @@ class Meter:
 
     def clear(self) -> None:
         """Forget the interval."""
-        self.load_LN = self.importance_LN = self.source_tokens = None
+        self.load_LN = self.importance_LN = self.source_tokens = self.dropped = None
         self._timed = {"seconds": 0.0, "tokens": 0, "steps": 0}
 
     def add(self, batch: Batch, tokens: int, routing: Routing, sources: int) -> None:
@@ -53,6 +56,8 @@ class Meter:
         load, importance = routing.sums("count_N").detach(), routing.sums("importance_N").detach()
         self.load_LN = load if self.load_LN is None else self.load_LN + load
         self.importance_LN = importance if self.importance_LN is None else self.importance_LN + importance
+        dropped = routing.sums("dropped").sum().detach().double()
+        self.dropped = dropped if self.dropped is None else self.dropped + dropped
         if sources > 1:
             counts = torch.bincount(batch["source"], minlength=sources).double() * batch["input_ids"].shape[1]
             self.source_tokens = counts if self.source_tokens is None else self.source_tokens + counts
@@ -75,6 +80,8 @@ class Meter:
                 values[f"moe/layer_{layer}/load"] = float(loads.max() / loads.mean())
                 values[f"moe/layer_{layer}/importance"] = float(importances.max() / importances.mean())
             values["moe/dead_experts"] = float((load == 0).sum())
+            assert self.dropped is not None
+            values["moe/dropped_tokens"] = float(dist.all_sum(self.dropped))
         if self.source_tokens is not None:
             values |= {f"data/tokens/{name}": count for name, count in zip(sources, dist.all_sum(self.source_tokens).tolist())}
         if self._timed["steps"]:
@@ -115,3 +122,56 @@ def draw_tables(tables: Mapping[str, list[list[float]]], path: Path) -> Path:
             axes.yaxis.get_major_locator().set_params(integer=True)
             canvas.colorbar(image, ax=axes)
     return path
+
+
+def compare(runs: Sequence[Path], out: Path) -> dict[str, Any]:
+    """Print a table of held-out losses, and draw losses, router loads and source shares of the runs into `out`.
+
+    Raises InputError for a folder that is no run.
+    """
+    rows, pictures = {}, [plot_runs(runs, out / "losses.png")]
+    for run in runs:
+        records = read(run / "metrics.jsonl")
+        name = run.name if run.name != "run" else run.parent.name
+        if name in rows:
+            raise InputError(f"runs: two of them are called {name}; rename a folder")
+        rows[name] = held_out(records)
+        if (run / "router.json").is_file():
+            pictures.append(draw_tables(json.loads((run / "router.json").read_text()), out / f"router-{name}.png"))
+        drawn = {path.stem: path for path in plot_run(run)}
+        if "weights" in drawn:
+            pictures.append(out / f"weights-{name}.png")
+            pictures[-1].write_bytes(drawn["weights"].read_bytes())
+    table = markdown(rows)
+    (out / "table.md").write_text(table)
+    print(table, end="")
+    return {"runs": rows, "pictures": [str(path) for path in pictures]}
+
+
+def held_out(records: Sequence[Record]) -> dict[str, dict[str, float]]:
+    """By source the held-out loss before training and at its end, each with its standard error, and the tokens between."""
+    found: dict[str, dict[str, float]] = {}
+    for record in records:
+        for name, value in record.items():
+            if name.startswith("eval/") and name.endswith("/loss") and f"{name.removesuffix('loss')}standard_error" in record:
+                source = name.removeprefix("eval/").removesuffix("/loss")
+                error = record[f"eval/{source}/standard_error"]
+                entry = found.setdefault(source, {"before": value, "before_error": error})
+                entry |= {"after": value, "after_error": error, "tokens": record["tokens"]}
+    return found
+
+
+def markdown(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """The losses of all runs as a table."""
+    sources = list(dict.fromkeys(source for losses in rows.values() for source in losses))
+    heads = [f"{source} {when}" for source in sources for when in ("before", "after")]
+    lines = ["| run | tokens | " + " | ".join(heads) + " |", "|---" * (2 + len(heads)) + "|"]
+    for name, losses in rows.items():
+        cells = []
+        for source in sources:
+            for when in ("before", "after"):
+                entry = losses.get(source)
+                cells.append("" if entry is None else f"{entry[when]:.3f} ± {entry[f'{when}_error']:.3f}")
+        tokens = max((int(entry["tokens"]) for entry in losses.values()), default=0)
+        lines.append(f"| {name} | {tokens:,} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"

@@ -24,7 +24,7 @@ def as_router(config: LlamaMoEConfig, weight_ND: Tensor) -> dict[str, Tensor]:
     tensors = {"proj.weight": weight_ND}
     if config.gate_network == "mlp":
         tensors = {"fc1.weight": weight_ND, "fc2.weight": torch.eye(config.num_experts)}
-    if config.gate_add_noise:
+    if config.has_noise_weights:
         tensors["noise.weight"] = torch.zeros(config.num_experts, config.hidden_size)
     return tensors
 
@@ -34,7 +34,7 @@ def centroid(config: LlamaMoEConfig, source: Mapping[str, Tensor], split: Split)
 
     def weights(layer: int) -> dict[str, Tensor]:
         rows = torch.nn.functional.normalize(source[ffn_name(layer, "gate_proj")].float(), dim=1)
-        return as_router(config, rows[split.layer(layer)[0]].mean(1))
+        return as_router(config, torch.stack([rows[neurons].mean(0) for neurons in split.layer(layer)[0]]))
 
     return weights
 
@@ -61,9 +61,22 @@ def ridge(config: LlamaMoEConfig, dense: Any, split: Split, rows: Sequence[Tenso
     return lambda layer: as_router(config, weights_LND[layer].float())
 
 
-def expert_norms(act_RM: Tensor, down_DM: Tensor, neurons_NE: Tensor) -> Tensor:
+def trained(config: LlamaMoEConfig, tensors: Mapping[str, Tensor]) -> RouterOf:
+    """The routers of a file of `moe-cpt train-gate`; noise weights are zero."""
+
+    def weights(layer: int) -> dict[str, Tensor]:
+        prefix = f"layers.{layer}.router."
+        made = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        if config.has_noise_weights:
+            made["noise.weight"] = torch.zeros(config.num_experts, config.hidden_size)
+        return made
+
+    return weights
+
+
+def expert_norms(act_RM: Tensor, down_DM: Tensor, routed: Sequence[Tensor]) -> Tensor:
     """||E_j(x)|| of every token and expert, R x N."""
-    return torch.stack([(act_RM[:, neurons] @ down_DM[:, neurons].T).norm(dim=1) for neurons in neurons_NE], dim=1).float()
+    return torch.stack([(act_RM[:, neurons] @ down_DM[:, neurons].T).norm(dim=1) for neurons in routed], dim=1).float()
 
 
 def solved(xx_DD: Tensor, xz_DN: Tensor, strength: float = RIDGE) -> Tensor:

@@ -55,7 +55,7 @@ class LlamaMoERouter(nn.Module):
             self.fc2 = nn.Linear(experts, experts, bias=False)
         else:
             self.proj = nn.Linear(hidden, experts, bias=False)
-        if config.gate_add_noise:
+        if config.has_noise_weights:
             self.noise = nn.Linear(hidden, experts, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,19 +85,29 @@ class LlamaMoEBlock(nn.Module):
     def __init__(self, config: LlamaMoEConfig, layer_idx: int):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
-        self.router = LlamaMoERouter(config)
+        if config.has_router:
+            self.router = LlamaMoERouter(config)
         self.experts = LlamaMoEExperts(config)
+        if config.add_weight_norm:
+            self.score_scale = nn.Parameter(torch.empty(1))
         if config.num_shared_experts:
             self.shared_experts = LlamaMoESharedExperts(config)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         config = self.config
         x = hidden_states.flatten(0, -2)
+        logits = self.router(x) if config.has_router else x.new_zeros(len(x), config.num_experts)
         # stable, so that ties go to the lower expert
-        logits, index = torch.sort(self.router(x), dim=-1, descending=True, stable=True)
-        logits, index = logits[:, : config.num_selects], index[:, : config.num_selects]
-        weights = torch.softmax(logits, dim=-1) if config.gate_use_softmax else logits
-        weights = config.scale_of(self.layer_idx) * weights if config.multiply_gate_scores else torch.ones_like(weights)
+        top, index = torch.sort(logits, dim=-1, descending=True, stable=True)
+        top, index = top[:, : config.num_selects], index[:, : config.num_selects]
+        if config.gate_type == "SwitchBalancedGate":
+            weights = torch.softmax(logits, dim=-1).gather(1, index)
+        elif config.gate_use_softmax:
+            weights = torch.softmax(top, dim=-1)
+        else:
+            weights = top if config.has_router else torch.ones_like(top)
+        scale = self.score_scale if config.add_weight_norm else config.scale_of(self.layer_idx)
+        weights = scale * weights if config.multiply_gate_scores else torch.ones_like(weights)
         out = self.experts(x, index, weights.to(x.dtype)).view(hidden_states.shape)
         if config.num_shared_experts:
             out = out + config.shared_scale_factor * self.shared_experts(hidden_states)

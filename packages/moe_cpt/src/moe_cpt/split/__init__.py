@@ -22,7 +22,11 @@ FILE = "split.safetensors"
 
 @dataclass(frozen=True)
 class Split:
-    """Which neurons each expert has. `indices`: per layer int64 N x e; `shared`: per layer the neurons of all shared experts, or none."""
+    """Which neurons each expert has.
+
+    `indices`: per layer int64 N x e, filled up with -1 where experts differ in size; `shared`: per layer the neurons of all shared
+    experts, or none. In a `partition` every neuron is in exactly one expert; otherwise some are in none, or in several.
+    """
 
     method: str
     indices: list[Tensor]
@@ -31,6 +35,7 @@ class Split:
     seed: int
     args: Mapping[str, Any] = field(default_factory=dict)
     shared: list[Tensor] = field(default_factory=list)
+    partition: bool = True
 
     @property
     def num_experts(self) -> int:
@@ -41,9 +46,14 @@ class Split:
         """Shared experts, each as large as a routed one."""
         return len(self.shared[0]) // self.indices[0].shape[1] if self.shared else 0
 
-    def layer(self, number: int) -> tuple[Tensor, Tensor]:
-        """Neurons of the routed experts (N x e) and of the shared ones (S * e, possibly none)."""
-        return self.indices[number], self.shared[number] if self.shared else torch.empty(0, dtype=torch.int64)
+    def layer(self, number: int) -> tuple[list[Tensor], Tensor]:
+        """Neurons of each routed expert, and of the shared ones together (S * e, possibly none)."""
+        routed = [neurons[neurons >= 0] for neurons in self.indices[number]]
+        return routed, self.shared[number] if self.shared else torch.empty(0, dtype=torch.int64)
+
+    def sizes(self) -> list[list[int]]:
+        """Neurons of every routed expert, by layer."""
+        return [(indices >= 0).sum(1).tolist() for indices in self.indices]
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,6 +67,7 @@ class Split:
             "num_layers": len(self.indices),
             "intermediate_size": self.intermediate_size,
             "model_hash": self.model_hash,
+            "partition": self.partition,
         }
         save_file(tensors, path, metadata={"split": json.dumps(facts)})
 
@@ -80,8 +91,9 @@ class Split:
             seed=facts["seed"],
             args=facts["args"],
             shared=[tensors[f"layers.{layer}.shared"] for layer in layers] if "layers.0.shared" in tensors else [],
+            partition=facts.get("partition", True),
         )
-        require_partition(split, str(path))
+        require_valid(split, str(path))
         return split
 
     def require_model(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], path: object) -> None:
@@ -94,20 +106,21 @@ class Split:
             raise InputError(f"split_file_path: {path} was made for other weights of the same shape; split this model")
 
 
-def require_partition(split: Split, name: str) -> None:
-    """Raise InputError unless every neuron of every layer is in exactly one expert."""
+def require_valid(split: Split, name: str) -> None:
+    """Raise InputError for neurons that do not exist or occur twice in an expert, and in a partition for those not in exactly one."""
+    width = split.intermediate_size
     for number in range(len(split.indices)):
-        neurons = torch.cat([part.flatten() for part in split.layer(number)])
-        outside = neurons[(neurons < 0) | (neurons >= split.intermediate_size)]
+        routed, shared = split.layer(number)
+        outside = torch.cat([split.indices[number].flatten(), shared])
+        outside = outside[(outside < -1) | (outside >= width)]
         if len(outside):
-            raise InputError(
-                f"split_file_path: {name}, layer {number}: neuron {int(outside[0])} is outside 0 to {split.intermediate_size - 1}"
-            )
-        counts = torch.bincount(neurons, minlength=split.intermediate_size)
-        if (counts != 1).any():
-            neuron = int((counts != 1).nonzero()[0])
-            what = "is missing" if counts[neuron] == 0 else f"occurs {int(counts[neuron])} times"
-            raise InputError(f"split_file_path: {name}, layer {number}: neuron {neuron} {what}; write the split again")
+            raise InputError(f"split_file_path: {name}, layer {number}: neuron {int(outside[0])} is outside 0 to {width - 1}")
+        for neurons in [torch.cat([*routed, shared])] if split.partition else [*routed, shared]:
+            counts = torch.bincount(neurons, minlength=width)
+            if (wrong := (counts != 1) if split.partition else (counts > 1)).any():
+                neuron = int(wrong.nonzero()[0])
+                what = "is missing" if counts[neuron] == 0 else f"occurs {int(counts[neuron])} times"
+                raise InputError(f"split_file_path: {name}, layer {number}: neuron {neuron} {what}; write the split again")
 
 
 def require_divisible(width: int, experts: int) -> int:
@@ -126,7 +139,7 @@ def split_ffn(model: str | Path | Mapping[str, Tensor], method: str, **options: 
     >>> [sorted(expert) for expert in split_ffn(state, "random", num_experts=1).indices[0].tolist()]
     [[0, 1, 2, 3, 4, 5, 6, 7]]
     """
-    from moe_cpt.split import activation, clustering, random
+    from moe_cpt.split import activation, clustering, gradient, graph, random, residual
     from moe_cpt.tensors import ModelTensors, ffn_name
 
     if isinstance(model, Mapping):
@@ -141,12 +154,17 @@ def split_ffn(model: str | Path | Mapping[str, Tensor], method: str, **options: 
         "random": random.split,
         "clustering": clustering.split,
         "activation": activation.split,
+        "graph": graph.split,
+        "gradient": gradient.split,
+        "residual": residual.split,
     }
     seed = options.pop("seed", 1227)
     parts = methods[method](tensors, layers, width, seed=seed, **options)
     facts = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
     facts |= {"cost": [part.cost for part in parts]} if parts[0].cost is not None else {}
-    return Split(method, [part.routed for part in parts], width, model_hash(tensors, layers), seed, facts, shared_of(parts))
+    shared = [part.shared for part in parts if part.shared is not None]
+    whole = all(covers(part, width) for part in parts)
+    return Split(method, [part.routed for part in parts], width, model_hash(tensors, layers), seed, facts, shared, whole)
 
 
 @dataclass(frozen=True)
@@ -158,5 +176,25 @@ class Part:
     cost: float | None = None
 
 
-def shared_of(parts: list[Part]) -> list[Tensor]:
-    return [part.shared for part in parts if part.shared is not None]
+def covers(part: Part, width: int) -> bool:
+    """Whether every neuron is in exactly one expert."""
+    neurons = torch.cat([part.routed.flatten(), *([] if part.shared is None else [part.shared])])
+    return len(neurons) == width and len(neurons.unique()) == width
+
+
+def described(split: Split, number: int) -> str:
+    """Sizes and coverage of one layer in a line, and for experts that share neurons how many each two have in common."""
+    routed, shared = split.layer(number)
+    sizes = sorted({len(neurons) for neurons in routed})
+    counts = torch.bincount(torch.cat([*routed, shared]), minlength=split.intermediate_size)
+    line = f"layer {number}: {len(routed)} experts of {' to '.join(map(str, dict.fromkeys((sizes[0], sizes[-1]))))} neurons"
+    cost = split.args.get("cost")
+    line += f", {len(shared)} shared, cost {cost[number]:.5g}" if cost else f", {len(shared)} shared"
+    if split.partition:
+        return line
+    member = torch.zeros(len(routed), split.intermediate_size)
+    for row, neurons in zip(member, routed):
+        row[neurons] = 1
+    once, several, unused = int((counts == 1).sum()), int((counts > 1).sum()), int((counts == 0).sum())
+    table = "\n".join("  " + " ".join(f"{int(value):5}" for value in row) for row in member @ member.T)
+    return f"{line}; neurons in one expert {once}, in several {several}, in none {unused}\n{table}"

@@ -4,8 +4,8 @@
 #   LAUNCHER       torchrun (default), deepspeed, or none for a single process
 #   NUM_NODES      machines, 1
 #   NODE_RANK      number of this machine; default: the one Slurm gives, or 0
-#   MASTER_ADDR    name of machine 0, 127.0.0.1
-#   MASTER_PORT    29500
+#   MASTER_ADDR    name of machine 0; default: the first one of the Slurm job, or 127.0.0.1
+#   MASTER_PORT    default: follows from the Slurm job, so that two jobs on one machine do not meet, or 29500
 #   PROCESSES      processes per machine; default: its GPUs, or 1
 #   DRY_RUN        1 prints the command and runs nothing
 # shellcheck shell=bash
@@ -32,9 +32,29 @@ show_and_run() {
     fi
 }
 
+# In a batch script of Slurm that nobody has spread over its machines yet.
+in_batch_script() {
+    [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${SLURM_STEP_ID:-}" ] && [ -z "${NODE_RANK:-}" ]
+}
+
 launch() {
-    local nodes=${NUM_NODES:-1} rank=${NODE_RANK:-${SLURM_NODEID:-0}} address=${MASTER_ADDR:-127.0.0.1} port=${MASTER_PORT:-29500}
+    local nodes=${NUM_NODES:-1} rank=${NODE_RANK:-${SLURM_NODEID:-0}} address=${MASTER_ADDR:-} port=${MASTER_PORT:-}
     local processes=${PROCESSES:-$(count_devices)}
+    if [ -z "$address" ] && [ -n "${SLURM_JOB_NODELIST:-}" ]; then
+        address=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    fi
+    address=${address:-127.0.0.1}
+    if [ -z "$port" ]; then
+        port=29500
+        [ -z "${SLURM_JOB_ID:-}" ] || port=$((20000 + SLURM_JOB_ID % 20000))
+    fi
+    if in_batch_script && [ "${LAUNCHER:-torchrun}" = torchrun ]; then
+        # the number of a machine is known on that machine only
+        # shellcheck disable=SC2016
+        show_and_run srun --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c 'exec torchrun --node-rank "$SLURM_NODEID" "$@"' torchrun \
+            --nnodes "$nodes" --nproc-per-node "$processes" --master-addr "$address" --master-port "$port" --no-python "$@"
+        return
+    fi
     case ${LAUNCHER:-torchrun} in
         none)
             show_and_run "$@"

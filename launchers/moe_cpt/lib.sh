@@ -1,0 +1,35 @@
+# Shared by the training scripts of moe-cpt. They set `root` and the variables of `train_mixture`, and call it with further options.
+#
+# Paths come from the environment:
+#   MODEL     mixture to train, as written by moe-cpt convert
+#   DATA      folder with one folder per source, packed or tokenised
+#   VALID     held-out data, one file per source
+#   OUT       run folder; default: outputs/<job name>-<job id>, where a requeued job goes on
+# and so do the variables of ../lib.sh.
+# shellcheck shell=bash
+# shellcheck source=launchers/lib.sh
+source "$root/launchers/lib.sh"
+
+# shellcheck disable=SC2154 # the scripts set these
+train_mixture() {
+    local variable
+    for variable in MODEL DATA VALID; do
+        [ -n "${!variable:-}" ] || fail "$variable: not set; see launchers/moe_cpt/lib.sh for the paths that a script needs"
+    done
+    local batch=$((per_device_train_batch_size * gradient_accumulation_steps * num_nodes * num_gpu_per_node))
+    local tokens=$((${num_tokens//^/**}))
+    if [ "${DRY_RUN:-0}" = 1 ]; then
+        # what the first lines of the log will say
+        printf '# max_steps: %d\n# global batch size: %d\n# #tokens/batch: %d\n' $((tokens / (batch * block_size))) "$batch" $((batch * block_size))
+    fi
+    local run=${OUT:-outputs/${SLURM_JOB_NAME:-$(basename "$0" .sh)}-${SLURM_JOB_ID:-$(date +%Y%m%d-%H%M%S)}}
+    local evaluations=()
+    [ -z "${eval_steps:-}" ] || evaluations=(--eval_steps "$eval_steps")
+    export OMP_NUM_THREADS=$omp_num_threads NUM_NODES=${NUM_NODES:-$num_nodes} PROCESSES=${PROCESSES:-$num_gpu_per_node}
+    launch moe-cpt train --model_name_or_path "$MODEL" --dataset_dir "$DATA" --validation_dir "$VALID" --output_dir "$run" --resume auto \
+        --num_nodes "$num_nodes" --num_gpu_per_node "$num_gpu_per_node" \
+        --per_device_train_batch_size "$per_device_train_batch_size" --gradient_accumulation_steps "$gradient_accumulation_steps" \
+        --block_size "$block_size" --num_tokens "$num_tokens" --learning_rate "$learning_rate" --final_lr_portion "$final_lr_portion" \
+        --warmup_steps "$warmup_steps" "${evaluations[@]}" --save_steps "$save_steps" --logging_steps "$logging_steps" \
+        --precision bf16 --deepspeed "$root/launchers/conf/deepspeed/bf16_zero1_default.json" "$@"
+}

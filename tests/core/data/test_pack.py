@@ -37,6 +37,24 @@ def test_unshuffled_stream_is_the_text_in_order(make_source, lengths: list[int],
     assert tokens(Stream(source, size, keep_tail=True)) == list(range(source.tokens))
 
 
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(2, 11), st.integers(0, 3))
+def test_isolated_documents_of_a_stream_start_at_position_0_and_are_not_predicted_from_others(
+    make_source, lengths: list[int], size: int, epoch: int
+) -> None:
+    source = make_source(lengths)
+    plain, isolated = (Stream(source, size, shuffle=True, seed=1, isolate=isolate).epoch(epoch) for isolate in (False, True))
+    assert plain.fingerprint != isolated.fingerprint
+    for k in range(len(plain)):
+        before, after = plain[k], isolated[k]
+        assert before["input_ids"].tolist() == after["input_ids"].tolist()
+        # a token and the one before it are of one document, or the token is at position 0 and no target
+        first = after["position_ids"] == 0
+        assert first[0]
+        assert (np.diff(after["position_ids"])[~first[1:]] == 1).all()
+        assert after["labels"].tolist() == np.where(first, -100, before["labels"]).tolist()
+        assert first.sum() <= len(lengths)
+
+
 def test_each_pass_joins_documents_in_another_order_and_keeps_them_whole(make_source) -> None:
     source = make_source([5, 9, 4, 7, 6])
     rows = Stream(source, 31, shuffle=True)

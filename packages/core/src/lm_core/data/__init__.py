@@ -83,7 +83,10 @@ def eval_rows(config: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Pack
 
 
 def pack_rows(source: Source, config: Any, tokenizer: PreTrainedTokenizerBase, *, name: str, number: int = 0, train: bool) -> Packed:
-    """The documents of a source as samples of at most `config.max_length` tokens, packed as the options say."""
+    """The documents of a source as samples of at most `config.max_length` tokens, packed as the options say.
+
+    A package may have an option `document_mask`: documents of a stream then do not see each other.
+    """
     from lm_core.data.pack import BestFit, OneDocument, Stream
 
     pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
@@ -91,9 +94,10 @@ def pack_rows(source: Source, config: Any, tokenizer: PreTrainedTokenizerBase, *
         return BestFit(source, config.max_length, pad)
     if config.packing == "document":
         return OneDocument(source, config.max_length, pad, name=name if train else f"held-out {name}")
+    isolate = getattr(config, "document_mask", False)
     if not train:
-        return Stream(source, config.max_length, pad, keep_tail=True)
-    return Stream(source, config.max_length, pad, shuffle=config.shuffle, seed=config.seed, number=number)
+        return Stream(source, config.max_length, pad, keep_tail=True, isolate=isolate)
+    return Stream(source, config.max_length, pad, isolate=isolate, shuffle=config.shuffle, seed=config.seed, number=number)
 
 
 def _parts(argument: Argument, config: Any, tokenizer: PreTrainedTokenizerBase, hold_out: float) -> tuple[Source, Source | None]:

@@ -81,17 +81,25 @@ class Stream(Packed):
     """Documents back to back, cut every `size` tokens; each pass joins them in another order when `shuffle` is set.
 
     What is left at the end of a pass, fewer than `size` tokens, makes a shorter sample with `keep_tail` or when it is
-    all there is, and is left out otherwise.
+    all there is, and is left out otherwise. With `isolate`, rows have `position_ids` that start again with every
+    document, or part of one, so that documents do not see each other.
     """
 
     def __init__(
-        self, source: Source, size: int, pad: int = 0, *, keep_tail: bool = False, shuffle: bool = False, seed: int = 0, number: int = 0
-    ) -> None:
+        self, source: Source, size: int, pad: int = 0, *,
+        keep_tail: bool = False, isolate: bool = False, shuffle: bool = False, seed: int = 0, number: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__(source, size, pad)
+        self._isolate = isolate
         self._keep_tail, self._shuffle, self._seed, self._number = keep_tail, shuffle, seed, number
         self._total = source.tokens
         self._order: Integers | None = None
         self._ends = np.cumsum(source.length)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes when any sample changes."""
+        return f"{super().fingerprint} isolated" if self._isolate else super().fingerprint
 
     def __len__(self) -> int:
         whole, rest = divmod(self._total, self.size)
@@ -103,7 +111,7 @@ class Stream(Packed):
     def epoch(self, number: int) -> Packed:
         if not self._shuffle or len(self.source) == 1:
             return self
-        view = Stream(self.source, self.size, self.pad, keep_tail=self._keep_tail)
+        view = Stream(self.source, self.size, self.pad, keep_tail=self._keep_tail, isolate=self._isolate)
         view._order = Permutation(len(self.source), self._seed, 2, self._number, number)(np.arange(len(self.source)))
         view._ends = np.cumsum(self.source.length[view._order])
         return view
@@ -112,6 +120,7 @@ class Stream(Packed):
         size = self.length(k)
         ids = np.empty(size, dtype=np.int64)
         labels = np.empty(size, dtype=np.int64) if self.source.has_labels else ids
+        starts = list[int]()
         at, place = 0, int(np.searchsorted(self._ends, k * self.size, side="right"))
         while at < size:
             document = place if self._order is None else int(self._order[place])
@@ -121,11 +130,16 @@ class Stream(Packed):
             ids[at : at + last - first] = self.source.read(document, first, last)
             if labels is not ids:
                 labels[at : at + last - first] = self.source.labels(document, first, last)
+            starts.append(at)
             at, place = at + last - first, place + 1
         if labels is ids:
             labels = ids.copy()
         labels[0] = IGNORE
-        return {"input_ids": ids, "labels": labels}
+        if not self._isolate:
+            return {"input_ids": ids, "labels": labels}
+        labels[starts] = IGNORE
+        positions = np.concatenate([np.arange(end - start) for start, end in zip(starts, [*starts[1:], size])])
+        return {"input_ids": ids, "labels": labels, "position_ids": positions}
 
 
 class BestFit(Packed):

@@ -42,7 +42,12 @@ def calibrate(config: ScaleConfig) -> list[float]:
     sums = layer_sums(mixture, dense, calibration_tokens(config))
     experts, selects = mixture.config.num_experts, mixture.config.num_selects
     if config.layerwise:
-        return [scale_of(config.mode, uu, uf, ff, experts, selects) for uu, uf, ff in sums.tolist()]
+        # a dense layer has no factor, but a place in the list
+        converted = mixture.config.converted
+        return [
+            scale_of(config.mode, uu, uf, ff, experts, selects) if layer in converted else 1.0
+            for layer, (uu, uf, ff) in enumerate(sums.tolist())
+        ]
     uu, uf, ff = sums.sum(0).tolist()
     return [scale_of(config.mode, uu, uf, ff, experts, selects)] * len(sums)
 
@@ -54,11 +59,13 @@ def calibration_tokens(config: ScaleConfig) -> list[Tensor]:
 
 
 def layer_sums(mixture: LlamaMoEForCausalLM, dense: nn.Module, rows: list[Tensor]) -> Tensor:
-    """<u,u>, <u,f> and <f,f> per layer (L x 3, float64), each layer on the inputs that the dense one sees."""
-    blocks = mixture.blocks()
-    sums = torch.zeros(len(blocks), 3, dtype=torch.float64)
+    """<u,u>, <u,f> and <f,f> per layer (L x 3, float64; 0 for dense ones), each layer on the inputs that the dense one sees."""
+    blocks = {block.layer_idx: block for block in mixture.blocks()}
+    sums = torch.zeros(mixture.config.num_hidden_layers, 3, dtype=torch.float64)
 
     def watch(layer: int, tensors: Mapping[str, Tensor]) -> None:
+        if layer not in blocks:
+            return
         block, x, f = blocks[layer], tensors["inputs"][None], tensors["output"][None].double()
         u = routed_output(block, x).double()
         if block.config.num_shared_experts:

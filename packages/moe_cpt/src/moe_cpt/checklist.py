@@ -45,7 +45,7 @@ def _items(config: TrainConfig) -> Iterator[Item]:
     absent = [path for path in comma_separated(config.data) if _is_absent(path)]
 
     yield Item("balance loss weight", weight)
-    yield Item("scale factor", scale, None if scale == usual else f"experts / selected experts is {usual:g}")
+    yield Item("scale factor", scale, None if scale == usual or config.k_schedule else f"experts / selected experts is {usual:g}")
     yield Item("learning rate", f"{config.lr:g}")
     yield Item("warmup steps", warmup, None if warmup < plan.max_steps else f"the run has {plan.max_steps} steps")
     yield Item(

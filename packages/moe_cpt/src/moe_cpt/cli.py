@@ -270,6 +270,7 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
         gate_type=config.gate_type,
         calculator_type=config.calculator_type,
         add_weight_norm=config.add_weight_norm,
+        moe_layers=config.chosen_layers(),
         use_softmax=config.use_softmax,
         multiply_gate_scores=config.multiply_gate_scores,
         seed=config.seed,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -240,6 +242,7 @@ class ConvertConfig:
     text_column: str = opt("text", "Column or key that holds the text.")
     gate_type: GateType = opt("TopKBalancedNoisyGate", GATE_TYPE)
     calculator_type: CalculatorType = opt("UniversalCalculator", CALCULATOR_TYPE)
+    moe_layers: str = opt("all", "Layers to convert: all, a comma list such as 2,3,4, or -A-B for all but the first A and the last B.")
     add_noise: bool = opt(True, "Learn the spread of routing noise, used in training.")
     add_weight_norm: bool = opt(False, "Learn the factor of the routed experts' output, one number per layer.")
     use_softmax: bool = opt(True, "Scores are a softmax over the selected logits, not the logits.")
@@ -252,6 +255,18 @@ class ConvertConfig:
             raise ConfigError(f"score_scale_factor: {self.score_scale_factor} and a file of factors are both given; drop one of them")
         if (self.gate_init == "trained") != (self.select_file_path is not None):
             raise ConfigError(f"select_file_path: {self.select_file_path} does not go with --gate_init {self.gate_init}; trained needs one")
+        self.chosen_layers()
+
+    def chosen_layers(self) -> str | list[int] | dict[str, int]:
+        """`moe_layers` as the mixture's config has it."""
+        text = self.moe_layers.strip()
+        if text == "all":
+            return text
+        if match := re.fullmatch(r"-(\d+)-(\d+)", text):
+            return {"skip_first": int(match[1]), "skip_last": int(match[2])}
+        if not re.fullmatch(r"\d+(\s*,\s*\d+)*", text):
+            raise ConfigError(f"moe_layers: {self.moe_layers!r} is not all, a comma list of layers, or -A-B; write for example 2,3,4")
+        return [int(part) for part in text.split(",")]
 
 
 @config
@@ -420,6 +435,11 @@ class TrainConfig(RunConfig):
     experts_backend: Literal["auto", "fused", "grouped_mm", "loop"] = opt(
         "auto", "How experts are computed; auto is fused where its kernels can be had, else grouped_mm."
     )
+    k_schedule: str | None = opt(
+        None,
+        "Selected experts from a step on, as STEP:K or STEP:K:FACTOR, for example 0:16,1000:8,3000:4; the factor is K by default. "
+        "Begins as the dense model where the first K is all experts and --gate_init was zeros.",
+    )
     freeze_router: bool = opt(False, "Do not train the routers.", flags=("--freeze_gate",))
     attn_implementation: Literal["sdpa", "eager"] = opt("sdpa", "Implementation of attention.")
 
@@ -453,6 +473,7 @@ class TrainConfig(RunConfig):
     dynamic_max_weight: float = opt(1.0, "Largest share of a source.", gt=0, le=1)
 
     max_length: int = change(DataOptions, "max_length", default=2048, flags=("--block_size",))
+    document_mask: bool = opt(False, "With --packing stream: documents of a sample do not see each other, and positions start again.")
     lr: float = change(OptimOptions, "lr", default=2e-4)
     lr_floor_style: Literal["clipped", "scaled"] = opt(
         "clipped", "Cosine to 0 that stops at the final rate, or one that reaches the final rate at the end of the run."
@@ -499,6 +520,12 @@ class TrainConfig(RunConfig):
                 raise ConfigError(f"{name}: {getattr(self, name)} belongs to --mode lora; add that, or leave it out")
         if self.peft_path is not None and (clash := given & set(ADAPTERS) - {"peft_path"}):
             raise ConfigError(f"{min(clash)}: the adapter in {self.peft_path} has its own; leave one of them out")
+        if self.k_schedule is not None:
+            parse_k_schedule(self.k_schedule)
+            if clash := given & {"num_selects", "score_scale_factor"}:
+                raise ConfigError(f"{min(clash)}: --k-schedule {self.k_schedule} sets it; drop one of them")
+        if self.document_mask and self.packing != "stream":
+            raise ConfigError(f"document_mask: {self.packing} packing keeps documents apart already; leave it out")
         if self.max_steps is not None and "num_tokens" in given and self.max_steps != self.steps_of_tokens():
             raise ConfigError(
                 f"max_steps: {self.max_steps}, but --num-tokens {self.num_tokens} makes {self.steps_of_tokens()} updates; drop one of them"
@@ -561,6 +588,37 @@ class TrainConfig(RunConfig):
         """core's shapes, and the clipped cosine."""
         clipped = self.schedule == "cosine" and self.lr_floor_style == "clipped"
         return learning_rate(self, self.limits(), progress, size, epoch_samples, clipped_cosine if clipped else None)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """K experts and the factor of their output, from a step on."""
+
+    step: int
+    num_selects: int
+    scale: float
+
+
+def parse_k_schedule(text: str) -> list[Selection]:
+    """The entries of --k-schedule, by step. Raises ConfigError for anything else.
+
+    >>> parse_k_schedule("0:16,1000:4:3.5")
+    [Selection(step=0, num_selects=16, scale=16.0), Selection(step=1000, num_selects=4, scale=3.5)]
+    """
+    found = []
+    for entry in text.split(","):
+        parts = entry.strip().split(":")
+        try:
+            step, selects, scale = int(parts[0]), int(parts[1]), float(parts[2] if len(parts) == 3 else parts[1])
+        except (ValueError, IndexError):
+            raise ConfigError(f"k_schedule: {entry.strip()!r} is not STEP:K or STEP:K:FACTOR; write for example 0:16,1000:8") from None
+        if len(parts) > 3 or selects < 1 or not scale > 0:
+            raise ConfigError(f"k_schedule: {entry.strip()!r} needs at least one expert and a factor above 0; write for example 1000:8")
+        found.append(Selection(step, selects, scale))
+    steps = [entry.step for entry in found]
+    if steps[0] != 0 or sorted(set(steps)) != steps:
+        raise ConfigError(f"k_schedule: steps {', '.join(map(str, steps))} do not rise from 0; begin with 0:K")
+    return found
 
 
 def clipped_cosine(at: float, floor: float, warmup: float = 0.0) -> float:

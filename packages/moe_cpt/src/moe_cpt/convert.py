@@ -43,6 +43,7 @@ def convert(
     gate_type: str = "TopKBalancedNoisyGate",
     calculator_type: str = "UniversalCalculator",
     add_weight_norm: bool = False,
+    moe_layers: str | list[int] | dict[str, int] = "all",
     calibration: Sequence[Tensor] = (),
     trained_gate: Path | None = None,
     seed: int = 1227,
@@ -50,7 +51,7 @@ def convert(
 ) -> LlamaMoEConfig:
     """Write the mixture of the dense model in `model_path` into `save_path`; its config.
 
-    Tensors outside the feed-forward layers are copied bit for bit and keep their type. At most one output file and two layers
+    Tensors outside the converted feed-forward layers are copied bit for bit and keep their type. At most one output file and two layers
     are in memory. `score_scale_factor` defaults to N / K; `calibration` are rows of token ids for a ridge router, which loads the
     dense model; `trained_gate` is a file of `moe-cpt train-gate`. An interrupted conversion leaves nothing under `save_path`.
     """
@@ -78,6 +79,7 @@ def convert(
         gate_type=gate_type,
         calculator_type=calculator_type,
         add_weight_norm=add_weight_norm,
+        moe_layers=moe_layers,
     )
     if save_path.exists() and not overwrite:
         raise ConfigError(f"save_path: {save_path} exists; add --overwrite, or choose another folder")
@@ -133,7 +135,7 @@ def converted(source: ModelTensors, split: Split, config: LlamaMoEConfig, router
     waiting: dict[int, dict[str, Tensor]] = {}
     for name in source:
         match = _FFN_NAME.fullmatch(name)
-        if match is None:
+        if match is None or int(match[1]) not in config.converted:
             yield name, source[name]
             continue
         layer = int(match[1])

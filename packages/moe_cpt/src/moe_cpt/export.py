@@ -107,6 +107,8 @@ def require_fit(config: LlamaMoEConfig, format: str) -> None:
     problem = None
     if config.gate_type != "TopKBalancedNoisyGate":
         problem = f"its gate is a {config.gate_type}"
+    elif len(config.converted) < config.num_hidden_layers:
+        problem = "some of its layers are dense"
     elif config.may_drop:
         problem = "its experts drop tokens"
     elif config.gate_network != "linear":
@@ -151,7 +153,7 @@ def mixtral(model: LlamaMoEForCausalLM) -> MixtralForCausalLM:
         elif ".mlp." not in name:
             tensors[name] = tensor
     for block in model.blocks():
-        gate_up, down = routed_tensors(model, block.layer_idx)
+        gate_up, down = routed_tensors(block)
         prefix = f"model.layers.{block.layer_idx}.mlp.experts."
         tensors |= {prefix + "gate_up_proj": gate_up, prefix + "down_proj": down}
     return _loaded(MixtralForCausalLM, made, tensors, model)
@@ -178,7 +180,7 @@ def granite(model: LlamaMoEForCausalLM) -> GraniteMoeSharedForCausalLM:
     tensors = {name: tensor for name, tensor in model.state_dict().items() if ".mlp." not in name}
     for block in model.blocks():
         prefix = f"model.layers.{block.layer_idx}."
-        gate_up, down = routed_tensors(model, block.layer_idx)
+        gate_up, down = routed_tensors(block)
         tensors |= {
             prefix + "block_sparse_moe.router.weight": block.router.proj.weight,
             prefix + "block_sparse_moe.experts.gate_up_proj": gate_up,
@@ -193,7 +195,8 @@ def merged(model: LlamaMoEForCausalLM, split: Split) -> LlamaForCausalLM:
     """The dense LLaMA with every expert's neurons at their original places."""
     fields = {name: value for name, value in model.config.to_dict().items() if name in LlamaConfig().to_dict() and name != "model_type"}
     made = LlamaConfig(**fields | {"architectures": ["LlamaForCausalLM"]})
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if ".mlp." not in name}
+    mixed = tuple(f"model.layers.{layer}.mlp." for layer in model.config.converted)
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(mixed)}
     stored = model.config.stored_size
     for block in model.blocks():
         routed, shared = split.layer(block.layer_idx)
@@ -230,13 +233,12 @@ def as_dense(model: LlamaMoEForCausalLM) -> None:
     model.reset_router(std=0.0)
 
 
-def routed_tensors(model: LlamaMoEForCausalLM, layer: int) -> tuple[Tensor, Tensor]:
+def routed_tensors(block: MoEBlock) -> tuple[Tensor, Tensor]:
     """Gate-up and down projections of a layer's experts, the scale in the down projections.
 
     Zero neurons that align the experts stay: transformers' grouped products want rows of 16 bytes, too.
     """
-    experts = model.blocks()[layer].experts
-    return experts.gate_up_proj, scaled(experts.down_proj, factor_of(model.blocks()[layer]))
+    return block.experts.gate_up_proj, scaled(block.experts.down_proj, factor_of(block))
 
 
 def factor_of(block: MoEBlock) -> float:

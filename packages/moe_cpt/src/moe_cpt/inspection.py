@@ -44,7 +44,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         tables.append(routing.sums("count_N"))
     load = torch.stack(tables).sum(0)
     share = load / load.sum(1, keepdim=True)
-    for layer, values in enumerate(share):
+    for layer, values in zip(made.converted, share):
         bars = "".join(" .:-=+*#%@"[min(9, int(value * made.num_experts * 3))] for value in values)
         print(
             f"layer {layer:3}  |{bars}|  max/mean {float(values.max() * made.num_experts):.2f}  without a token {int((values == 0).sum())}"

@@ -20,7 +20,7 @@ from lm_core.errors import ConfigError, ResumeRefused, RunFailed
 from lm_core.method import IGNORE, Batch, Loss, Method, Rule
 from lm_core.models import CausalLoss, checkpoint_activations, load_model, model_folder, quiet
 from moe_cpt.adapters import adapted, from_adapter
-from moe_cpt.config import TrainConfig
+from moe_cpt.config import TrainConfig, parse_k_schedule
 from moe_cpt.convert import convert, moe_config
 from moe_cpt.data import weighted_sources
 from moe_cpt.hf.configuration_llama_moe import CALCULATORS, GATES, LlamaMoEConfig
@@ -61,6 +61,8 @@ class MoeCPT(Method):
         self._flops_per_token = 0.0
         self._reference: dict[str, float] = {}
         self._updates = 0
+        self._selections = [] if config.k_schedule is None else parse_k_schedule(config.k_schedule)
+        self._mixture: LlamaMoEForCausalLM | None = None
 
     def build(self) -> nn.Module:
         config = self.config
@@ -71,6 +73,8 @@ class MoeCPT(Method):
                 loaded = load_model(name, presets=PRESETS, seed=config.seed)
             model = cast(LlamaMoEForCausalLM, self.require_mixture(loaded))
         self.override(model)
+        self._mixture = model
+        self.select(0)
         model.set_attn_implementation(config.attn_implementation)
         module = CausalLoss(self.adapted(model) if config.mode == "lora" else model, loss=linear_cross_entropy)
         if config.gradient_checkpointing:
@@ -183,8 +187,10 @@ class MoeCPT(Method):
         except ValueError as error:
             raise ConfigError(str(error)) from None
         mixture.fit_router()
+        if wrong := [entry for entry in self._selections if entry.num_selects > model.num_experts]:
+            raise ConfigError(f"k_schedule: {wrong[0].num_selects} of {model.num_experts} experts; use 1 to {model.num_experts}")
         usual = model.num_experts / model.num_selects
-        if model.multiply_gate_scores and model.score_scale_factor != usual:
+        if model.multiply_gate_scores and model.score_scale_factor != usual and config.k_schedule is None:
             logger.warning(
                 "score_scale_factor: %s is not experts / selected experts = %g; give --score-scale-factor %g unless it was calibrated",
                 model.score_scale_factor, usual, usual,
@@ -194,9 +200,20 @@ class MoeCPT(Method):
                 f"max_length: {config.max_length} is beyond the {model.max_position_embeddings} positions of {config.model}; use at most {model.max_position_embeddings}"
             )
 
+    def select(self, step: int) -> None:
+        """Select as many experts as --k-schedule says for a step."""
+        due = [entry for entry in self._selections if entry.step <= step]
+        if due and self._mixture is not None and due[-1].num_selects != self._mixture.config.num_selects:
+            logger.info("k_schedule: %d experts, factor %g from step %d on", due[-1].num_selects, due[-1].scale, due[-1].step)
+            self._mixture.set_num_selects(due[-1].num_selects)
+        if due and self._mixture is not None:
+            self._mixture.set_score_scale_factor(due[-1].scale)
+
     def losses(self, model: nn.Module, batch: Batch) -> Iterator[Loss]:
         """Sum of cross entropies plus b - stop_gradient(b): the value is that of the cross entropy, the gradient that of both."""
         inputs = {name: batch[name] for name in ("input_ids", "labels", "attention_mask", "position_ids") if name in batch}
+        if self._selections and model.training:
+            self.select(batch.step)
         routing = Routing(index=batch.index, mask=batch.get("attention_mask"), seed=self.config.seed)
         total = model(**inputs, routing=routing)
         importance_LN = routing.sums("importance_N")
@@ -265,12 +282,19 @@ class MoeCPT(Method):
 
     def state_dict(self) -> dict[str, Any]:
         """How often the source weights moved, and by which losses; the weights themselves are the loader's."""
-        return {"updates": self._updates, "reference": self._reference}
+        state: dict[str, Any] = {"updates": self._updates, "reference": self._reference}
+        if self._selections and self._mixture is not None:
+            state["selects"] = self._mixture.config.num_selects
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["reference"] != self._reference:
             raise ResumeRefused("reference_loss: other losses than those of the checkpoint; give the same file, or start a new run")
         self._updates = state["updates"]
+        # what an evaluation before the next step uses
+        for entry in self._selections:
+            if entry.num_selects == state.get("selects"):
+                self.select(entry.step)
 
     def measured(self) -> dict[str, float]:
         return self._meter.flush(self._sources, self._flops_per_token, self.config.flops_per_device)

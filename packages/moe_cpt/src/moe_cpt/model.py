@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaForCausalLM,
+    LlamaMLP,
     LlamaModel,
     LlamaPreTrainedModel,
     LlamaRMSNorm,
@@ -117,21 +118,23 @@ class MoEBlock(nn.Module):
 
 
 class LlamaMoEDecoderLayer(GradientCheckpointingLayer):
-    """A LLaMA layer that hands `routing` to its mixture and keeps it from attention."""
+    """A LLaMA layer that hands `routing` to its mixture, where it has one, and keeps it from attention."""
 
     def __init__(self, config: LlamaMoEConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
         self.self_attn = LlamaAttention(config=config, layer_idx=layer_idx)
-        self.mlp = MoEBlock(config, layer_idx)
+        self.mlp = MoEBlock(config, layer_idx) if layer_idx in config.converted else LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden_states: Tensor, routing: Routing | None = None, **kwargs: Any) -> Tensor:
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
-        routing = routing or Routing()
-        mixed, said = self.mlp(self.post_attention_layernorm(hidden_states), routing.mask, routing.index, routing.seed)
+        routing, normed = routing or Routing(), self.post_attention_layernorm(hidden_states)
+        if not isinstance(self.mlp, MoEBlock):
+            return hidden_states + cast(Tensor, self.mlp(normed))
+        mixed, said = self.mlp(normed, routing.mask, routing.index, routing.seed)
         # a recomputed layer writes the same again
         routing.gates[self.layer_idx] = said
         return hidden_states + cast(Tensor, mixed)
@@ -220,8 +223,8 @@ class LlamaMoEForCausalLM(LlamaMoEPreTrainedModel, LlamaForCausalLM):
         )
 
     def blocks(self) -> list[MoEBlock]:
-        """The mixtures in the order of layers."""
-        return [layer.mlp for layer in self.model.layers]
+        """The mixtures in the order of layers; `layer_idx` says which ones these are."""
+        return [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MoEBlock)]
 
     def set_num_selects(self, num_selects: int) -> None:
         """Change K; the config follows, so that a later save is consistent."""

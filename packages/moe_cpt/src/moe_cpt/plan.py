@@ -78,6 +78,9 @@ def parameter_counts(config: Mapping[str, Any]) -> Counts:
     dense = tables * vocabulary * hidden + hidden + layers * (attention + 3 * hidden * width + 2 * hidden)
     if "num_experts" not in config:
         return Counts(dense, dense, dense)
+    # brings transformers along
+    from moe_cpt.hf.configuration_llama_moe import converted_layers
+
     experts, shared = config["num_experts"], config.get("num_shared_experts", 0)
     kind = config.get("gate_type", "TopKBalancedNoisyGate")
     router = experts * hidden
@@ -87,12 +90,12 @@ def parameter_counts(config: Mapping[str, Any]) -> Counts:
         router += experts * hidden
     # a gate that does not look at the token has no weights
     router = (0 if kind.endswith("PlainGate") else router) + bool(config.get("add_weight_norm"))
-    sizes = config.get("size_experts")
+    chosen, sizes = converted_layers(config.get("moe_layers", "all"), layers), config.get("size_experts")
     # neurons of one routed expert: their mean where they differ
-    size = width / (experts + shared) if sizes is None else sum(map(sum, sizes)) / (layers * experts)
-    without = dense + layers * (router - 3 * hidden * width)
+    size = width / (experts + shared) if sizes is None else sum(sum(sizes[layer]) for layer in chosen) / (len(chosen) * experts)
+    without = dense + len(chosen) * (router - 3 * hidden * width)
     return Counts(
         dense,
-        without + round(layers * 3 * hidden * size * (experts + shared)),
-        without + round(layers * 3 * hidden * size * (config["num_selects"] + shared)),
+        without + round(len(chosen) * 3 * hidden * size * (experts + shared)),
+        without + round(len(chosen) * 3 * hidden * size * (config["num_selects"] + shared)),
     )

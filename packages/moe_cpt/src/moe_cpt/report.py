@@ -29,6 +29,7 @@ class Meter:
         self.importance_LN: Tensor | None = None
         self.source_tokens: Tensor | None = None
         self.dropped: Tensor | None = None
+        self.layers: list[int] = []
         self.last_load: list[list[float]] = []
         self.last_importance: list[list[float]] = []
         # where the data is; the clock runs from a step's first micro-batch to the next step's, unless something lies between
@@ -53,6 +54,7 @@ class Meter:
             self.clear()
             step, self._began = -1, None
         self._place = place
+        self.layers = sorted(routing.gates)
         load, importance = routing.sums("count_N").detach(), routing.sums("importance_N").detach()
         self.load_LN = load if self.load_LN is None else self.load_LN + load
         self.importance_LN = importance if self.importance_LN is None else self.importance_LN + importance
@@ -76,7 +78,7 @@ class Meter:
         if self.load_LN is not None and self.importance_LN is not None:
             load, importance = dist.all_sum(torch.stack([self.load_LN, self.importance_LN]).double()).unbind()
             self.last_load, self.last_importance = load.tolist(), importance.tolist()
-            for layer, (loads, importances) in enumerate(zip(load, importance)):
+            for layer, loads, importances in zip(self.layers, load, importance):
                 values[f"moe/layer_{layer}/load"] = float(loads.max() / loads.mean())
                 values[f"moe/layer_{layer}/importance"] = float(importances.max() / importances.mean())
             values["moe/dead_experts"] = float((load == 0).sum())

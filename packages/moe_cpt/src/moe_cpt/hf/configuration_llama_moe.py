@@ -20,6 +20,17 @@ GATES = (
 CALCULATORS = ("UniversalCalculator", "UniformCalculator", "SwitchDropTokenCalculator")
 
 
+def converted_layers(chosen: str | list[int] | dict[str, int], layers: int) -> list[int]:
+    """Layers with a mixture: all, those of a list, or all but the first and last few.
+
+    >>> converted_layers({"skip_first": 1, "skip_last": 2}, 6)
+    [1, 2, 3]
+    """
+    if isinstance(chosen, dict):
+        return list(range(chosen.get("skip_first", 0), layers - chosen.get("skip_last", 0)))
+    return list(range(layers)) if isinstance(chosen, str) else sorted(set(chosen))
+
+
 class LlamaMoEConfig(LlamaConfig):  # transformers makes dataclasses of its configs by itself
     """A LlamaConfig and how its feed-forward layers are split. `intermediate_size` is the width m of the dense layers.
 
@@ -36,6 +47,7 @@ class LlamaMoEConfig(LlamaConfig):  # transformers makes dataclasses of its conf
     num_selects: int = 4
     num_shared_experts: int = 0
     size_experts: list[list[int]] | None = None
+    moe_layers: str | list[int] | dict[str, int] = "all"
     shared_scale_factor: float = 1.0
     gate_type: str = "TopKBalancedNoisyGate"
     gate_network: str = "mlp"
@@ -59,6 +71,11 @@ class LlamaMoEConfig(LlamaConfig):  # transformers makes dataclasses of its conf
         experts = self.num_experts + self.num_shared_experts
         if not 1 <= self.num_selects <= self.num_experts:
             raise ValueError(f"num_selects: {self.num_selects} of {self.num_experts} experts; use 1 to {self.num_experts}")
+        numbers = converted_layers(self.moe_layers, self.num_hidden_layers)
+        if not numbers or not 0 <= numbers[0] <= numbers[-1] < self.num_hidden_layers:
+            raise ValueError(
+                f"moe_layers: {self.moe_layers} of {self.num_hidden_layers} layers; name at least one of 0 to {self.num_hidden_layers - 1}"
+            )
         if self.num_shared_experts < 0 or (self.size_experts is None and self.intermediate_size % experts):
             raise ValueError(
                 f"num_experts: {experts} experts do not divide intermediate_size {self.intermediate_size}; use a divisor of it"
@@ -89,6 +106,11 @@ class LlamaMoEConfig(LlamaConfig):  # transformers makes dataclasses of its conf
             raise ValueError(
                 f"score_scale_factor: {len(self.score_scale_factor)} values for {self.num_hidden_layers} layers; give one number, or one per layer"
             )
+
+    @property
+    def converted(self) -> list[int]:
+        """Layers with a mixture; the others are dense."""
+        return converted_layers(self.moe_layers, self.num_hidden_layers)
 
     @property
     def has_router(self) -> bool:

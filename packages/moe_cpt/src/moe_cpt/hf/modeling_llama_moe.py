@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaForCausalLM,
+    LlamaMLP,
     LlamaModel,
     LlamaPreTrainedModel,
     LlamaRMSNorm,
@@ -118,7 +119,7 @@ class LlamaMoEDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: LlamaMoEConfig, layer_idx: int):
         super().__init__()
         self.self_attn = LlamaAttention(config=config, layer_idx=layer_idx)
-        self.mlp = LlamaMoEBlock(config, layer_idx)
+        self.mlp = LlamaMoEBlock(config, layer_idx) if layer_idx in config.converted else LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 

@@ -7,10 +7,12 @@
 #   OUT       run folder; default: outputs/<job name>-<job id>, where a requeued job goes on
 # and so do the variables of ../lib.sh.
 # shellcheck shell=bash
+# the scripts set what is used here
+# shellcheck disable=SC2154
 # shellcheck source=launchers/lib.sh
 source "$root/launchers/lib.sh"
 
-# shellcheck disable=SC2154 # the scripts set these
+# shellcheck disable=SC2154
 train_mixture() {
     local variable
     for variable in MODEL DATA VALID; do

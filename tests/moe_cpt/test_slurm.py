@@ -128,6 +128,15 @@ def test_shipped_scripts_pass_and_print_what_their_log_will_say(script: Path, tm
     assert (plan.max_steps, plan.global_batch, plan.tokens_per_batch) == numbers
 
 
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_for_other_machines_is_consistent(script: Path, tmp_path: Path) -> None:
+    call("slurm", "render", script, "--nodes", 3, "--gpus", 4, "-o", tmp_path / "new.sh")
+    text = (tmp_path / "new.sh").read_text()
+    assert findings(text, tmp_path) == []
+    assert "#SBATCH --nodes=3\n" in text
+    assert "\nnum_nodes=3\nnum_gpu_per_node=4\n" in text
+
+
 def test_in_a_batch_script_every_machine_learns_its_own_number(tmp_path: Path) -> None:
     (tmp_path / "scontrol").write_text("#!/bin/sh\nprintf 'first\\nsecond\\n'\n")
     (tmp_path / "scontrol").chmod(0o755)
@@ -166,6 +175,15 @@ def test_in_a_batch_script_every_machine_learns_its_own_number(tmp_path: Path) -
         "30001",
         "outputs/moe_lora-70001",
     )
+
+
+def test_a_run_on_other_machines_than_it_names_stops_before_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("train", "--model", "no/such/model", "--data", "x", "--num_nodes", 2, "--num_gpu_per_node", 8)
+    monkeypatch.setenv("SLURM_NNODES", "14")
+    assert "num_nodes: 2, but SLURM_NNODES is 14" in call(*words, code=2)
+    monkeypatch.setenv("SLURM_NNODES", "2")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
+    assert "num_gpu_per_node: 8, but SLURM_GPUS_ON_NODE is 4" in call(*words, code=2)
 
 
 def test_paths_that_are_not_set_are_named() -> None:

@@ -17,7 +17,7 @@ from tests.repo.tree import ROOT
 JOBS = sorted(path for path in ROOT.glob("launchers/*/**/*.sh") if path.name not in ("lib.sh", "local_smoke.sh"))
 each_job = pytest.mark.parametrize("script", JOBS, ids=lambda path: f"{path.parent.name}/{path.name}")
 # what the scripts of moe-cpt refuse to guess
-PATHS = {"MODEL": "model", "DATA": "synthetic:markov", "VALID": "synthetic:markov"}
+PATHS = {"MODEL": "model", "DATA": "synthetic:markov", "VALID": "synthetic:markov", "HOSTFILE": "hosts"}
 
 
 def dry_run(*command: str, **environment: str) -> list[list[str]]:

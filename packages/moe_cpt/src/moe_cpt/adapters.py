@@ -5,16 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from lm_core.errors import ConfigError
 from lm_core.models import lora, using_peft
 from moe_cpt.model import LlamaMoEForCausalLM
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +28,8 @@ def adapted(
     trainable: Sequence[str],
     modules_to_save: Sequence[str] = (),
     freeze_router: bool = False,
-) -> PeftModel:
-    """`model` frozen but for adapters of what `trainable` names, the routers, and `modules_to_save`.
+) -> Any:
+    """A PeftModel: `model` frozen but for adapters of what `trainable` names, the routers, and `modules_to_save`.
 
     Raises ConfigError for names that match nothing. peft knows no dropout in front of stacked tensors: it acts on the others alone.
     """
@@ -80,18 +77,17 @@ def require_modules(model: nn.Module, names: Sequence[str], field: str) -> None:
 
 def set_dropout(model: nn.Module, dropout: float) -> None:
     """Put dropout in front of the adapters of linear layers."""
-    from peft.tuners.lora import Linear
-
     for part in model.modules():
-        if isinstance(part, Linear):
-            for name in part.lora_dropout:
-                part.lora_dropout[name] = nn.Dropout(dropout)
+        layers = getattr(part, "lora_dropout", None)
+        # a stacked tensor's adapter lies around a whole module of experts
+        if isinstance(layers, nn.ModuleDict) and isinstance(part.get_base_layer(), nn.Linear):  # type: ignore[operator]
+            for name in layers:
+                layers[name] = nn.Dropout(dropout)
 
 
-def from_adapter(model: LlamaMoEForCausalLM, folder: Path) -> PeftModel:
+def from_adapter(model: LlamaMoEForCausalLM, folder: Path) -> Any:
     """`model` with the adapter of an earlier run, to be trained on."""
     if not (folder / "adapter_config.json").is_file():
         raise ConfigError(f"peft_path: {folder} holds no adapter_config.json; name the final/ folder of a run with --mode lora")
     with using_peft() as peft:
-        found: Any = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-        return found  # type: ignore[no-any-return]
+        return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=True)

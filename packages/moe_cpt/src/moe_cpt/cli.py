@@ -39,6 +39,7 @@ from moe_cpt.config import (
     ScoreConfig,
     SFTConfig,
     SlurmCheckConfig,
+    SlurmRenderConfig,
     SplitConfig,
     TensorBoardConfig,
     TokenizeConfig,
@@ -470,11 +471,31 @@ def slurm_check(config: SlurmCheckConfig, script: Path) -> dict[str, Any]:
         raise ConfigError(f"header: {config.header} does not exist; name the log of a run")
     header = None if config.header is None else config.header.read_text()
     found = check_slurm(script.read_text(), folder=Path.cwd(), max_cpus=config.max_cpus, header=header, make_folders=config.fix)
-    print(*map(str, found or [f"{script}: no contradictions"]), sep="\n")
+    print(*([str(finding) for finding in found] or [f"{script}: no contradictions"]), sep="\n")
     if any(finding.severity == "error" for finding in found):
         # after the findings are printed, as JSON where that is wanted
         click.get_current_context().call_on_close(_failed)
     return {"findings": [asdict(finding) for finding in found]}
+
+
+@slurm.command(name="render")
+@click.argument("script", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@configured(SlurmRenderConfig)
+def slurm_render(config: SlurmRenderConfig, script: Path) -> dict[str, Any]:
+    """Write a Slurm script for other numbers of machines and GPUs.
+
+    Example: moe-cpt slurm render launchers/moe_cpt/lora.sh --nodes 4 --gpus 8 --output launchers/moe_cpt/lora_4.sh
+    """
+    from moe_cpt.slurm import check_slurm, rendered
+
+    if config.output.exists() and not config.overwrite:
+        raise ConfigError(f"output: {config.output} exists; add --overwrite, or choose another file")
+    text = rendered(script.read_text(), config.nodes, config.gpus)
+    if wrong := [finding for finding in check_slurm(text, folder=Path.cwd()) if finding.code in ("S01", "S02", "S09")]:
+        raise InputError(f"script: {script} cannot be made consistent ({wrong[0]}); correct it first")
+    config.output.write_text(text)
+    config.output.chmod(0o755)
+    return {"output": str(config.output)}
 
 
 def _failed() -> None:
@@ -574,6 +595,10 @@ def require_launched(config: TrainConfig) -> None:
     """Raise ConfigError when the run has not the processes that the options name."""
     if config.dry_run or (config.num_nodes is None and config.num_gpu_per_node is None):
         return
+    for variable, name in (("SLURM_NNODES", "num_nodes"), ("SLURM_GPUS_ON_NODE", "num_gpu_per_node")):
+        given, named = os.environ.get(variable, ""), getattr(config, name)
+        if given.isdigit() and named is not None and int(given) != named:
+            raise ConfigError(f"{name}: {named}, but {variable} is {given}; correct one of them (moe-cpt slurm check finds such lines)")
     running = int(os.environ.get("WORLD_SIZE", config.num_processes))
     if config.devices() != running:
         named = f"{config.num_nodes or 1} x {config.num_gpu_per_node or 1} processes"

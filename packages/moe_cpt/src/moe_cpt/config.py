@@ -279,6 +279,16 @@ class SlurmCheckConfig:
 
 
 @config
+class SlurmRenderConfig:
+    """Machines of a Slurm script."""
+
+    nodes: int = opt(help="Machines.", ge=1)
+    gpus: int = opt(help="GPUs of each machine.", ge=1)
+    output: Path = opt(help="Script to write, for scripts of this repository beside the original.", flags=("-o",))
+    overwrite: bool = opt(False, "Replace what is at --output.")
+
+
+@config
 class ReportConfig:
     """Where to write pictures of runs."""
 

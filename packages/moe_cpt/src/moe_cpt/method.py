@@ -85,8 +85,8 @@ class MoeCPT(Method):
         """The mixture with the adapters that the options name."""
         config = self.config
         if config.peft_path is not None:
-            return from_adapter(model, config.peft_path)
-        return adapted(
+            return cast(nn.Module, from_adapter(model, config.peft_path))
+        found: nn.Module = adapted(
             model,
             rank=config.lora_rank,
             alpha=config.lora_alpha,
@@ -95,6 +95,7 @@ class MoeCPT(Method):
             modules_to_save=names_in(config.modules_to_save),
             freeze_router=config.freeze_router,
         )
+        return found
 
     def require_mixture(self, model: nn.Module) -> nn.Module:
         if isinstance(model, LlamaMoEForCausalLM):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ def trained(config: LlamaMoEConfig, tensors: Mapping[str, Tensor]) -> RouterOf:
     return weights
 
 
-def expert_norms(act_RM: Tensor, down_DM: Tensor, routed: Sequence[Tensor]) -> Tensor:
+def expert_norms(act_RM: Tensor, down_DM: Tensor, routed: Iterable[Tensor]) -> Tensor:
     """||E_j(x)|| of every token and expert, R x N."""
     return torch.stack([(act_RM[:, neurons] @ down_DM[:, neurons].T).norm(dim=1) for neurons in routed], dim=1).float()
 

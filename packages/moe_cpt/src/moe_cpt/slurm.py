@@ -74,6 +74,22 @@ def check_slurm(
     return sorted(found, key=lambda finding: (finding.lines or [0], finding.code))
 
 
+def rendered(text: str, nodes: int, gpus: int) -> str:
+    """The script for other machines: every line that says how many there are, and how many GPUs each has, says the same.
+
+    >>> rendered("#SBATCH --nodes=2\\n#SBATCH --gres=gpu:h200:8\\nnum_nodes=2", 3, 4)
+    '#SBATCH --nodes=3\\n#SBATCH --gres=gpu:h200:4\\nnum_nodes=3'
+    """
+    for pattern, number in (
+        (r"(?m)^(#SBATCH\s+(?:--nodes[= ]|-N\s*))\d+", nodes),
+        (r"(?m)^(#SBATCH\s+--(?:gres|gpus-per-node)[= ](?:gpu:)?(?:[A-Za-z]\w*:)?)\d+", gpus),
+        (r"(?m)\b(num_nodes=)\d+", nodes),
+        (r"(?m)\b(num_gpu_per_node=)\d+", gpus),
+    ):
+        text = re.sub(pattern, rf"\g<1>{number}", text)
+    return text
+
+
 def directives(lines: list[str]) -> dict[str, Value]:
     """`#SBATCH` options by their long names, the last one of each."""
     found: dict[str, Value] = {}

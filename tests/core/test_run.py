@@ -13,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from lm_core.config import build, load
 from lm_core.errors import ConfigError, Interrupted
@@ -125,6 +126,16 @@ def test_a_run_stops_below_a_loss(tmp_path: Path) -> None:
 
 
 # --- where it writes ---
+
+
+def test_checkpoints_of_the_model_alone_load_and_refuse_a_resume(tmp_path: Path) -> None:
+    assert train(tmp_path, "--save-only-model", budget="3 steps", save_every="2", eval_every="never").exit_code == 0
+    checkpoint = tmp_path / "checkpoints" / "checkpoint-2"
+    assert AutoModelForCausalLM.from_pretrained(checkpoint).num_parameters() > 0
+    assert not list(checkpoint.glob("optimizer*"))
+    refused = train(tmp_path, "--resume", "auto", budget="4 steps")
+    assert refused.exit_code == 4
+    assert "holds no optimizer state (--keep-optimizer false, --save-only-model)" in refused.output
 
 
 def test_an_occupied_folder_is_refused_and_untouched(done: tuple[Path, Result]) -> None:

@@ -14,7 +14,7 @@ import logging
 import re
 import shutil
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
@@ -63,21 +63,23 @@ def save(
     keep: int,
     keep_optimizer: bool,
     extra: Mapping[str, Any] | None = None,
+    write: Callable[[Path], Any] | None = None,
 ) -> Path:
     """Write `checkpoint-<steps>`, then remove what is no longer kept; the folder of the new checkpoint.
 
     Killed at any moment, it leaves the checkpoints of before or the new one. `keep` newest checkpoints stay (0: all), older
-    ones without optimizer state unless `keep_optimizer`. `extra` is JSON-able state of the caller, kept under that name.
+    ones without optimizer state unless `keep_optimizer`. `extra` is JSON-able state of the caller, kept under that name. With
+    `write` a checkpoint holds what that writes instead of the engine's state, and no run can resume from it.
     """
     folder = run_folder / "checkpoints" / f"checkpoint-{progress.steps}"
     try:
         dist.on_main(_make_room, folder)
-        engine.save(folder)
+        engine.save(folder) if write is None else write(folder)
         state = {
             "format_version": FORMAT_VERSION,
             "progress": progress.to_dict(),
             "engine": {"kind": engine.kind, "world": engine.data_world},
-            "optimizer": True,
+            "optimizer": write is None,
             "config": to_dict(method.config),
             "data": data.state_dict(),
             "method": method.state_dict(),
@@ -238,7 +240,9 @@ def verified(folder: Path) -> dict[str, Any]:
     """The content of state.json, once every file it lists has been found whole. Raises ResumeRefused naming what is wrong."""
     state = _read(folder)
     if not state["optimizer"]:
-        raise ResumeRefused(f"resume: {folder} was pruned of its optimizer state (--keep-optimizer false); resume from a newer checkpoint")
+        raise ResumeRefused(
+            f"resume: {folder} holds no optimizer state (--keep-optimizer false, --save-only-model); resume from another checkpoint"
+        )
     # `latest` and then `resume` look at the same folder: its files are read once
     _verify(folder, (folder / "state.json").stat().st_mtime_ns)
     return state

@@ -91,6 +91,7 @@ class OutputOptions:
     save_every: str = opt("1000", "Steps between checkpoints, a fraction of the budget, epoch, or never.")
     keep_checkpoints: int = opt(2, "How many of the newest checkpoints to keep; 0 keeps all.", ge=0)
     keep_optimizer: bool = opt(True, "Keep optimizer state in older checkpoints.")
+    save_only_model: bool = opt(False, "Checkpoints are model folders without what it takes to resume from them.")
     eval_every: str = opt("0.1", "Steps between evaluations, a fraction of the budget, epoch, or never.")
     eval_tokens: Count = opt(0, "Held-out tokens per source and evaluation; 0 uses all.", ge=0)
     log_every: int = opt(10, "Steps between two log records.", ge=1)

@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -309,6 +310,7 @@ class Run:
             keep=self.config.keep_checkpoints,
             keep_optimizer=self.config.keep_optimizer,
             extra={} if self.loss_below is None else {"loss_below": self.loss_below.state_dict()},
+            write=partial(export, engine, method, tokenizer=self.tokenizer) if self.config.save_only_model else None,
         )
         self.saved_at = progress.steps
 

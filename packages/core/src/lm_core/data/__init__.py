@@ -38,12 +38,16 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Data:
-    """Rows to train on and rows held out, by source name. `draw` says how the weights choose a sample's source."""
+    """Rows to train on and rows held out, by source name. `draw` says how the weights choose a sample's source.
+
+    `ordered` rows keep the order that their `epoch(number)` gives them, whatever the options say of shuffling.
+    """
 
     train: Mapping[str, Rows]
     valid: Mapping[str, Rows]
     weights: Mapping[str, float]
     draw: Draw = "deficit"
+    ordered: bool = False
 
 
 def build_data(config: Any, tokenizer: PreTrainedTokenizerBase) -> Data:
@@ -55,7 +59,7 @@ def build_data(config: Any, tokenizer: PreTrainedTokenizerBase) -> Data:
 
     Raises ConfigError for arguments that make no sense, InputError for data that cannot be used.
     """
-    arguments, held = _named(config.data, "data"), eval_rows(config, tokenizer)
+    arguments, held = named(config.data, "data"), eval_rows(config, tokenizer)
     if not arguments:
         raise ConfigError("data: nothing to train on; give --data, for example --data builtin:python-docs")
     train: dict[str, Packed] = {}
@@ -65,7 +69,7 @@ def build_data(config: Any, tokenizer: PreTrainedTokenizerBase) -> Data:
         train[name] = pack_rows(first, config, tokenizer, name=name, number=number, train=True)
         if second is not None and not held and config.hold_out > 0:
             valid[name] = pack_rows(second, config, tokenizer, name=name, train=False)
-    return Data(train=train, valid=valid | held, weights=_weights(arguments, train))
+    return Data(train=train, valid=valid | held, weights=weights_of(arguments, train))
 
 
 def eval_rows(config: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Packed]:
@@ -74,7 +78,7 @@ def eval_rows(config: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Pack
     Of `config`, only `eval_data`, `text_column`, `packing` and `max_length` are read.
     """
     rows: dict[str, Packed] = {}
-    for name, argument in _named(config.eval_data, "eval_data").items():
+    for name, argument in named(config.eval_data, "eval_data").items():
         first, second = _parts(argument, config, tokenizer, hold_out=0.0)
         source = first if second is None else second
         source = source if argument.samples is None else source.take(argument.samples)
@@ -121,7 +125,7 @@ def _parts(argument: Argument, config: Any, tokenizer: PreTrainedTokenizerBase, 
     return source if argument.samples is None else source.take(argument.samples), held
 
 
-def _named(texts: Sequence[str], field: str) -> dict[str, Argument]:
+def named(texts: Sequence[str], field: str) -> dict[str, Argument]:
     """Arguments by name; a name that occurs again gets a number."""
     from lm_core.data.sources import parse
 
@@ -137,7 +141,8 @@ def _named(texts: Sequence[str], field: str) -> dict[str, Argument]:
     return named
 
 
-def _weights(arguments: Mapping[str, Argument], train: Mapping[str, Rows]) -> dict[str, float]:
+def weights_of(arguments: Mapping[str, Argument], train: Mapping[str, Rows]) -> dict[str, float]:
+    """The weight of every source: what its argument gives, or its number of samples where no argument gives any."""
     given = {name: argument.weight for name, argument in arguments.items() if argument.weight is not None}
     if not given:
         return {name: float(len(rows)) for name, rows in train.items()}

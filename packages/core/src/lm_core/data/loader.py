@@ -88,7 +88,7 @@ class Loader:
         self._lengths = [len(rows) for rows in self._rows]
         assert min(self._lengths) > 0
         self._micro_batch, self._accumulate, self._rank, self._world = micro_batch, accumulate, rank, world
-        self._seed, self._shuffle, self._num_workers = seed, shuffle, num_workers
+        self._seed, self._shuffle, self._num_workers = seed, shuffle and not data.ordered, num_workers
         self._mix = Mix([data.weights[name] for name in self.names], seed=seed, draw=data.draw)
         self._reader = _Reader(self._rows)
         self._workers: DataLoader[Any] | None = None

@@ -18,7 +18,18 @@ import yaml
 from tests.repo.tree import ROOT, methods
 
 # What a shipped preset takes from its package's tiny one to run anywhere in seconds.
-INPUTS = ("model", "tokenizer", "data", "eval_data", "max_length", "micro_batch_size", "precision")
+INPUTS = (
+    "model",
+    "tokenizer",
+    "data",
+    "eval_data",
+    "min_length",
+    "max_length",
+    "micro_batch_size",
+    "precision",
+    "beacon_window",
+    "beacon_stride",
+)
 PRESETS = [path for package in methods() for path in sorted(package.folder.glob("presets/*.yaml"))]
 each_preset = pytest.mark.parametrize("preset", PRESETS, ids=lambda path: f"{path.parents[1].name}/{path.stem}")
 SCRIPTS = {script: entry for package in methods() for script, entry in package.project.get("scripts", {}).items()}

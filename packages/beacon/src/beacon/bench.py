@@ -24,6 +24,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
     asked: list[str] = [*config.only] or [*MEASURES]
     for name in asked:
         title, measure = MEASURES[name]
+        torch.manual_seed(config.seed)
         results[name] = measure(config.repeats)
         values = "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in results[name].items())
         print(f"{name}  {title}: {values}")
@@ -34,7 +35,6 @@ def model(**config: Any) -> Any:
     """A random llama of the measured shape, with beacons."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
     stock = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=4 * HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=8192, eos_token_id=1, pad_token_id=0,
@@ -44,7 +44,7 @@ def model(**config: Any) -> Any:
 
 
 def tokens(length: int = LENGTH) -> torch.Tensor:
-    return torch.randint(0, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(1))
+    return torch.randint(0, VOCABULARY, (1, length))
 
 
 def compared(one: Callable[[], Any], other: Callable[[], Any], repeats: int) -> dict[str, Any]:

@@ -7,7 +7,23 @@ from typing import Any
 
 import click
 
-from beacon.options import BenchConfig, CompressConfig, ExportConfig, GenerateConfig, ImportConfig, LmConfig, TrainConfig
+from beacon.options import (
+    BenchConfig,
+    CompressConfig,
+    ExportConfig,
+    GenerateConfig,
+    ImportConfig,
+    InfbenchConfig,
+    LmConfig,
+    LongbenchConfig,
+    MultiturnConfig,
+    NeedleConfig,
+    PasskeyConfig,
+    PretrainDataConfig,
+    ShortConfig,
+    TopicConfig,
+    TrainConfig,
+)
 from lm_core.cli import command_group, configured
 from lm_core.cli import main as run_cli
 
@@ -25,6 +41,18 @@ def train(config: TrainConfig) -> dict[str, Any]:
     from lm_core.run import run
 
     return run(config, Beacon(config))
+
+
+@cli.command("pretrain-data")
+@configured(PretrainDataConfig)
+def pretrain_data(config: PretrainDataConfig) -> dict[str, Any]:
+    """Pack text into blocks of tokens.
+
+    Example: beacon pretrain-data --model smollm2-135m --train-data docs=builtin:python-docs code=builtin:stdlib --num-token 1024:100k --output-dir data/packed
+    """
+    from beacon.data.pretrain import run
+
+    return run(config)
 
 
 @cli.command()
@@ -109,6 +137,90 @@ def lm(config: LmConfig) -> dict[str, Any]:
     Example: beacon eval lm --model runs/docs --eval-data builtin:python-docs --max-length 2048 --stride 0 --baseline full
     """
     from beacon.eval.lm import run
+
+    return run(config)
+
+
+@evaluate.command()
+@configured(NeedleConfig)
+def needle(config: NeedleConfig) -> dict[str, Any]:
+    """Find a sentence in a long text: scores by length and depth, with a heat map.
+
+    Example: beacon eval needle --model runs/docs --haystack builtin:python-docs --min-length 512 --max-length 2048 --num-length-interval 3 --num-depth-interval 3
+    """
+    from beacon.eval.needle import run_needle as run
+
+    return run(config)
+
+
+@evaluate.command()
+@configured(PasskeyConfig)
+def passkey(config: PasskeyConfig) -> dict[str, Any]:
+    """Find a number in a long text: scores by length and depth, with a heat map.
+
+    Example: beacon eval passkey --model runs/docs --min-length 512 --max-length 2048 --num-length-interval 4 --num-depth-interval 5 --baseline full
+    """
+    from beacon.eval.needle import run_passkey as run
+
+    return run(config)
+
+
+@evaluate.command()
+@configured(TopicConfig)
+def topic(config: TopicConfig) -> dict[str, Any]:
+    """Which topic of a long conversation came k-th: accuracy by its length.
+
+    Example: beacon eval topic --model runs/docs --num-topics 5 10 20 --baseline full
+    """
+    from beacon.eval.talk import run_topic as run
+
+    return run(config)
+
+
+@evaluate.command()
+@configured(MultiturnConfig)
+def multiturn(config: MultiturnConfig) -> dict[str, Any]:
+    """Several questions on one text that is read once: accuracy and seconds of each turn.
+
+    Example: beacon eval multiturn --model runs/docs --haystack builtin:python-docs --length 2048 --turns 4
+    """
+    from beacon.eval.talk import run_multiturn as run
+
+    return run(config)
+
+
+@evaluate.command()
+@configured(LongbenchConfig)
+def longbench(config: LongbenchConfig) -> dict[str, Any]:
+    """LongBench from local files: scores by task and category.
+
+    Example: beacon eval longbench --model runs/docs --data-dir longbench --max-length 4096
+    """
+    from beacon.eval.files import run
+
+    return run(config, "longbench")
+
+
+@evaluate.command()
+@configured(InfbenchConfig)
+def infbench(config: InfbenchConfig) -> dict[str, Any]:
+    """Question and summary tasks of InfiniteBench from local files.
+
+    Example: beacon eval infbench --model runs/docs --data-dir infbench
+    """
+    from beacon.eval.files import run
+
+    return run(config, "infbench")
+
+
+@evaluate.command()
+@configured(ShortConfig)
+def short(config: ShortConfig) -> dict[str, Any]:
+    """Multiple choice on short texts, which beacons leave as they are.
+
+    Example: beacon eval short --model runs/docs --baseline full
+    """
+    from beacon.eval.short import run
 
     return run(config)
 

@@ -37,6 +37,7 @@ class BeaconConfig:
     on_capacity: Literal["error", "warn", "evict"] = opt(
         "error", "When a text needs more positions than the model has, outside training: stop, go on, or drop the oldest windows."
     )
+    prefill_block_windows: int = opt(8, "Windows that are read at once outside training.", ge=1)
     format_version: int = opt(FORMAT_VERSION, "Version of this layout.")
 
     def check(self) -> None:

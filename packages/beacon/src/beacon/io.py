@@ -15,7 +15,6 @@ from torch import Tensor
 from beacon.attach import attach_beacon
 from beacon.config import BeaconConfig
 from beacon.modeling.causal_lm import is_beacon
-from lm_core import checkpoint
 from lm_core.errors import InputError
 from lm_core.models import load_model
 
@@ -28,9 +27,10 @@ def model_folder(name: str) -> str:
     path = Path(name)
     if (path / "final" / "config.json").is_file():
         return str(path / "final")
-    if (path / "checkpoints").is_dir() and (found := checkpoint.latest(path)) is not None:
-        return str(found)
-    return name
+    steps = {int(found.name.rpartition("-")[2]): found for found in path.glob("checkpoints/checkpoint-*") if found.name[-1].isdigit()}
+    # complete ones: state.json is written last
+    whole = [step for step, found in steps.items() if (found / "state.json").is_file() and (found / "config.json").is_file()]
+    return str(steps[max(whole)]) if whole else name
 
 
 def tokenizer_name(name: str) -> str:

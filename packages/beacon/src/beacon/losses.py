@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from beacon.modeling.causal_lm import RatioRule, counted_targets
 from lm_core.method import IGNORE
-from lm_core.models import CausalLoss
+from lm_core.models import CausalLoss, hf_model
 
 # B rows, T columns, N counted tokens, D hidden size
 
@@ -29,7 +29,7 @@ class BeaconLoss(CausalLoss):
         known: tuple[int, ...] = (),
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The summed loss and further sums: the loss by ratio of the last compaction (for the ratios `known`), beacons per raw token."""
-        model: Any = self.model
+        model: Any = hf_model(self.model)
         # one forward per micro-batch in evaluations too: sharded engines need every rank to run the same modules as often
         engine = "parallel" if engine == "auto" else engine
         hidden = model.read(input_ids, attention_mask, doc_ids, None, ratios, engine=engine, limited=False)

@@ -20,6 +20,8 @@ from beacon.plan import Cursor, Entries
 from beacon.ratios import Rule
 
 FORMAT_VERSION = 1
+# settings that may differ between who wrote a memory and who reads it
+CHANGEABLE = ("ratio", "ratio_mix", "inference_ratio_mix", "memory_budget", "on_budget", "on_capacity", "prefill_block_windows")
 
 
 def save(cache: BeaconCache, path: Path) -> None:
@@ -70,10 +72,7 @@ def load(path: Path, model: Any) -> BeaconCache:
         raise CacheError(f"memory: {path} was written by a model with other weights; load that model, or compress the text again")
     for name, value in about["beacon"].items():
         # ratios may change while a text is read, geometry may not
-        if (
-            name not in ("ratio", "ratio_mix", "inference_ratio_mix", "memory_budget", "on_budget", "on_capacity")
-            and model.config.beacon[name] != value
-        ):
+        if name not in CHANGEABLE and model.config.beacon[name] != value:
             raise CacheError(
                 f"memory: {path} was written with {name} {value}, the model has {model.config.beacon[name]}; use the same settings"
             )

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
 from beacon.attach import attach_beacon, set_beacon
 from beacon.config import BeaconConfig
-from beacon.data.rows import teaching
+from beacon.data import training_data
 from beacon.io import model_folder, tokenizer_name
 from beacon.losses import BeaconLoss
 from beacon.modeling.causal_lm import BeaconMixin, RatioRule, is_beacon
@@ -18,14 +19,16 @@ from beacon.options import TrainConfig, settings
 from beacon.plan import counted_tokens, first_counted
 from beacon.ratios import Rule, choose, training_ratios
 from beacon.sizes import PRESETS
-from lm_core.data import Data, build_data
+from lm_core import dist
+from lm_core.data import Data
 from lm_core.data.vocab import build_tokenizer
+from lm_core.errors import ConfigError
 from lm_core.method import IGNORE, Batch, Loss, Method
 from lm_core.method import Rule as Training
-from lm_core.models import checkpoint_activations, load_model
+from lm_core.models import CausalLoss, checkpoint_activations, load_model, lora
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +38,9 @@ class Beacon(Method):
 
     config: TrainConfig
     # the budget in other words, and how the same numbers are computed
-    resumable = frozenset({"max_steps", "num_train_epochs", "beacon_engine", "eval_beacon_ratio", "eval_beacon_ratio_mix", "save_format"})
+    resumable = frozenset(
+        {"max_steps", "num_train_epochs", "beacon_engine", "eval_beacon_ratio", "eval_beacon_ratio_mix", "save_format"}
+    ) | frozenset({"save_strategy", "evaluation_strategy", "report_to", "cpu", "attn_impl", "num_proc", "prefill_block_windows"})
     module: BeaconLoss
     model: Any  # inside the module
     settings: BeaconConfig
@@ -46,10 +51,13 @@ class Beacon(Method):
         if folder != self.config.model:
             log.info("model: %s", folder)
         model: Any = load_model(folder, presets=PRESETS, seed=self.config.seed)
+        if not self.config.enable_beacon:
+            return self._plain(model)
         if isinstance(model, BeaconMixin):
             set_beacon(model, settings(self.config, model.beacon))
         else:
             model = attach_beacon(model, settings(self.config, None))
+        model.attn_backend = "eager" if self.config.attn_impl == "eager" else "auto"
         self.settings = model.beacon
         # fails here, before any data, when no ratio can teach
         training_ratios(self.settings, 0, 0, 2, model.positions)
@@ -58,10 +66,52 @@ class Beacon(Method):
             last = {id(parameter) for parameter in model.trainable_parameters()}
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(not is_beacon(name) or id(parameter) in last)
-        self.model, self.module = model, BeaconLoss(model)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.module = BeaconLoss(self._adapted(model))
+        self.model = model
+        for parameter in trained:
+            # peft freezes all but its own
+            parameter.requires_grad_(True)
         if self.config.gradient_checkpointing:
             checkpoint_activations(self.module)
         return self.module
+
+    def _plain(self, model: Any) -> nn.Module:
+        if isinstance(model, BeaconMixin):
+            raise ConfigError(f"enable_beacon: false, but {self.config.model} has beacons; name its base model")
+        module = CausalLoss(self._adapted(model))
+        if self.config.gradient_checkpointing:
+            checkpoint_activations(module)
+        return module
+
+    def _adapted(self, model: Any) -> Any:
+        """`model`, with low-rank adapters on its backbone if they are asked for."""
+        if not self.config.lora_tune:
+            return model
+        for target in self.config.lora_targets:
+            if not any(name.endswith(f".{target}") for name, _ in model.named_modules()):
+                raise ConfigError(f"lora_targets: no layer of this model is called {target}; choose for example q_proj or down_proj")
+        wrapped = lora(
+            model,
+            r=self.config.lora_rank,
+            lora_alpha=self.config.lora_alpha,
+            lora_dropout=self.config.lora_dropout,
+            target_modules=self.config.lora_targets,
+        )
+        for part in self.config.lora_extra_params:
+            found = [parameter for name, parameter in wrapped.named_parameters() if part in name and "lora_" not in name]
+            if not found:
+                raise ConfigError(f"lora_extra_params: {part!r} is part of no parameter's name; write for example embed_tokens or norm")
+            for parameter in found:
+                parameter.requires_grad_(True)
+        return wrapped
+
+    def final_model(self, model: nn.Module) -> PreTrainedModel:
+        """The trained model; adapters are merged into a copy of it."""
+        if not self.config.lora_tune:
+            return super().final_model(model)
+        wrapped = next(part for part in model.modules() if hasattr(part, "merge_and_unload"))
+        return cast("PreTrainedModel", copy.deepcopy(wrapped).merge_and_unload())  # type: ignore[operator]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         if self.config.tokenizer is None and self.config.model not in PRESETS:
@@ -71,7 +121,7 @@ class Beacon(Method):
         return build_tokenizer(self.config)
 
     def data(self, tokenizer: PreTrainedTokenizerBase) -> Data:
-        return teaching(build_data(self.config, tokenizer), self._known_settings(), self.config.min_length, tokenizer.eos_token_id)
+        return training_data(self.config, self._known_settings() if self.config.enable_beacon else None, tokenizer, dist.world())
 
     def _known_settings(self) -> BeaconConfig:
         """The settings before the model is built: data comes first."""
@@ -83,6 +133,9 @@ class Beacon(Method):
         return settings(self.config, None if stored is None else BeaconConfig.from_dict(stored))
 
     def param_rules(self) -> list[Training]:
+        if self.config.lora_tune or not self.config.enable_beacon:
+            # what is frozen stays frozen
+            return []
         last = self.model.config.num_hidden_layers - 1
         return [
             Training(rf"layers\.{last}\.self_attn\.beacon_[qo]_proj\.", trained=False),
@@ -100,6 +153,8 @@ class Beacon(Method):
         return lambda length: choose(config, config.inference_ratio_mix, self.config.seed, length, length, positions)
 
     def targets(self, batch: Batch) -> int:
+        if not self.config.enable_beacon:
+            return super().targets(batch)
         labels = batch["labels"]
         mask = batch.get("attention_mask")
         lengths = [labels.shape[1]] * len(labels) if mask is None else (mask != 0).sum(1).tolist()
@@ -121,6 +176,9 @@ class Beacon(Method):
         return batch.get("document_ids") if self.settings.doc_mask else None
 
     def losses(self, model: nn.Module, batch: Batch) -> Iterator[Loss]:
+        if not self.config.enable_beacon:
+            yield Loss(total=model(batch["input_ids"], batch["labels"], batch.get("attention_mask")))
+            return
         known = sorted(set(self.settings.usable())) if self.module.training else []
         total, metrics = model(
             batch["input_ids"],

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from beacon import guide
 from beacon.config import BeaconConfig
-from lm_core.config import change, config, opt
+from lm_core.config import Count, change, config, opt
 from lm_core.deepspeed_settings import split
 from lm_core.errors import ConfigError
 from lm_core.options import DataOptions, EngineOptions, ModelOptions, OptimOptions, OutputOptions, RunConfig
@@ -42,11 +43,15 @@ class BeaconOptions:
     on_capacity: Literal["error", "warn", "evict"] | None = opt(
         None, "When a text needs more positions than the model has, outside training: stop (default), go on, or drop the oldest windows."
     )
+    prefill_block_windows: int | None = opt(None, "Windows that are read at once outside training; default: 8.", ge=1)
+    attn_impl: Literal["auto", "eager", "flash_attention_2"] = opt(
+        "auto", "How attention is computed: auto, or eager, one dense softmax as the reference; flash_attention_2 means auto."
+    )
 
     def chosen(self) -> dict[str, Any]:
         """Given settings, under the names of BeaconConfig."""
         names = [name for name in BeaconConfig.__dataclass_fields__ if name != "format_version"]
-        own = ("memory_budget", "on_budget", "on_capacity")
+        own = ("memory_budget", "on_budget", "on_capacity", "prefill_block_windows")
         fields = {name: getattr(self, name if name in own else f"beacon_{name}") for name in names}
         return {name: value for name, value in fields.items() if value not in (None, [])}
 
@@ -64,7 +69,25 @@ class TrainConfig(RunConfig, BeaconOptions):
     """Beacons on a frozen language model, trained by next-token prediction."""
 
     model: str = change(ModelOptions, "model", flags=("--model-name-or-path",))
-    data: list[str] = change(DataOptions, "data", flags=("--train-data",))
+    data: list[str] = change(
+        DataOptions,
+        "data",
+        flags=("--train-data",),
+        help="Training data, repeatable: builtin:python-docs, builtin:stdlib, synthetic:NAME, a file, a folder, a hub id, or activation-beacon:PATH, "
+        "long-llm:PATH, data:PATH under the data root; text, conversations or packed blocks; add [N] for N samples, @W for a weight.",
+    )
+    data_root: Path | None = opt(
+        None, "Folder that prefixes such as activation-beacon: stand for; default: $BEACON_DATA_ROOT, else ./data."
+    )
+    chat_template: Literal["hf", "llama-2", "llama-3", "mistral", "qwen", "no"] = opt(
+        "hf", "How conversations become text; hf: by the tokenizer's own template."
+    )
+    num_proc: int = opt(1, "Processes that tokenise conversations.", ge=1)
+    group_by_stride: Literal["none", "strict", "relaxed"] = opt(
+        "none",
+        "Batches of rows with the same number of windows (strict, which leaves out what fills none) or with neighbouring ones (relaxed).",
+    )
+    sort_by_stride: Literal["none", "ascend", "descend"] = opt("none", "Rows by their number of windows, in one fixed order.")
     max_length: int = change(DataOptions, "max_length", default=4096)
     min_length: int = opt(0, "Shortest document in tokens; shorter ones are left out.", ge=0)
     packing: Literal["document", "stream", "best-fit"] = change(
@@ -83,9 +106,36 @@ class TrainConfig(RunConfig, BeaconOptions):
     num_train_epochs: int = opt(3, "Passes over the training data.", ge=1)
     max_steps: int = opt(-1, "Replaces the budget by this many updates; -1 leaves it to the epochs.", ge=-1)
     grad_clip: float = change(OptimOptions, "grad_clip", flags=("--max-grad-norm",))
-    save_every: str = change(OutputOptions, "save_every", default="500")
+    warmup: Count = change(OptimOptions, "warmup", flags=("--warmup-steps",))
+    adam_beta1: float | None = opt(None, "First of --betas.", ge=0, lt=1)
+    adam_beta2: float | None = opt(None, "Second of --betas.", ge=0, lt=1)
+    deepspeed_config: Path | None = change(EngineOptions, "deepspeed_config", flags=("--deepspeed",))
+    bf16: bool = opt(False, "--precision bf16.")
+    fp16: bool = opt(False, "--precision fp16.")
+    cpu: bool = opt(False, "--device cpu.")
+    save_every: str = change(OutputOptions, "save_every", default="500", flags=("--save-steps",))
+    save_strategy: Literal["no", "steps", "epoch"] = opt("steps", "--save-every never, as given, or epoch.")
+    keep_checkpoints: int = change(OutputOptions, "keep_checkpoints", flags=("--save-total-limit",))
+    eval_every: str = change(OutputOptions, "eval_every", default="never", flags=("--eval-steps",))
+    evaluation_strategy: Literal["no", "steps", "epoch"] | None = opt(
+        None, "--eval-every never, as given (default: --log-every), or epoch.", flags=("--eval-strategy",)
+    )
+    log_every: int = change(OutputOptions, "log_every", flags=("--logging-steps",))
+    report_to: list[Literal["wandb", "tensorboard", "none"]] = opt(
+        help="--wandb online, --tensorboard; whichever is not named is off.", factory=list
+    )
     seed: int = change(OutputOptions, "seed", default=42)
+    enable_beacon: bool = opt(True, "Read through beacons; false trains the plain model (needs --lora-tune or --only-train-beacon false).")
     only_train_beacon: bool = opt(True, "Train the beacon weights only; false trains the backbone, too.")
+    lora_tune: bool = opt(False, "Train low-rank adapters of the backbone, which final/ holds merged.")
+    lora_rank: int = opt(32, "Rank of the adapters.", ge=1)
+    lora_alpha: float = opt(16, "Adapters are scaled by lora_alpha / lora_rank.", gt=0)
+    lora_dropout: float = opt(0.0, "Dropout in front of the adapters.", ge=0, lt=1)
+    lora_targets: list[str] = opt(
+        ["q_proj", "k_proj", "v_proj", "o_proj"], "Linear layers of the backbone that get an adapter.", min_length=1
+    )
+    lora_extra_params: list[str] = opt(help="Further parameters of the backbone to train, as parts of their names.", factory=list)
+    use_reentrant: bool = opt(False, "Reentrant activation checkpointing, which would lose the gradients of memory: must be false.")
     beacon_engine: Literal["auto", "loop", "parallel"] = opt(
         "auto", "All windows in one pass (parallel), or one after the other (loop); auto trains in parallel."
     )
@@ -93,7 +143,27 @@ class TrainConfig(RunConfig, BeaconOptions):
     eval_beacon_ratio: list[int] = opt(help="Compression ratios of evaluations; default: those of training.", factory=list, ge=0)
     eval_beacon_ratio_mix: str | None = opt(None, "How a ratio is chosen in evaluations; default: as in inference.")
 
+    @classmethod
+    def further_layers(cls, values: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """What spellings of the guide mean in core's words."""
+        return [{option: value for parts in guide.meanings(values).values() for option, value in parts}]
+
     def check(self) -> None:
+        guide.check(self)
+        if self.use_reentrant:
+            raise ConfigError("use_reentrant: true loses the gradients of memory; use false")
+        if self.group_by_stride != "none" and self.sort_by_stride != "none":
+            raise ConfigError(
+                f"sort_by_stride: {self.sort_by_stride} and --group-by-stride {self.group_by_stride} contradict; drop one of them"
+            )
+        if not self.enable_beacon and not self.lora_tune and self.only_train_beacon:
+            raise ConfigError("enable_beacon: false leaves nothing to train; add --lora-tune or --only-train-beacon false")
+        if not self.enable_beacon and (self.group_by_stride, self.sort_by_stride) != ("none", "none"):
+            raise ConfigError("group_by_stride: a plain model has no windows to group by; drop it, or enable the beacons")
+        if self.lora_tune and not self.only_train_beacon:
+            raise ConfigError("lora_tune: adapters of a backbone that is trained itself have no use; drop it, or --only-train-beacon false")
+        if self.lora_extra_params and not self.lora_tune:
+            raise ConfigError(f"lora_extra_params: {self.lora_extra_params} are trained with --lora-tune; add it")
         if self.budget and self.max_steps > 0:
             raise ConfigError(f"max_steps: {self.max_steps} and --budget {self.budget!r} both set the length; drop one of them")
         if self.max_steps == 0:
@@ -102,7 +172,7 @@ class TrainConfig(RunConfig, BeaconOptions):
             raise ConfigError(f"min_length: {self.min_length} is larger than max_length ({self.max_length}); use at most {self.max_length}")
         if self.beacon_engine == "loop" and split(self)[0] == 3:
             raise ConfigError("beacon_engine: loop runs modules once per window, which sharded weights cannot follow; use parallel")
-        if self.save_format == "adapter" and not self.only_train_beacon:
+        if self.save_format == "adapter" and (not self.only_train_beacon or self.lora_tune):
             raise ConfigError("save_format: adapter would lose the trained backbone; use full")
         if self.packing == "best-fit" and not self.beacon_doc_mask:
             raise ConfigError(
@@ -160,6 +230,120 @@ class LmConfig(ReadOptions):
 
 
 @config
+class TaskOptions(ReadOptions):
+    """Questions that are answered by writing."""
+
+    batch_size: int = opt(1, "Questions at a time.", ge=1)
+    baseline: list[Literal["full"]] = opt(help="Also ask the base model with full attention.", factory=list)
+    chat_template: Literal["hf", "llama-2", "llama-3", "mistral", "qwen", "no"] = opt(
+        "no", "How questions are put; no: as text that the model goes on from."
+    )
+    max_new_tokens: int | None = opt(None, "Tokens of an answer at most; default: what the task needs.", ge=1)
+    do_sample: bool = opt(False, "Draw tokens instead of taking the most likely one.")
+    temperature: float = opt(1.0, "Temperature of --do-sample.", gt=0)
+    top_p: float = opt(1.0, "Share of the probability that --do-sample draws from.", gt=0, le=1)
+    output_dir: Path | None = opt(None, "Folder for result.json, items.jsonl, items.csv and figures/.", flags=("-o",))
+    overwrite: bool = opt(False, "Ask again what output_dir already holds.")
+
+
+@config
+class GridOptions(TaskOptions):
+    """Lengths and depths of a heat map."""
+
+    min_length: int = opt(8192, "Tokens of the shortest prompt.", ge=1)
+    max_length: int = opt(131072, "Tokens of the longest prompt.", ge=1)
+    num_length_interval: int = opt(10, "Lengths.", ge=1)
+    num_depth_interval: int = opt(10, "Depths.", ge=1)
+    test_length: list[int] = opt(help="These lengths instead.", factory=list, ge=1)
+    test_depth: list[int] = opt(help="These depths instead, in percent of the haystack.", factory=list, ge=0, le=100)
+    min_depth: int = opt(0, "Smallest depth in percent of the haystack.", ge=0, le=100)
+    max_depth: int = opt(100, "Largest depth in percent of the haystack.", ge=0, le=100)
+
+    def check(self) -> None:
+        if self.min_length > self.max_length:
+            raise ConfigError(f"min_length: {self.min_length} is larger than max_length ({self.max_length}); use at most that")
+        if self.min_depth > self.max_depth:
+            raise ConfigError(f"min_depth: {self.min_depth} is larger than max_depth ({self.max_depth}); use at most that")
+
+
+@config
+class HaystackOptions(TaskOptions):
+    """The text around what is asked for."""
+
+    haystack: list[str] = opt(
+        help="Text around what is asked for: data arguments such as builtin:python-docs; default: made-up sentences.", factory=list
+    )
+    text_column: str = change(DataOptions, "text_column")
+
+
+@config
+class NeedleConfig(GridOptions, HaystackOptions):
+    """A sentence somewhere in a long text."""
+
+    needle: str = opt(
+        "The best thing to do in San Francisco is sit in Dolores Park and eat a sandwich on a sunny day.", "Sentence that is hidden."
+    )
+    question: str = opt("What is the best thing to do in San Francisco? Answer:", "Question at the end of the prompt.")
+    answer: str | None = opt(None, "Answer that is expected; default: the needle.")
+    num_needle: int = opt(1, "Copies of the needle, spread from its depth to the end.", ge=1)
+
+
+@config
+class PasskeyConfig(GridOptions):
+    """A number somewhere in a long text."""
+
+    num_length_interval: int = change(GridOptions, "num_length_interval", default=20)
+    passkey_length: int = opt(5, "Digits of the key.", ge=1)
+    num_trials: int = opt(1, "Keys per length and depth.", ge=1)
+
+
+@config
+class TopicConfig(TaskOptions):
+    """Which topic of a long conversation came k-th."""
+
+    num_topics: list[int] = opt([5, 10, 15, 20, 25, 30, 40, 50, 60, 70], "Topics of a conversation.", min_length=1, ge=1)
+    target: Literal["first", "k-th"] = opt("first", "Which topic is asked for.")
+    num_trials: int = opt(5, "Conversations for each number of topics.", ge=1)
+
+
+@config
+class MultiturnConfig(HaystackOptions):
+    """Several questions on one long text."""
+
+    length: int = opt(8192, "Tokens of the text.", ge=1)
+    turns: int = opt(6, "Questions, one after the other.", ge=1)
+
+
+@config
+class FilesConfig(TaskOptions):
+    """Questions in local files."""
+
+    data_dir: Path | None = opt(None, "Folder of TASK.jsonl files; default: a few made-up rows.")
+    tasks: list[str] = opt(help="Tasks to run; default: those that have a file.", factory=list)
+    max_samples: int | None = opt(None, "Rows of a task at most.", ge=1)
+    max_length: int = opt(31500, "Tokens of a prompt and its answer; the middle of longer contexts is cut out.", ge=2)
+
+
+@config
+class LongbenchConfig(FilesConfig):
+    """Tasks of LongBench."""
+
+
+@config
+class InfbenchConfig(FilesConfig):
+    """Question and summary tasks of InfiniteBench."""
+
+    max_length: int = change(FilesConfig, "max_length", default=128000)
+
+
+@config
+class ShortConfig(TaskOptions):
+    """Multiple choice on short texts."""
+
+    data_file: Path | None = opt(None, "JSONL file with question, choices and answer (a number from 0); default: made-up questions.")
+
+
+@config
 class CompressConfig(ReadOptions):
     """Read a text into a memory file."""
 
@@ -212,9 +396,44 @@ class ImportConfig:
 
 
 @config
+class PretrainDataConfig:
+    """Text packed into blocks of tokens."""
+
+    train_data: list[str] = opt(
+        help="A folder of SOURCE.jsonl files, or SOURCE=DATA for several data arguments (docs=builtin:python-docs).", factory=list
+    )
+    mixture: str | None = opt(
+        None,
+        "Percent by source: a JSON file, slimpajama, even or code; default: slimpajama for a folder, equal shares for SOURCE=DATA.",
+        flags=("--config",),
+    )
+    output_dir: Path = opt(help="Folder to write.", flags=("-o",))
+    num_token: list[str] = opt(["8192:2b"], "LENGTH:COUNT: tokens of a block, and tokens in all.", min_length=1)
+    model: str = change(ModelOptions, "model", flags=("--model-name-or-path",), help="Model whose tokenizer is used.")
+    tokenizer: str | None = change(ModelOptions, "tokenizer")
+    text_column: str = change(DataOptions, "text_column")
+    add_bos: bool = opt(True, "Put the begin token before every document.")
+    add_eos: bool = opt(True, "Put the end token behind every document.")
+    doc_ids: bool = opt(True, "Write which document every token belongs to.")
+    seed: int = change(OutputOptions, "seed", default=123)
+    num_proc: int = opt(1, "Processes that tokenise; the result does not depend on it.", ge=1)
+    shard_size: str = opt("500MB", "Size of a file at most.", pattern=r"\d+(KB|MB|GB|KiB|MiB|GiB)")
+    allow_missing: bool = opt(False, "Go on where a source of the mixture is missing or has too little text.")
+    short_documents: Literal["keep", "drop"] = opt("keep", "Whether documents under --min-doc-length are packed or left out.")
+    min_doc_length: int = opt(0, "Tokens below which --short-documents drop leaves a document out.", ge=0)
+
+    def check(self) -> None:
+        if not self.train_data:
+            raise ConfigError("train_data: nothing to pack; give a folder, or for example docs=builtin:python-docs")
+        if self.min_doc_length and self.short_documents == "keep":
+            raise ConfigError(f"min_doc_length: {self.min_doc_length} has no effect with --short-documents keep; use drop")
+
+
+@config
 class BenchConfig:
     """Ratios beside their baselines."""
 
     only: list[Literal["P1", "P2", "P3", "P4", "P6"]] = opt(help="What to measure; default: everything.", factory=list)
     repeats: int = opt(3, "Measurements of each; the median counts.", ge=3)
     threads: int = opt(1, "Threads of the tensor operations.", ge=1)
+    seed: int = opt(0, "Seed of weights and tokens.", ge=0)

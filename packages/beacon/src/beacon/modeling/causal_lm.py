@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -168,7 +169,7 @@ class BeaconMixin(Generation):
             )
         documents = [documents_of(doc_ids, b, first, last) for b, (first, last) in enumerate(spans)]
         walk = Walk(self, input_ids, spans, documents, cache, keep, learning)
-        many = engine == "parallel" or (engine == "auto" and learning)
+        many = {"loop": 1, "auto": sys.maxsize if learning else self.beacon.prefill_block_windows}.get(engine, sys.maxsize)
         while walk.unread:
             walk.block(many)
         cache.columns += input_ids.shape[1]

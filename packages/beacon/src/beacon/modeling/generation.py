@@ -14,7 +14,6 @@ from beacon.modeling.walk import spans_of
 from lm_core.errors import InputError
 
 # B rows, T columns
-PIECE = 8  # windows that are read per call while a text streams in
 
 
 class Generation:
@@ -45,7 +44,7 @@ class Generation:
         training = model.training
         model.train(False)
         try:
-            for piece in _pieces(ids, PIECE * model.beacon.window):
+            for piece in _pieces(ids, model.beacon.prefill_block_windows * model.beacon.stride):
                 read = model.read(piece.to(model.device), None, None, cache, given(ratios), seed=seed, keep=0, expected_length=total)
                 cache = read.cache
         finally:

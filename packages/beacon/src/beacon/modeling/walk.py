@@ -77,8 +77,8 @@ class Walk:
     def unread(self) -> bool:
         return any(at < last - first for at, (first, last) in zip(self.read, self.spans))
 
-    def block(self, many: bool) -> None:
-        """Walk and compute one window of every row, or all that is left of it."""
+    def block(self, many: int) -> None:
+        """Walk and compute up to `many` windows of every row."""
         rows, tokens = [], []
         for b, cursor in enumerate(self.cache.cursors if not self.same else self.cache.cursors[:1]):
             held_open, held_memory = len(cursor.open), len(cursor.memory)
@@ -86,8 +86,8 @@ class Walk:
             segments: list[Segment] = []
             begin, left = self.read[b], self.spans[b][1] - self.spans[b][0]
             # evicted entries leave the cache between two windows
-            several = many and not cursor.evicts
-            while self.read[b] < left and (several or not segments):
+            limit = 1 if cursor.evicts else many
+            while self.read[b] < left and len(segments) < limit:
                 count = min(cursor.room, left - self.read[b])
                 segments.append(cursor.advance(self.documents[b][self.read[b] : self.read[b] + count]))
                 self.read[b] += count

@@ -7,6 +7,7 @@ import pytest
 
 FIRST = [
     "import beacon; from transformers import AutoConfig",
+    "import beacon; from transformers import AutoModelForCausalLM, AutoConfig",
     "import beacon; from transformers import LlamaConfig, AutoConfig",
     "import beacon; from transformers import LlamaForCausalLM, AutoConfig",
     "import beacon; from transformers.models.llama.modeling_llama import LlamaModel; from transformers import AutoConfig",

@@ -41,7 +41,8 @@ def _register() -> None:
 
 
 def _register_complete() -> None:
-    if _CONFIGS not in _done and _complete(_CONFIGS) and not any(map(_importing, _STOCK_CONFIGS)):
+    # configs document themselves by the tables of `_MODELS`, so those must not be half there either
+    if _CONFIGS not in _done and _complete(_CONFIGS) and not any(map(_importing, (_MODELS, *_STOCK_CONFIGS))):
         _done.add(_CONFIGS)
         from transformers.models.auto.configuration_auto import AutoConfig
 

@@ -177,6 +177,27 @@ def test_in_a_batch_script_every_machine_learns_its_own_number(tmp_path: Path) -
     )
 
 
+def test_a_job_keeps_what_started_it(tmp_path: Path) -> None:
+    (tmp_path / "srun").write_text("#!/bin/sh\n")
+    (tmp_path / "srun").chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "12", "SLURM_JOB_NAME": "moe_fpt", "SLURM_SUBMIT_DIR": str(ROOT), "MODEL": "m", "DATA": "d", "VALID": "v"}
+    environment = {
+        **os.environ,
+        **slurm,
+        "COMMENT": "first try",
+        "OUT": str(tmp_path / "outputs/a"),
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }
+    script = ROOT / "launchers/moe_cpt/fpt.sh"
+    subprocess.run(["bash", str(script)], env=environment, cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "outputs/a/sbatch.sh").read_text() == script.read_text()
+    assert "job: 12\n" in (tmp_path / "outputs/a/comment.txt").read_text()
+    assert "comment: first try\n" in (tmp_path / "outputs/a/comment.txt").read_text()
+    assert (tmp_path / "outputs/latest.jobid").read_text() == "12\n"
+    assert (tmp_path / "outputs/latest.dir").resolve() == tmp_path / "outputs/a"
+    assert os.readlink(tmp_path / "outputs/latest.log") == str(tmp_path / "logs/moe_fpt-12.log")
+
+
 def test_a_run_on_other_machines_than_it_names_stops_before_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("train", "--model", "no/such/model", "--data", "x", "--num_nodes", 2, "--num_gpu_per_node", 8)
     monkeypatch.setenv("SLURM_NNODES", "14")

@@ -11,7 +11,10 @@ from safetensors.torch import load_file, save_file
 from lm_core.errors import ConfigError, InputError
 from moe_cpt.inspection import load_mixture
 from moe_cpt.legacy import import_legacy
-from tests.moe_cpt.small import mixture_folder, tokens
+from moe_cpt.split.legacy import read_legacy
+from moe_cpt.tensors import ModelTensors
+from tests.moe_cpt.small import dense_folder, mixture_folder, tokens
+from tests.moe_cpt.test_commands import call
 
 
 def as_legacy(source: Path, target: Path, **changes: Any) -> Path:
@@ -86,3 +89,26 @@ def test_every_tensor_is_used_or_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has 23 of 24 expert tensors"):
         import_legacy(old, tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "moe", "old"]
+
+
+def test_lists_of_the_original_splits_are_read(tmp_path: Path) -> None:
+    source = dense_folder(tmp_path / "dense")
+    labels = [[(neuron * 7 + layer) % 8 for neuron in range(64)] for layer in range(2)]
+    for name, content in (
+        ("labels", labels),
+        ("indices", [[[neuron for neuron in range(64) if of[neuron] == expert] for expert in range(8)] for of in labels]),
+    ):
+        (tmp_path / name).mkdir()
+        for layer, lists in enumerate(content):
+            torch.save(lists, tmp_path / name / f"layers.{layer}.mlp.up_proj.weight")
+        split = read_legacy(tmp_path / name, ModelTensors(source), 2, 64)
+        assert split.partition
+        assert [[sorted(neurons.tolist()) for neurons in split.layer(layer)[0]] for layer in range(2)] == [
+            [[neuron for neuron in range(64) if of[neuron] == expert] for expert in range(8)] for of in labels
+        ]
+    words = ("convert", "--model_path", source, "--split_file_path", tmp_path / "labels", "--num_selects", 2, "-o", tmp_path / "moe")
+    assert call(*words)["active"] > 0
+    torch.save([0, 1, 2], tmp_path / "labels" / "layers.1.mlp.up_proj.weight")
+    assert "holds 3 labels for 64 neurons" in call(*words, "--overwrite", code=2)
+    (tmp_path / "labels" / "layers.1.mlp.up_proj.weight").write_text("no")
+    assert "is no list of labels" in call(*words, "--overwrite", code=2)

@@ -250,8 +250,15 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
     from moe_cpt.plan import parameter_counts
     from moe_cpt.split import Split
     from moe_cpt.split.features import token_rows
+    from moe_cpt.split.legacy import read_legacy
+    from moe_cpt.tensors import ModelTensors, read_config
 
-    source, chosen = source_folder(config.model_path), Split.load(config.split_file_path)
+    source, path = source_folder(config.model_path), config.split_file_path
+    if path.is_dir():
+        stored = read_config(source)
+        chosen = read_legacy(path, ModelTensors(source), stored["num_hidden_layers"], stored["intermediate_size"])
+    else:
+        chosen = Split.load(path)
     file = config.score_scale_factor_file_path
     rows = []
     if config.gate_init == "ridge" and config.calibration_data:

@@ -220,7 +220,7 @@ class ConvertConfig:
     """Write the mixture of experts of a dense model and a split."""
 
     model_path: str = opt(help="Dense model: a folder, a .gguf file, smollm2-135m or a hub id.")
-    split_file_path: Path = opt(help="Split of that model, as written by moe-cpt split.")
+    split_file_path: Path = opt(help="Split of that model, as written by moe-cpt split, or a folder of lists of the original code.")
     save_path: Path = opt(help=SAVE_PATH, flags=("-o",))
     num_selects: int = opt(4, "Experts that see a token.", ge=1)
     score_scale_factor_file_path: Path | None = opt(None, "JSON list with one factor per layer, as written by moe-cpt calibrate-scale.")

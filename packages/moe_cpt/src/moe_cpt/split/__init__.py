@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,7 @@ def split_ffn(model: str | Path | Mapping[str, Tensor], method: str, **options: 
     facts = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
     facts |= {"cost": [part.cost for part in parts]} if parts[0].cost is not None else {}
     shared = [part.shared for part in parts if part.shared is not None]
-    whole = all(covers(part, width) for part in parts)
+    whole = all(covers([part.routed.flatten(), *([] if part.shared is None else [part.shared])], width) for part in parts)
     return Split(method, [part.routed for part in parts], width, model_hash(tensors, layers), seed, facts, shared, whole)
 
 
@@ -176,9 +176,9 @@ class Part:
     cost: float | None = None
 
 
-def covers(part: Part, width: int) -> bool:
-    """Whether every neuron is in exactly one expert."""
-    neurons = torch.cat([part.routed.flatten(), *([] if part.shared is None else [part.shared])])
+def covers(experts: Sequence[Tensor], width: int) -> bool:
+    """Whether every neuron is in exactly one of the experts."""
+    neurons = torch.cat(list(experts))
     return len(neurons) == width and len(neurons.unique()) == width
 
 

@@ -190,7 +190,7 @@ class _ScoringHead(nn.Linear):
             # shapes are all there is; the sums stand for a loss that keeps no logits
             return input.sum() + self.weight.sum()
         # a mask or a padding row is never predicted
-        return linear_cross_entropy(input, self.weight[: self.limit], targets_M, weights=weights_M, reduction=reduction)
+        return linear_cross_entropy(input, self.weight, targets_M, weights=weights_M, reduction=reduction, vocabulary=self.limit)
 
 
 class Scorer(nn.Module):

@@ -24,6 +24,7 @@ def linear_cross_entropy(
     weights: Tensor | None = None,
     ignore_index: int = -100,
     reduction: Literal["sum", "none"] = "sum",
+    vocabulary: int | None = None,
 ) -> Tensor:
     """Cross entropy of `hidden_ND @ weight_VD.T` against `labels_N`: the sum over rows, or one loss per row.
 
@@ -31,7 +32,8 @@ def linear_cross_entropy(
 
     hidden_ND and weight_VD share a dtype: float32, bfloat16 or float64. Under autocast both are cast to its dtype. labels_N is
     int64 or int32, weights_N (optional, any sign, differentiable) any float type. The result is float32 (float64 for float64):
-    a scalar for "sum", N values for "none".
+    a scalar for "sum", N values for "none". With `vocabulary` only the first so many rows of the weight take part (the others are
+    padding, and their gradient is zero), without a copy of the gradient that a slice of the weight would cost.
 
     Time is three matrix products, or one where no gradient is needed. "sum" computes the gradients together with the loss
     and holds them until backward; "none" learns the gradient of each row only in backward and makes a fourth product there.
@@ -55,16 +57,19 @@ def linear_cross_entropy(
     check.same("dtype", hidden=hidden_ND, weight=weight_VD)
     check.same("device", hidden=hidden_ND, weight=weight_VD, labels=labels_N, weights=weights)
     check.one_of("reduction", reduction, ("sum", "none"))
+    size = len(weight_VD) if vocabulary is None else vocabulary
+    if not 0 <= size <= len(weight_VD):
+        check.fail("vocabulary", size, f"is not a number of rows of a weight that has {len(weight_VD)}", f"use 1 to {len(weight_VD)}")
     if not choice.library(binding.OP, hidden_ND.device.type):
         return reference.linear_cross_entropy(
-            hidden_ND, weight_VD, labels_N, weights=weights, ignore_index=ignore_index, reduction=reduction
+            hidden_ND, weight_VD, labels_N, weights=weights, ignore_index=ignore_index, reduction=reduction, vocabulary=size
         )
     if weights is not None:
         weights = weights.to(torch.promote_types(hidden_ND.dtype, torch.float32))
     if reduction == "none":
-        losses_N: Tensor = binding.rows(hidden_ND, weight_VD, labels_N, ignore_index)
+        losses_N: Tensor = binding.rows(hidden_ND, weight_VD, labels_N, ignore_index, size)
         return losses_N if weights is None else losses_N * weights
     grad = torch.is_grad_enabled()
     need = grad and hidden_ND.requires_grad, grad and weight_VD.requires_grad
-    loss: Tensor = binding.total(hidden_ND, weight_VD, labels_N, weights, ignore_index, *need)[0]
+    loss: Tensor = binding.total(hidden_ND, weight_VD, labels_N, weights, ignore_index, size, *need)[0]
     return loss

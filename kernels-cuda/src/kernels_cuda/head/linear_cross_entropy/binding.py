@@ -36,12 +36,13 @@ def total(
     labels: Tensor,
     weights: Tensor | None,
     ignore_index: int,
+    vocabulary: int,
     hidden_gradient: bool,
     weight_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Summed loss, losses of the rows before weighting, and the gradients asked for (the others are empty)."""
     with torch.autocast(hidden.device.type, enabled=False):
-        return _total(hidden, weight, labels, weights, ignore_index, hidden_gradient, weight_gradient)
+        return _total(hidden, weight, labels, weights, ignore_index, vocabulary, hidden_gradient, weight_gradient)
 
 
 def _total(
@@ -50,15 +51,17 @@ def _total(
     labels_N: Tensor,
     weights_N: Tensor | None,
     ignore_index: int,
+    vocabulary: int,
     hidden_gradient: bool,
     weight_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kernels = getattr(torch.ops, choice.library(OP, hidden_ND.device.type))
-    (num_rows, width), vocabulary = hidden_ND.shape, weight_VD.shape[0]
+    num_rows, width = hidden_ND.shape
     labels_N = labels_N.long()
     losses_N = hidden_ND.new_zeros(num_rows, dtype=torch.promote_types(hidden_ND.dtype, torch.float32))
     grad_hidden_ND = hidden_ND.new_zeros(hidden_ND.shape if hidden_gradient else 0)
     grad_weight = WeightGradient(weight_VD) if weight_gradient else None
+    head_VD = weight_VD[:vocabulary]
 
     rows_N = _rows_with_target(labels_N, vocabulary, ignore_index)
     # a chunk's logits then take at most half the memory of the weight's gradient, whatever the vocabulary
@@ -67,14 +70,14 @@ def _total(
     for rows_R in rows_N.split(size):
         logits_RV = buffer_RV[: len(rows_R)]
         hidden_RD = hidden_ND.index_select(0, rows_R)
-        torch.mm(hidden_RD, weight_VD.t(), out=logits_RV)
+        torch.mm(hidden_RD, head_VD.t(), out=logits_RV)
         losses_R = losses_N.new_empty(len(rows_R))
         weights_R = None if weights_N is None else weights_N.index_select(0, rows_R)
         gradient = hidden_gradient or weight_gradient
         kernels.softmax_gradient_(logits_RV, labels_N.index_select(0, rows_R), weights_R, losses_R, ignore_index, gradient)
         losses_N.index_copy_(0, rows_R, losses_R)
         if hidden_gradient:
-            grad_hidden_ND.index_copy_(0, rows_R, torch.mm(logits_RV, weight_VD))
+            grad_hidden_ND.index_copy_(0, rows_R, torch.mm(logits_RV, head_VD))
         if grad_weight is not None:
             grad_weight.add(logits_RV, hidden_RD)
     loss = losses_N.sum() if weights_N is None else (losses_N * weights_N).sum()
@@ -96,6 +99,7 @@ def _(
     labels: Tensor,
     weights: Tensor | None,
     ignore_index: int,
+    vocabulary: int,
     hidden_gradient: bool,
     weight_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -112,12 +116,13 @@ def _(
     labels: Any,
     weights: Any,
     ignore_index: int,
+    vocabulary: int,
     hidden_gradient: bool,
     weight_gradient: bool,
     **_: Any,
 ) -> int:
     """From shapes: one product, and one for each gradient."""
-    return 2 * hidden[0] * hidden[1] * weight[0] * (1 + hidden_gradient + weight_gradient)
+    return 2 * hidden[0] * hidden[1] * vocabulary * (1 + hidden_gradient + weight_gradient)
 
 
 def _save_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -131,12 +136,13 @@ def _backward_total(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor 
     losses_N, grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
     hidden, weight, _, weights, *_ = ctx.needs_input_grad
     if gradient is None:
-        return (None,) * 7
+        return (None,) * 8
     return (
         grad_hidden_ND * gradient if hidden else None,
         grad_weight_VD * gradient if weight else None,
         None,
         losses_N * gradient if weights else None,
+        None,
         None,
         None,
         None,
@@ -147,32 +153,34 @@ total.register_autograd(_backward_total, setup_context=_save_total)
 
 
 @torch.library.custom_op("head::linear_cross_entropy_rows", mutates_args=())
-def rows(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+def rows(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, vocabulary: int) -> Tensor:
     """The loss of each row. Backward knows the gradient of each row and is `total` with these as weights."""
-    losses: Tensor = total(hidden, weight, labels, None, ignore_index, False, False)[1]
+    losses: Tensor = total(hidden, weight, labels, None, ignore_index, vocabulary, False, False)[1]
     return losses
 
 
 @rows.register_fake
-def _(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+def _(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, vocabulary: int) -> Tensor:
     return hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
 
 
 @register_flop_formula(torch.ops.head.linear_cross_entropy_rows)
-def _(hidden: tuple[int, int], weight: tuple[int, int], labels: Any, ignore_index: int, **_: Any) -> int:
-    return 2 * hidden[0] * hidden[1] * weight[0]
+def _(hidden: tuple[int, int], weight: tuple[int, int], labels: Any, ignore_index: int, vocabulary: int, **_: Any) -> int:
+    return 2 * hidden[0] * hidden[1] * vocabulary
 
 
 def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.ignore_index = inputs
+    *tensors, ctx.ignore_index, ctx.vocabulary = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward_rows(ctx: Any, gradient_N: Tensor) -> tuple[Tensor | None, ...]:
     _refuse_second_derivative()
     hidden, weight, *_ = ctx.needs_input_grad
-    _, _, grad_hidden_ND, grad_weight_VD = total(*ctx.saved_tensors, gradient_N.contiguous(), ctx.ignore_index, hidden, weight)
-    return grad_hidden_ND if hidden else None, grad_weight_VD if weight else None, None, None
+    _, _, grad_hidden_ND, grad_weight_VD = total(
+        *ctx.saved_tensors, gradient_N.contiguous(), ctx.ignore_index, ctx.vocabulary, hidden, weight
+    )
+    return grad_hidden_ND if hidden else None, grad_weight_VD if weight else None, None, None, None
 
 
 rows.register_autograd(_backward_rows, setup_context=_save_rows)

@@ -56,6 +56,13 @@ def _short_labels(dtype: torch.dtype) -> Arguments:
     return {**arguments, "labels_N": arguments["labels_N"].int().where(arguments["labels_N"] >= 0, 3), "ignore_index": 3}
 
 
+def _padded(dtype: torch.dtype, reduction: str = "sum") -> Arguments:
+    """A weight with rows that take no part."""
+    arguments = make(dtype, 30, 24, 101, weighted=True, reduction=reduction)
+    weight = torch.cat([arguments["weight_VD"].detach(), torch.full((5, 24), 100.0).to(dtype)])
+    return {**arguments, "weight_VD": weight.requires_grad_(), "vocabulary": 101}
+
+
 CASES = [
     Case("ordinary", partial(make, rows=37, width=24, vocabulary=101)),
     Case("weighted", partial(make, rows=37, width=24, vocabulary=101, weighted=True)),
@@ -72,6 +79,8 @@ CASES = [
     Case("confident", partial(make, rows=30, width=24, vocabulary=101, scale=30)),
     Case("huge logits", partial(make, rows=30, width=24, vocabulary=101, scale=1e4)),
     Case("many chunks", partial(make, rows=700, width=16, vocabulary=17)),
+    Case("padded vocabulary", _padded),
+    Case("padded vocabulary, rows", partial(_padded, reduction="none")),
     Case("long rows", partial(make, rows=3, width=8, vocabulary=5003)),
 ]
 
@@ -88,6 +97,8 @@ REFUSED = [
     Refused("mixed", lambda: _changed(weight_VD=torch.ones(7, 3).bfloat16()), "weight: dtype torch.bfloat16 differs from hidden"),
     Refused("float labels", lambda: _changed(labels_N=torch.zeros(4)), "labels: torch.float32 is not supported; use int64 or int32"),
     Refused("mean", lambda: _changed(reduction="mean"), "reduction: 'mean' is not known; use 'sum' or 'none'"),
+    Refused("large vocabulary", lambda: _changed(vocabulary=8), "vocabulary: 8 is not a number of rows of a weight that has 7; use 1 to 7"),
+    Refused("padding as label", lambda: _changed(vocabulary=2), "labels: .* is outside the vocabulary of 2"),
     Refused("label too large", lambda: _changed(labels_N=torch.tensor([0, 1, 7, 2])), "labels: 7 in row 2 is outside the vocabulary of 7"),
     Refused("label negative", lambda: _changed(labels_N=torch.tensor([0, -1, 2, 2])), "labels: -1 in row 1 is outside"),
 ]
@@ -116,8 +127,8 @@ def calls() -> list[Call]:
     for dtype in (torch.float32, torch.bfloat16):
         hidden, weight, labels, weights, _ = make(dtype, 6, 5, 37, weighted=True).values()
         found += [
-            Call("linear_cross_entropy", (hidden, weight, labels, weights, -100, True, True)),
-            Call("linear_cross_entropy", (hidden.detach(), weight, labels, None, -100, False, True)),
-            Call("linear_cross_entropy_rows", (hidden, weight, labels, -100)),
+            Call("linear_cross_entropy", (hidden, weight, labels, weights, -100, 37, True, True)),
+            Call("linear_cross_entropy", (hidden.detach(), weight, labels, None, -100, 37, False, True)),
+            Call("linear_cross_entropy_rows", (hidden, weight, labels, -100, 37)),
         ]
     return found

@@ -23,6 +23,7 @@ from mdm_scaling.analysis import (
     SweepConfig,
 )
 from mdm_scaling.config import (
+    BenchConfig,
     ConcatConfig,
     EvalConfig,
     ExportConfig,
@@ -370,6 +371,18 @@ def study(config: StudyConfig) -> dict[str, Any]:
     from mdm_scaling.study import run
 
     return run(config)
+
+
+@cli.command()
+@configured(BenchConfig)
+def bench(config: BenchConfig) -> dict[str, Any]:
+    """Measure the loss, the noise, the fit, the bound and the sampler on the CPU, each figure beside its target.
+
+    Example: mdm-scaling bench --only head
+    """
+    from mdm_scaling import bench as measurements
+
+    return measurements.run(config)
 
 
 def main() -> None:

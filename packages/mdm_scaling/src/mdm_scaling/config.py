@@ -444,6 +444,15 @@ class GenerateConfig:
             raise ConfigError(f"prompts_file: {self.prompts_file} cannot be read ({error}); name a text file") from None
 
 
+@config
+class BenchConfig:
+    """Speed, memory and spread beside their targets."""
+
+    only: list[str] = opt(help="Measurements to make: head, noise, fit, spread, sampler; default: all.", factory=list)
+    threads: int = opt(1, "Threads of the tensor operations.", ge=1)
+    repeats: int = opt(5, "Timed repetitions; their median counts.", ge=3)
+
+
 def to_json(value: object) -> str:
     """One line of JSON."""
     return json.dumps(value, ensure_ascii=False)

@@ -7,7 +7,7 @@
 namespace kernels {
 
 // What a lane holds of the two factors, pairs of neighbours along the inner dimension, and of their product.
-struct Left {
+struct alignas(16) Left {
   uint32_t pairs[4];
 };
 struct Right {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from typing import Any
 
 import torch
@@ -20,6 +22,13 @@ def _reference_y(**arguments: Any) -> Tensor:
     return reference.wkv6(**arguments)[0]
 
 
+def _fla_naive_y(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, **_: Any) -> Tensor:
+    """flash-linear-attention's recurrence in PyTorch, [B, H, T, N], which takes the logarithm of the decay."""
+    naive = importlib.import_module("fla.ops.rwkv6.recurrent_naive").naive_recurrent_rwkv6
+    found: Tensor = naive(*(value.transpose(1, 2) for value in (r, k, v, -w.exp())), u, scale=1.0)[0]
+    return found.transpose(1, 2)
+
+
 def shape(batch: int, time: int, heads: int, size: int, dtype: torch.dtype) -> Shape:
     """Forward and backward."""
     values = batch * time * heads * size
@@ -34,6 +43,7 @@ def shape(batch: int, time: int, heads: int, size: int, dtype: torch.dtype) -> S
         flops=2 * 11 * values * size,
         # four inputs read twice, y written, dy read, four gradients written
         bytes=14 * dtype.itemsize * values,
+        peers={"flash-linear-attention's naive recurrence": _fla_naive_y} if importlib.util.find_spec("fla") else {},
     )
 
 

@@ -25,6 +25,17 @@ def _reference_y(**arguments: Any) -> Tensor:
     return reference.wkv7(**arguments)[0]
 
 
+def _log_decay(w: Tensor) -> Tensor:
+    return -math.exp(-0.5) * torch.sigmoid(w)
+
+
+def _fla_naive_y(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, **_: Any) -> Tensor:
+    """flash-linear-attention's recurrence in PyTorch, [B, H, T, N], which divides r by sqrt(N)."""
+    naive = importlib.import_module("fla.ops.generalized_delta_rule.dplr.naive").dplr_recurrence
+    found: Tensor = naive(*(value.transpose(1, 2) for value in (r * r.shape[-1] ** 0.5, k, v, a, b, _log_decay(w))))[0]
+    return found.transpose(1, 2)
+
+
 def shape(batch: int, time: int, heads: int, size: int, dtype: torch.dtype) -> Shape:
     """Forward and backward."""
     values = batch * time * heads * size
@@ -39,6 +50,7 @@ def shape(batch: int, time: int, heads: int, size: int, dtype: torch.dtype) -> S
         flops=2 * 19 * values * size,
         # six inputs read twice, y written, dy read, six gradients written
         bytes=20 * dtype.itemsize * values,
+        peers={"flash-linear-attention's naive recurrence": _fla_naive_y} if importlib.util.find_spec("fla") else {},
     )
 
 
@@ -48,15 +60,15 @@ def _chunked_y(**arguments: Any) -> Tensor:
 
 
 def _fla_y(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, **_: Any) -> Tensor:
-    """flash-linear-attention's, which takes the logarithm of the decay."""
+    """flash-linear-attention's kernels, which take the logarithm of the decay."""
     chunk_rwkv7 = importlib.import_module("fla.ops.rwkv7").chunk_rwkv7
-    found: Tensor = chunk_rwkv7(r=r, w=-math.exp(-0.5) * torch.sigmoid(w), k=k, v=v, a=a, b=b, output_final_state=False)[0]
+    found: Tensor = chunk_rwkv7(r=r, w=_log_decay(w), k=k, v=v, a=a, b=b, output_final_state=False)[0]
     return found
 
 
 def gpu_shape(batch: int, time: int, heads: int, size: int) -> Shape:
     """Chunks on tensor cores against the recurrence in float32; the reference would not fit into memory."""
-    peers = {"flash-linear-attention": _fla_y} if importlib.util.find_spec("fla") else {}
+    peers = {"flash-linear-attention's chunk_rwkv7": _fla_y} if importlib.util.find_spec("fla") else {}
     return replace(
         shape(batch, time, heads, size, torch.bfloat16),
         function=_chunked_y,

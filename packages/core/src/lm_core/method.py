@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from lm_core.data import Data
     from lm_core.data.loader import Loader
+    from lm_core.engine.base import Engine
     from lm_core.evaluate import Scores
     from lm_core.options import RunConfig
     from lm_core.sinks import Sink
@@ -126,6 +127,10 @@ class Method:
         from lm_core.optim import adamw
 
         return adamw(groups, self.config)
+
+    def engine(self, model: nn.Module, device: torch.device) -> Engine | None:
+        """An engine that the package brings (tensor parallelism); None takes the one that `--engine` names."""
+        return None
 
     def metrics(self, means: dict[str, float]) -> dict[str, float]:
         """What an evaluation of one source reports, from the means of the metrics that `losses` gave; called once, on every rank."""

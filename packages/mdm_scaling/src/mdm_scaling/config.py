@@ -144,6 +144,9 @@ class PretrainConfig(RunConfig, ShapeOptions, DiffusionOptions, ExperimentOption
     eps: float = change(OptimOptions, "eps", flags=("--adam-eps",))
     grad_clip: float = change(OptimOptions, "grad_clip", flags=("--clip-grad",))
 
+    tensor_model_parallel_size: int = opt(
+        1, "Processes that share one model, each with a part of the heads and feed-forward columns.", ge=1
+    )
     precision: Literal["fp32", "bf16", "fp16"] = change(EngineOptions, "precision", default="bf16")
     nonfinite: Literal["stop", "drop"] = change(EngineOptions, "nonfinite", default="drop")
     seed: int = change(OutputOptions, "seed", default=1234)
@@ -190,6 +193,10 @@ class PretrainConfig(RunConfig, ShapeOptions, DiffusionOptions, ExperimentOption
             raise ConfigError("valid_data_path_file: --eval-data is given, too; use one of them")
         if self.split is not None:
             planner.shares(self.split)
+        if self.tensor_model_parallel_size > 1 and (self.engine not in ("auto", "replicated") or self.zero_stage or self.offload != "none"):
+            raise ConfigError(
+                f"tensor_model_parallel_size: {self.tensor_model_parallel_size} goes with the replicated engine alone; drop --engine, --zero-stage and --offload"
+            )
 
     @property
     def shape(self) -> Shape | None:
@@ -209,6 +216,10 @@ class PretrainConfig(RunConfig, ShapeOptions, DiffusionOptions, ExperimentOption
         ffn = self.ffn_hidden_size or (base.ffn if base and not self.hidden_size else None)
         vocabulary = base.vocabulary if base else sizes.NOMINAL_VOCABULARY
         return sizes.shape(layers, hidden, heads, head_size, ffn, self.num_key_value_heads, vocabulary)
+
+    def sequences(self, world: int) -> int:
+        """Sequences of one update on so many processes."""
+        return self.micro_batch_size * self.accumulate * (world // self.tensor_model_parallel_size)
 
     @property
     def num_orders(self) -> int:
@@ -282,7 +293,10 @@ class _Rates:
 
 def settled(options: PretrainConfig) -> PretrainConfig:
     """`options` with what follows from others: the accumulation, the length of an evaluation, where to resume."""
-    options = _with_accumulation(options, int(os.environ.get("WORLD_SIZE") or options.num_processes))
+    world, tensor = int(os.environ.get("WORLD_SIZE") or options.num_processes), options.tensor_model_parallel_size
+    if world % tensor:
+        raise ConfigError(f"tensor_model_parallel_size: {tensor} does not divide the {world} processes; start a multiple of {tensor}")
+    options = _with_accumulation(options, world // tensor)
     if not options.eval_tokens:
         options = replace(options, eval_tokens=options.eval_iters * options.global_batch_size * options.max_length)
     if options.resume not in ("auto", "none") and Path(options.resume).resolve() == options.run_folder().resolve():

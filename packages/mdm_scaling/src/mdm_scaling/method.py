@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_core.data import Data
+    from lm_core.engine.base import Engine
 
 # B sequences, S positions
 
@@ -31,8 +32,8 @@ class Pretrain(Method):
     """Masked diffusion or next-token prediction with one network."""
 
     config: PretrainConfig
-    # where evaluations draw, and options that only say in other words how long the run is
-    resumable = frozenset({"num_mc", "eval_seed", "eval_iters", "split"})
+    # where evaluations draw, how a model is spread over processes, and options that only say in other words how long the run is
+    resumable = frozenset({"tensor_model_parallel_size", "num_mc", "eval_seed", "eval_iters", "split"})
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         if self.config.tokenizer is None and self.config.shape is None:
@@ -83,6 +84,13 @@ class Pretrain(Method):
             checkpoint_activations(module)
         self.mask_id = int(model.config.mask_token_id)
         return module
+
+    def engine(self, model: nn.Module, device: torch.device) -> Engine | None:
+        if self.config.tensor_model_parallel_size == 1:
+            return None
+        from mdm_scaling.tensor_parallel import TensorParallel
+
+        return TensorParallel(self, model, device)
 
     # --- what a batch is scored on ---
 
@@ -165,7 +173,7 @@ class Pretrain(Method):
                 plain = Noise(eps=config.mask_eps)
                 yield *masks(plain, batch["t"][:, draw], eligible_BS, config.eval_seed, "eval", slot), 1 / count
             return
-        size = config.micro_batch_size * config.accumulate * dist.world()
+        size = config.sequences(dist.world())
         t_B = levels(config.t_sampling, config.seed, "noise", batch.step, batch.index % size, batch.index, size)
         if config.low_noise_start and batch.step < config.low_noise_iter:
             t_B = t_B * config.low_noise_ratio

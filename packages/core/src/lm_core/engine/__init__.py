@@ -23,6 +23,8 @@ def make_engine(config: RunConfig, method: Method, model: nn.Module, device: tor
     `auto` is replicated, unless a ZeRO stage above 0, an offload or a DeepSpeed file asks for deepspeed. Raises ConfigError for a combination
     that cannot work.
     """
+    if (own := method.engine(model, device)) is not None:
+        return own
     kind = engine_kind(config)
     if kind == "deepspeed":
         from lm_core.engine.deepspeed import DeepSpeed

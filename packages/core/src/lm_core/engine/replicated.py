@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as torch_dist
@@ -60,7 +60,7 @@ class Replicated(Engine):
         self.data_rank, self.data_world = dist.rank(), dist.world()
         freeze(model, method.param_rules())
         self.model = self._place(model)
-        groups = param_groups(self.model, method.param_rules(), config)
+        groups = self._own(param_groups(self.model, method.param_rules(), config))
         self.trained: dict[str, nn.Parameter] = {
             name: parameter for group in groups for name, parameter in zip(group["names"], group["params"], strict=True)
         }
@@ -89,6 +89,10 @@ class Replicated(Engine):
         broadcast(model)
         return model
 
+    def _own(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The optimizer's groups, for an engine that updates parts of parameters."""
+        return groups
+
     def autocast(self) -> AbstractContextManager[None]:
         if self.precision == "fp32":
             return nullcontext()
@@ -104,7 +108,7 @@ class Replicated(Engine):
         self._reduce()
         gradients = [parameter.grad for parameter in self.trained.values() if parameter.grad is not None]
         unscale = 1.0 if self.scaler is None else 1 / self.scaler.scale
-        norm = global_norm(gradients) * unscale
+        norm = self._norm(gradients) * unscale
         if not math.isfinite(norm):
             self._refuse(norm)
             return None
@@ -116,6 +120,9 @@ class Replicated(Engine):
         if self.scaler is not None:
             self.scaler.after(overflow=False)
         return norm
+
+    def _norm(self, gradients: list[Tensor]) -> float:
+        return global_norm(gradients)
 
     def _refuse(self, norm: float) -> None:
         """The norm is the same on every rank, so all of them come here together."""
@@ -174,39 +181,57 @@ class Replicated(Engine):
 
     def save(self, folder: Path) -> None:
         """`model.safetensors` (+ `config.json` for a Hugging Face model), `optimizer.safetensors`, `optimizer.json`; rank 0 writes."""
-        dist.on_main(self._save, folder)
+        tensors, info = self._whole_state()
+        dist.on_main(self._write, folder, self._whole_weights(), tensors, info)
 
-    def _save(self, folder: Path) -> None:
-        tensors = state.weights(self.model)
+    def _whole_weights(self) -> dict[str, Tensor]:
+        """Every tensor of the model once, whole; every rank calls it."""
+        return state.weights(self.model)
+
+    def _whole_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors of the optimizer, whole, and the rest of it; every rank calls it."""
+        return state.optimizer_tensors(self.optimizer, self.trained)
+
+    def _part(self, name: str, whole: Tensor) -> Tensor:
+        """What this rank keeps of a parameter, or of a state tensor of its shape."""
+        return whole
+
+    def _write(self, folder: Path, weights: dict[str, Tensor], tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
         hf_names = self._hf_names()
-        outside = {name: tensor for name, tensor in tensors.items() if name not in hf_names}
+        outside = {name: tensor for name, tensor in weights.items() if name not in hf_names}
         state.write_tensors(
             folder / "model.safetensors",
-            {hf_names.get(name, name): tensor for name, tensor in tensors.items() if not hf_names or name in hf_names},
+            {hf_names.get(name, name): tensor for name, tensor in weights.items() if not hf_names or name in hf_names},
         )
         if hf_names:
             self.method.hf_model(self.model).config.save_pretrained(folder)
             if outside:
                 state.write_tensors(folder / "outside.safetensors", outside)
-        tensors, info = state.optimizer_tensors(self.optimizer, self.trained)
         state.write_tensors(folder / "optimizer.safetensors", tensors)
         state.write_json(folder / "optimizer.json", {**info, "scaler": None if self.scaler is None else asdict(self.scaler)})
 
     def load_weights(self, folder: Path) -> None:
         """Restore the weights alone of what `save` wrote: for evaluation and export."""
 
-        def saved() -> Iterator[tuple[str, Tensor]]:
-            yield from state.read_tensors(folder / "model.safetensors")
-            if (folder / "outside.safetensors").exists():
-                yield from state.read_tensors(folder / "outside.safetensors")
+        names = {hf_name: name for name, hf_name in self._hf_names().items()}
 
-        state.load_weights(self.model, saved(), {hf_name: name for name, hf_name in self._hf_names().items()})
+        def saved() -> Iterator[tuple[str, Tensor]]:
+            for file in ("model.safetensors", "outside.safetensors"):
+                if file == "model.safetensors" or (folder / file).exists():
+                    for name, tensor in state.read_tensors(folder / file):
+                        yield names.get(name, name), self._part(names.get(name, name), tensor)
+
+        state.load_weights(self.model, saved(), {})
 
     def load(self, folder: Path) -> None:
         info = json.loads((folder / "optimizer.json").read_text())
         state.check_optimizer(state.describe(self.optimizer, self.trained), info)
         self.load_weights(folder)
-        state.load_optimizer(self.optimizer, self.trained, dict(state.read_tensors(folder / "optimizer.safetensors")), info)
+        tensors = {
+            path: local(self._part(path.rpartition("/")[0], tensor))
+            for path, tensor in state.read_tensors(folder / "optimizer.safetensors")
+        }
+        state.load_optimizer(self.optimizer, self.trained, tensors, info)
         if self.scaler is not None and info["scaler"] is not None:
             self.scaler = Scaler(**info["scaler"])
 

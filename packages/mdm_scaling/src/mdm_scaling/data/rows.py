@@ -168,7 +168,7 @@ def _cut(parts: Sequence[Part], weights: Sequence[float], tokens: int) -> list[P
 
 
 def _train_rows(config: PretrainConfig, parts: Sequence[Part], weights: Sequence[float], window: Window) -> TrainRows:
-    batch = config.micro_batch_size * config.accumulate * dist.world()
+    batch = config.sequences(dist.world())
     per_epoch = sum((part.tokens - 1) // config.max_length for part in parts)
     limits = config.limits().limits
     per_unit = {"steps": batch, "samples": 1.0, "tokens": 1 / config.max_length, "targets": 1 / config.max_length, "epochs": per_epoch}

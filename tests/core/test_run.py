@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -102,6 +103,22 @@ def test_every_interval_is_kept(done: tuple[Path, Result]) -> None:
     assert steps(folder, "eval/markov/loss") == [0, 4, 8, 10]
     # due at 3, 6 and 9, and always at the end; the two newest are kept
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["checkpoint-10", "checkpoint-9"]
+
+
+def test_the_best_model_is_kept_and_a_resumed_run_knows_how_good_it_was(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    settings: dict[str, Any] = {"eval_every": "2", "save_every": "2", "keep_best": True}
+    assert train(folder, budget="4 steps", **settings).exit_code == 0
+    losses = {row["step"]: row["eval/markov/loss"] for row in read(folder / "metrics.jsonl") if "eval/markov/loss" in row}
+    best = min((step for step in losses if step), key=lambda step: losses[step])
+    assert json.loads((folder / "best.json").read_text()) == {"step": best, "loss": pytest.approx(losses[best])}
+    weights, final = (load_file(folder / name / "model.safetensors") for name in ("best", "final"))
+    assert all(torch.equal(tensor, final[name]) for name, tensor in weights.items()) == (best == 4)
+    # from here on nothing is better
+    (folder / "best.json").write_text('{"step": 2, "loss": 0.0}')
+    before = content(folder / "best")
+    assert train(folder, budget="8 steps", resume="auto", **settings).exit_code == 0
+    assert content(folder / "best") == before
 
 
 def test_never_means_never(tmp_path: Path) -> None:

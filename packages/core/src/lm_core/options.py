@@ -92,6 +92,7 @@ class OutputOptions:
     keep_checkpoints: int = opt(2, "How many of the newest checkpoints to keep; 0 keeps all.", ge=0)
     keep_optimizer: bool = opt(True, "Keep optimizer state in older checkpoints.")
     save_only_model: bool = opt(False, "Checkpoints are model folders without what it takes to resume from them.")
+    keep_best: bool = opt(False, "Keep the model with the lowest held-out loss in best/, a folder like final/.")
     eval_every: str = opt("0.1", "Steps between evaluations, a fraction of the budget, epoch, or never.")
     eval_tokens: Count = opt(0, "Held-out tokens per source and evaluation; 0 uses all.", ge=0)
     log_every: int = opt(10, "Steps between two log records.", ge=1)

@@ -153,6 +153,15 @@ def explained(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def _best_until(folder: Path, step: int) -> float:
+    """The lowest held-out loss that was kept up to a step; one that was reached behind it is forgotten with those steps."""
+    with suppress(OSError, ValueError):
+        best = json.loads((folder / "best.json").read_text())
+        if best["step"] <= step:
+            return float(best["loss"])
+    return math.inf
+
+
 class Run:
     """What the loop asks between steps: when to stop, what to log, evaluate and save, and how to finish."""
 
@@ -197,6 +206,7 @@ class Run:
         self.saved_at = self.evaluated_at = -1
         self.peak = 0
         self.scores: Scores | None = None
+        self.best = math.inf
 
     # --- what `run` calls ---
 
@@ -218,9 +228,9 @@ class Run:
 
     def _prepare(self) -> None:
         if self.start is None:
-            for name in ("checkpoints", "final", "figures", "runs", "wandb"):
+            for name in ("best", "checkpoints", "final", "figures", "runs", "wandb"):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
-            for name in ("metrics.jsonl", "result.json", "sample.txt"):
+            for name in ("best.json", "metrics.jsonl", "result.json", "sample.txt"):
                 (self.folder / name).unlink(missing_ok=True)
         record.write(self.folder, self.config)
 
@@ -235,6 +245,7 @@ class Run:
             if self.loss_below is not None:
                 extra = json.loads((self.start / "state.json").read_text())["extra"]
                 self.loss_below.load_state_dict(extra.get("loss_below", {"losses": []}))
+            self.best = dist.on_main(_best_until, self.folder, progress.steps)
         # not before: a resume that is refused leaves the folder as it was
         dist.on_main(self._prepare)
         self.metrics.start(progress)
@@ -294,6 +305,14 @@ class Run:
         self.scores, self.evaluated_at = scores, progress.steps
         self.metrics.log(progress, scores.record())
 
+    def keep_best(self, progress: Progress, engine: Engine, method: Method) -> None:
+        """Write the model to `best/` if no evaluation before had a lower mean loss; `best.json` says which step it is."""
+        if not self.config.keep_best or self.scores is None or not self.scores.mean < self.best:
+            return
+        self.best = self.scores.mean
+        export(engine, method, self.folder / "best", tokenizer=self.tokenizer, card=self._card(progress))
+        dist.on_main(write_json, self.folder / "best.json", {"step": progress.steps, "loss": self.best})
+
     def save_due(self, progress: Progress) -> bool:
         return self.save_every.due(self.before, progress, self.budget, self.epoch_samples)
 
@@ -324,6 +343,7 @@ class Run:
             raise Interrupted(f"{reason.text}: saved at step {progress.steps}; go on with --resume auto")
         if self.eval_every != Every() and self.evaluated_at != progress.steps:
             self.log_scores(progress, self.evaluate(engine, method))
+            self.keep_best(progress, engine, method)
         final = export(engine, method, self.folder / "final", tokenizer=self.tokenizer, card=self._card(progress))
         if self.config.sample_prompt is not None:
             model = method.final_model(engine.model) if engine.kind == "replicated" else None

@@ -81,6 +81,7 @@ def train(run: Run, method: Method, engine: Engine, data: Loader) -> Progress:
             scores = run.evaluate(engine, method)
             method.after_eval(scores, data)
             run.log_scores(progress, scores)
+            run.keep_best(progress, engine, method)
         if run.save_due(progress):
             run.save(progress, engine, method, data)
     return run.finish(progress, reason, engine, method, data)

@@ -154,6 +154,7 @@ class PretrainConfig(RunConfig, ShapeOptions, DiffusionOptions, ExperimentOption
     resume: str = change(OutputOptions, "resume", flags=("--load",))
     save_every: str = change(OutputOptions, "save_every", flags=("--save-interval",))
     keep_checkpoints: int = change(OutputOptions, "keep_checkpoints", flags=("--keep-last",))
+    keep_best: bool = change(OutputOptions, "keep_best", default=True)
     eval_every: str = change(OutputOptions, "eval_every", default="1000", flags=("--eval-interval",))
     eval_iters: int = opt(100, "Global batches of an evaluation, at most one pass; --eval-tokens wins.", ge=1)
     log_every: int = change(OutputOptions, "log_every", flags=("--log-interval",))

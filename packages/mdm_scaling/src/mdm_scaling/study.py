@@ -71,6 +71,7 @@ BASE = {
     "eval_iters": 16,
     "num_mc": 2,
     "save_every": "never",
+    "keep_best": False,
     "tensorboard": False,
     "num_workers": 0,
     "log_every": 100,

@@ -57,6 +57,7 @@ _ELSEWHERE = (
     "dry_run",
     "num_processes",
     "accumulate",
+    "keep_best",
     "micro_batch_size",
     "eval_tokens",
 )

@@ -37,6 +37,7 @@ def made(given: dict[str, Any] | None = None, **options: Any) -> PretrainConfig:
         ({"budget": "1 steps", "train_data_path_file": "paths.txt"}, "train_data_path_file: --data is given, too"),
         ({"train_samples": 1024, "lr_decay_samples": 50, "warmup": 100}, "lr_decay_samples: 50 is not beyond the warm-up"),
         ({"budget": "1 steps", "precision": "fp31"}, "precision"),
+        ({"budget": "1 steps", "bf16": True, "fp16": True}, "precision: bf16 and fp16 given"),
     ],
 )
 def test_bad_options_are_refused_by_name(options: dict[str, Any], message: str) -> None:
@@ -102,6 +103,15 @@ def test_accumulation_follows_from_the_global_batch(monkeypatch: pytest.MonkeyPa
     assert settled(made({"accumulate": 2}, budget="1 steps")).global_batch_size == 64
     with pytest.raises(ConfigError, match="leave --accumulate out"):
         settled(made({"accumulate": 2}, budget="1 steps", global_batch_size=32))
+
+
+def test_arithmetic_by_either_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert settled(made(budget="1 steps")).precision == "bf16"
+    assert settled(made({"fp32": True}, budget="1 steps")).precision == "fp32"
+    assert settled(made({"fp32": True, "precision": "fp32"}, budget="1 steps")).precision == "fp32"
+    with pytest.raises(ConfigError, match="precision: fp16 and fp32 given"):
+        made({"fp16": True, "precision": "fp32"}, budget="1 steps")
 
 
 def test_load_of_the_same_folder_means_go_on(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lm_core.errors import ConfigError
-from mdm_scaling.model import Scorer, fresh, load_network, objective_of, vocabulary_of, warm
+from mdm_scaling.model import Objective, Scorer, fresh, load_network, objective_of, vocabulary_of, warm
 from mdm_scaling.sizes import shape
 
 
@@ -91,6 +91,25 @@ def test_chosen_rows_and_weights() -> None:
     everything = scorer(tokens, tokens.flatten(), reduction="none")
     torch.testing.assert_close(each, everything[rows])
     torch.testing.assert_close(scorer(tokens, tokens.flatten()[rows], rows, weights), (each * weights).sum())
+
+
+@pytest.mark.parametrize("objective", ["ar", "mdm"])
+def test_biases_begin_at_zero_and_are_saved(objective: Objective, tmp_path: Path) -> None:
+    plain, model = network(objective), network(objective, bias=True)
+    biases = {name: parameter for name, parameter in model.named_parameters() if name.endswith("bias")}
+    assert len(biases) == 2 * 7
+    assert not any(bias.any() for bias in biases.values())
+    given = ids()
+    # drawing the biases moved the other draws
+    model.load_state_dict(plain.state_dict(), strict=False)
+    torch.testing.assert_close(model(given).logits, plain(given).logits)
+    with torch.no_grad():
+        for bias in biases.values():
+            bias.fill_(0.1)
+    model.save_pretrained(tmp_path)
+    read = load_network(str(tmp_path))
+    torch.testing.assert_close(read(given).logits, model(given).logits)
+    assert not torch.equal(read(given).logits, plain(given).logits)
 
 
 def test_no_row_gives_a_zero_with_a_gradient() -> None:

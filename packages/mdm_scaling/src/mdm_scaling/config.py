@@ -46,6 +46,7 @@ class ShapeOptions:
     max_position_embeddings: int | None = opt(None, "Positions of a new network; default: the sequence length.", ge=2)
     rotary_theta: float = opt(10000.0, "Base of the rotary angles of a new network.", gt=0)
     norm_eps: float = opt(1e-5, "Term in the denominator of a new network's norms.", gt=0)
+    disable_bias_linear: bool = opt(True, "Leave biases out of a new network's linear layers.")
     untie_embeddings: bool = opt(False, "Give a new network an output head of its own.", flags=("--untie-embeddings-and-output-weights",))
     init_std: float = opt(0.02, "Standard deviation of new weights.", gt=0, flags=("--init-method-std",))
     make_vocab_size_divisible_by: int = opt(sizes.DIVISIBLE_BY, "Rows of the embedding are rounded up to a multiple of this.", ge=1)
@@ -148,6 +149,9 @@ class PretrainConfig(RunConfig, ShapeOptions, DiffusionOptions, ExperimentOption
         1, "Processes that share one model, each with a part of the heads and feed-forward columns.", ge=1
     )
     precision: Literal["fp32", "bf16", "fp16"] = change(EngineOptions, "precision", default="bf16")
+    bf16: bool = opt(False, "The same as --precision bf16.")
+    fp16: bool = opt(False, "The same as --precision fp16.")
+    fp32: bool = opt(False, "The same as --precision fp32.")
     nonfinite: Literal["stop", "drop"] = change(EngineOptions, "nonfinite", default="drop")
     seed: int = change(OutputOptions, "seed", default=1234)
     output_dir: Path | None = change(OutputOptions, "output_dir", flags=("--save",))
@@ -192,6 +196,7 @@ class PretrainConfig(RunConfig, ShapeOptions, DiffusionOptions, ExperimentOption
             raise ConfigError("train_data_path_file: --data is given, too; use one of them")
         if self.eval_data and self.valid_data_path_file:
             raise ConfigError("valid_data_path_file: --eval-data is given, too; use one of them")
+        _ = self.arithmetic
         if self.split is not None:
             planner.shares(self.split)
         if self.tensor_model_parallel_size > 1 and (self.engine not in ("auto", "replicated") or self.zero_stage or self.offload != "none"):
@@ -217,6 +222,17 @@ class PretrainConfig(RunConfig, ShapeOptions, DiffusionOptions, ExperimentOption
         ffn = self.ffn_hidden_size or (base.ffn if base and not self.hidden_size else None)
         vocabulary = base.vocabulary if base else sizes.NOMINAL_VOCABULARY
         return sizes.shape(layers, hidden, heads, head_size, ffn, self.num_key_value_heads, vocabulary)
+
+    @property
+    def arithmetic(self) -> Literal["fp32", "bf16", "fp16"]:
+        """The precision by whichever option names it."""
+        names: tuple[Literal["fp32", "bf16", "fp16"], ...] = ("fp32", "bf16", "fp16")
+        chosen = [name for name in names if getattr(self, name)]
+        if "precision" in explicit(self) and self.precision not in chosen:
+            chosen.append(self.precision)
+        if len(chosen) > 1:
+            raise ConfigError(f"precision: {' and '.join(chosen)} given; use one of them")
+        return chosen[0] if chosen else self.precision
 
     def sequences(self, world: int) -> int:
         """Sequences of one update on so many processes."""
@@ -297,7 +313,7 @@ def settled(options: PretrainConfig) -> PretrainConfig:
     world, tensor = int(os.environ.get("WORLD_SIZE") or options.num_processes), options.tensor_model_parallel_size
     if world % tensor:
         raise ConfigError(f"tensor_model_parallel_size: {tensor} does not divide the {world} processes; start a multiple of {tensor}")
-    options = _with_accumulation(options, world // tensor)
+    options = replace(_with_accumulation(options, world // tensor), precision=options.arithmetic)
     if not options.eval_tokens:
         options = replace(options, eval_tokens=options.eval_iters * options.global_batch_size * options.max_length)
     if options.resume not in ("auto", "none") and Path(options.resume).resolve() == options.run_folder().resolve():

@@ -56,13 +56,17 @@ def limit_of(model: PreTrainedModel) -> int:
 
 def fresh(
     objective: Objective, shape: Shape, vocabulary: int, *, tied: bool, positions: int, theta: float, eps: float, std: float,
-    divisible_by: int, restrict_logits: bool, seed: int,
+    divisible_by: int, restrict_logits: bool, seed: int, bias: bool = False,
 ) -> PreTrainedModel:  # fmt: skip
-    """Random weights N(0, std), output projections N(0, std / sqrt(2 L)), norms 1."""
+    """Random weights N(0, std), output projections N(0, std / sqrt(2 L)), norms 1, biases 0."""
     if shape.heads * shape.head_size % 2 or shape.head_size % 2:
         raise ConfigError(f"kv_channels: {shape.head_size} is odd, and rotary positions come in pairs; use an even number")
     # transformers' Llama wants a width that is a multiple of the heads, which 20M has not; its Mistral is the same network
     stock = "llama" if shape.hidden % shape.heads == 0 else "mistral"
+    if bias and objective == "ar" and stock == "mistral":
+        raise ConfigError(
+            f"disable_bias_linear: biases need a hidden size ({shape.hidden}) that is a multiple of the heads ({shape.heads}); choose another preset"
+        )
     values = {
         "model_type": {"ar": stock, "mdm": "mdm"}[objective],
         "vocab_size": padded(vocabulary, divisible_by),
@@ -79,6 +83,7 @@ def fresh(
         "tie_word_embeddings": tied,
         "bos_token_id": None,
         "eos_token_id": None,
+        **({"attention_bias": True, "mlp_bias": True} if bias else {}),
         **({"sliding_window": None} if stock == "mistral" and objective == "ar" else {}),
     }
     model = load_model("preset", presets={"preset": values}, seed=seed)

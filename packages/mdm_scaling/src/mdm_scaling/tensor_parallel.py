@@ -65,6 +65,8 @@ class TensorParallel(Replicated):
         ):
             if count % self.size:
                 raise ConfigError(f"tensor_model_parallel_size: {count} {what} are not a multiple of {self.size}; use a divisor")
+        if any(name.endswith("_proj.bias") for name, _ in model.named_parameters()):
+            raise ConfigError("tensor_model_parallel_size: splits linear layers without biases; use 1, or a model without them")
         for layer in decoder_layers(model):
             parallelize_module(layer, self.mesh, {name: style() for name, style in _PLAN.items()})
             attention = cast(Any, layer).self_attn

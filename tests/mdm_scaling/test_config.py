@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 
 from lm_core.config import build, leaves
+from lm_core.deepspeed_settings import settings
 from lm_core.errors import ConfigError
 from lm_core.progress import Progress, Size
-from mdm_scaling.config import PretrainConfig, settled
+from mdm_scaling.commands import ds_config
+from mdm_scaling.config import DeepSpeedConfig, PretrainConfig, settled
 
 BASE: dict[str, Any] = {"objective": "mdm", "model": "117M", "data": ["x"]}
 
@@ -112,6 +114,21 @@ def test_arithmetic_by_either_option(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settled(made({"fp32": True, "precision": "fp32"}, budget="1 steps")).precision == "fp32"
     with pytest.raises(ConfigError, match="precision: fp16 and fp32 given"):
         made({"fp16": True, "precision": "fp32"}, budget="1 steps")
+
+
+def test_deepspeed_settings_are_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    given = {**BASE, "train_samples": 1024, "zero_stage": 2, "micro_batch_size": 4, "out": tmp_path / "ds.json"}
+    written = ds_config(build(DeepSpeedConfig, given))["settings"]
+    assert (written["gradient_accumulation_steps"], written["train_batch_size"], written["zero_optimization"]["stage"]) == (16, 256, 2)
+    again = settled(made(train_samples=1024, deepspeed_config=tmp_path / "ds.json", zero_stage=2, micro_batch_size=4))
+    assert settings(again, 4)["zero_optimization"] == written["zero_optimization"]
+    # a file that says otherwise is refused with both values
+    other = settled(made(train_samples=1024, deepspeed_config=tmp_path / "ds.json", zero_stage=2, micro_batch_size=8))
+    with pytest.raises(ConfigError, match=r"8.*4|4.*8"):
+        settings(other, 4)
+    with pytest.raises(ConfigError, match="reads no such file"):
+        ds_config(build(DeepSpeedConfig, {**given, "zero_stage": None}))
 
 
 def test_load_of_the_same_folder_means_go_on(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from mdm_scaling.analysis import (
 from mdm_scaling.config import (
     BenchConfig,
     ConcatConfig,
+    DeepSpeedConfig,
     EvalConfig,
     ExportConfig,
     GenerateConfig,
@@ -51,6 +52,18 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     from mdm_scaling.train import pretrain as train
 
     return train(config)
+
+
+@cli.command("ds-config")
+@configured(DeepSpeedConfig)
+def ds_config(config: DeepSpeedConfig) -> dict[str, Any]:
+    """Write the DeepSpeed settings of a run, for launchers that want a file; `--deepspeed-config` takes it.
+
+    Example: mdm-scaling ds-config --objective ar --preset 117M --train-samples 25600 --zero-stage 2 --out ds.json
+    """
+    from mdm_scaling.commands import ds_config as made
+
+    return made(config)
 
 
 @cli.group()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lm_core import deepspeed_settings
+from lm_core.deepspeed_settings import engine_kind
 from lm_core.errors import ConfigError, InputError
 from mdm_scaling import planner, sizes, sweep
 from mdm_scaling.analysis import (
@@ -19,10 +22,28 @@ from mdm_scaling.analysis import (
     PlotConfig,
     SweepConfig,
 )
+from mdm_scaling.config import DeepSpeedConfig, settled
 from mdm_scaling.fit import chinchilla, constrained, crossover
 from mdm_scaling.fit.crossover import Crossing
 from mdm_scaling.fit.laws import Law, published_critical_flops, read_law
 from mdm_scaling.fit.points import Point, read_points
+
+
+def ds_config(config: DeepSpeedConfig) -> dict[str, Any]:
+    """DeepSpeed's settings, the batch fields filled in."""
+    options = settled(config)
+    if engine_kind(options) != "deepspeed":
+        raise ConfigError(f"engine: this run takes the {engine_kind(options)} engine, which reads no such file; add --zero-stage 1, 2 or 3")
+    world = int(os.environ.get("WORLD_SIZE") or options.num_processes)
+    made = {
+        **deepspeed_settings.settings(options, world),
+        "gradient_accumulation_steps": options.accumulate,
+        "train_batch_size": options.global_batch_size,
+    }
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    config.out.write_text(json.dumps(made, indent=1) + "\n")
+    print(f"{config.out}: ZeRO stage {made['zero_optimization']['stage']}")
+    return {"out": str(config.out), "settings": made}
 
 
 def plan_run(config: PlanConfig) -> dict[str, Any]:

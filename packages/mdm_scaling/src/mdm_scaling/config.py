@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from lm_core.config import Count, change, config, explicit, opt
+from lm_core.deepspeed_settings import engine_kind
 from lm_core.errors import ConfigError
 from lm_core.options import DataOptions, EngineOptions, ModelOptions, OptimOptions, OutputOptions, RunConfig
 from lm_core.progress import Budget, Progress, Size
@@ -199,7 +200,7 @@ class PretrainConfig(RunConfig, ShapeOptions, DiffusionOptions, ExperimentOption
         _ = self.arithmetic
         if self.split is not None:
             planner.shares(self.split)
-        if self.tensor_model_parallel_size > 1 and (self.engine not in ("auto", "replicated") or self.zero_stage or self.offload != "none"):
+        if self.tensor_model_parallel_size > 1 and engine_kind(self) != "replicated":
             raise ConfigError(
                 f"tensor_model_parallel_size: {self.tensor_model_parallel_size} goes with the replicated engine alone; drop --engine, --zero-stage and --offload"
             )
@@ -337,6 +338,13 @@ def _with_accumulation(options: PretrainConfig, world: int) -> PretrainConfig:
             "change --micro-batch-size"
         )
     return replace(options, accumulate=wanted // one)
+
+
+@config
+class DeepSpeedConfig(PretrainConfig):
+    """What DeepSpeed is told for a run."""
+
+    out: Path = opt(help="JSON file to write.")
 
 
 @config

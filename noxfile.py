@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent
 PACKAGES = sorted(path.parent.name for path in ROOT.glob("packages/*/pyproject.toml"))
 READMES = [ROOT / "README.md", ROOT / "kernels-cuda/README.md", *ROOT.glob("packages/*/README.md")]
 # what runs on any machine; sessions of their own take the rest
-EVERYWHERE = "not gpu and not bench and not slurm"
+EVERYWHERE = "not gpu and not bench and not slurm and not faults"
 TOOLS = ["pytest", "pytest-timeout", "hypothesis"]
 ENV = {
     # uv writes no bytecode, so Python must, else every process pays for compiling torch's and transformers' sources.
@@ -135,6 +135,13 @@ def bench(session: nox.Session) -> None:
     session.run("pytest", "-m", "bench", *(session.posargs or ["-s", "kernels-cuda", "tests"]))
     session.run("python", "-m", "kernels_cuda.bench")
     session.run("python", "-m", "lm_core.bench")
+
+
+@nox.session
+def faults(session: nox.Session) -> None:
+    """Every method's command under kills, damaged files, a full disk and corrupt configurations; some minutes."""
+    prepare(session, *PACKAGES)
+    session.run("pytest", "-m", "faults", *(session.posargs or ["-v", "tests/repo"]))
 
 
 @nox.session

@@ -248,6 +248,15 @@ def test_chunks_are_taken_only_where_asked_for_and_possible() -> None:
         assert not choice.chunked(torch.device("cpu"), 0)
 
 
+def test_traces_as_one_graph() -> None:
+    arguments = make(torch.bfloat16, 20, state=True, final=True)
+    with testing.using("emulated-chunked"):
+        expected = testing.results(wkv7, arguments)
+        found = testing.results(torch.compile(wkv7, fullgraph=True, backend="aot_eager"), arguments)
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.gpu
 def test_a_gpu_without_the_shared_memory_keeps_the_recurrence() -> None:

@@ -231,3 +231,31 @@ def test_a_real_model_learns_resumes_and_is_read_back(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
     assert model.beacon.window == 64
     assert model(torch.arange(150)[None]).logits.shape == (1, 150, model.config.vocab_size)
+
+
+def test_adapters_of_the_backbone_are_trained_and_merged(tmp_path: Path) -> None:
+    suite = BeaconConformance()
+    before = {name: tensor.clone() for name, tensor in method().model.state_dict().items()}
+    suite.run(tmp_path, budget="3 steps", eval_every="never", lora_tune=True, lora_rank=2, lora_alpha=4, lora_extra_params=["model.norm"])
+    after = load_file(tmp_path / "final" / "model.safetensors")
+    assert after.keys() == before.keys()
+    changed = {re.sub(r".*layers\.\d+\.", "", name) for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert changed == {
+        *(f"self_attn.{letter}_proj.weight" for letter in "qkvo"), *(f"self_attn.beacon_{letter}_proj.weight" for letter in "qkvo"),
+        "model.beacon_embed_tokens.weight", "model.norm.weight",
+    }  # fmt: skip
+    # the last layer's k and v of raw tokens reach the loss, too; updates have the rank of the adapters
+    update = after["model.layers.0.self_attn.q_proj.weight"] - before["model.layers.0.self_attn.q_proj.weight"]
+    assert torch.linalg.matrix_rank(update, rtol=1e-4) <= 2
+
+
+def test_a_plain_model_is_trained_without_beacons(tmp_path: Path) -> None:
+    suite = BeaconConformance()
+    plain = {"enable_beacon": False, "only_train_beacon": False}
+    suite.run(tmp_path, budget="3 steps", eval_every="never", **plain)
+    assert AutoConfig.from_pretrained(tmp_path / "final").model_type == "llama"
+    with pytest.raises(ConfigError, match="lora_targets: no layer of this model is called x_proj"):
+        method(lora_tune=True, lora_targets=["x_proj"])
+    suite.run(tmp_path / "with", budget="2 steps", eval_every="never")
+    with pytest.raises(ConfigError, match="enable_beacon: false, but .* has beacons"):
+        method(model=str(tmp_path / "with"), **plain)

@@ -257,5 +257,5 @@ def test_a_plain_model_is_trained_without_beacons(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="lora_targets: no layer of this model is called x_proj"):
         method(lora_tune=True, lora_targets=["x_proj"])
     suite.run(tmp_path / "with", budget="2 steps", eval_every="never")
-    with pytest.raises(ConfigError, match="enable_beacon: false, but .* has beacons"):
+    with pytest.raises(ConfigError, match=r"enable_beacon: false, but .* has beacons"):
         method(model=str(tmp_path / "with"), **plain)

@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from beacon.config import BeaconConfig
 from beacon.modeling import tiles
+from beacon.modeling.attention import attend
 from beacon.plan import build_plan
 from lm_core.errors import ConfigError, InputError
 from lm_core.models import checkpoint_activations
@@ -307,3 +309,19 @@ def test_an_unknown_architecture_is_refused() -> None:
 
     with pytest.raises(ConfigError, match=r"model: the architecture gpt2 .*supported: llama, mistral, qwen2"):
         attach_beacon(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=20)), BeaconConfig())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_scores_made_in_place_are_those_of_the_softmax(masked: bool) -> None:
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    q, k, v, memory = draw(2, 1, 3, 4, 8), draw(2, 1, 5, 2, 8), draw(2, 1, 5, 2, 8), (draw(2, 2, 7, 8), draw(2, 2, 7, 8))
+    local, far = (draw(2, 1, 3, columns) > 0 if masked else None for columns in (5, 7))
+    if local is not None:
+        local[..., 0] = True
+    expected = attend(q, k, v, local, memory, far, 0.3)
+    with torch.no_grad():
+        torch.testing.assert_close(attend(q, k, v, local, memory, far, 0.3), expected, rtol=1e-12, atol=1e-12)

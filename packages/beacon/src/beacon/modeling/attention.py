@@ -43,6 +43,8 @@ def attend(
     B, R, T, H, d = q_BRTHd.shape
     K, G = k_BRKGd.shape[2:4]
     h = H // G
+    if memory is not None and R == 1 and not torch.is_grad_enabled() and q_BRTHd.dtype in (torch.float32, torch.float64):
+        return _attend_in_place(q_BRTHd, k_BRKGd, v_BRKGd, local_BRTK, memory, memory_BRTM, scale)
     q_BRGhTd = q_BRTHd.unflatten(3, (G, h)).permute(0, 1, 3, 4, 2, 5) * scale
     keys_BRGdK = k_BRKGd.permute(0, 1, 3, 4, 2)
     local = (q_BRGhTd.reshape(B, R, G, h * T, d) @ keys_BRGdK).view(B, R, G, h, T, K)
@@ -65,4 +67,32 @@ def attend(
         far_weights = weights[..., :M].permute(0, 2, 1, 3, 4, 5).reshape(B, G, R * h * T, M)
         out = out + (far_weights @ v_BGMd).view(B, G, R, h, T, d).permute(0, 2, 1, 3, 4, 5)
     joined: Tensor = out.permute(0, 1, 4, 2, 3, 5).reshape(B, R, T, H * d)
+    return joined
+
+
+def _attend_in_place(
+    q_BRTHd: Tensor,
+    k_BRKGd: Tensor,
+    v_BRKGd: Tensor,
+    local_BRTK: Tensor | None,
+    memory: tuple[Tensor, Tensor],
+    memory_BRTM: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """`attend` of one segment without gradients: the scores are the one thing of the memory's length that is allocated."""
+    B, _, T, H, d = q_BRTHd.shape
+    k_BGMd, v_BGMd = memory
+    M, K, G = k_BGMd.shape[2], k_BRKGd.shape[2], k_BRKGd.shape[3]
+    q_BGQd = (q_BRTHd[:, 0] * scale).unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4).reshape(B * G, -1, d)
+    scores = q_BGQd.new_empty(B * G, q_BGQd.shape[1], M + K)
+    torch.bmm(q_BGQd, k_BGMd.flatten(0, 1).transpose(1, 2), out=scores[..., :M])
+    near_k, near_v = (x[:, 0].transpose(1, 2).reshape(B * G, K, d) for x in (k_BRKGd, v_BRKGd))
+    torch.bmm(q_BGQd, near_k.transpose(1, 2), out=scores[..., M:])
+    for seen_BRT, part in ((memory_BRTM, scores[..., :M]), (local_BRTK, scores[..., M:])):
+        if seen_BRT is not None:
+            part.unflatten(0, (B, G)).unflatten(2, (-1, T)).masked_fill_(~seen_BRT[:, :, None], float("-inf"))
+    scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+    scores.div_(scores.sum(-1, keepdim=True))
+    out = scores[..., :M] @ v_BGMd.flatten(0, 1) + scores[..., M:] @ near_v
+    joined: Tensor = out.view(B, G, H // G, T, d).permute(0, 3, 1, 2, 4).reshape(B, 1, T, H * d)
     return joined

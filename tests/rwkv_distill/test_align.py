@@ -64,7 +64,7 @@ def test_mistral_targets_keep_to_its_window() -> None:
         torch.testing.assert_close(target, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("fields", [{}, {"preset": "rad"}, {"layers": [1, 2]}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"preset": "rad"}, {"layers": [1, 2]}, {"rwkv_version": "v6"}], ids=str)
 def test_layer_by_layer_gives_the_gradients_of_one_pass(fields: dict[str, Any]) -> None:
     plain, local = gradients(aligned(**fields), local=False), gradients(aligned(**fields), local=True)
     recomputed = gradients(aligned(recompute=True, **fields), local=False)

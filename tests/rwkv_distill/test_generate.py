@@ -38,7 +38,7 @@ def test_greedy_tokens_are_those_of_transformers(fields: dict[str, Any]) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fields", [{"preset": "arwkv"}, {"preset": "rad", "layers": [0, 2]}], ids=str)
+@pytest.mark.parametrize("fields", [{"preset": "arwkv"}, {"preset": "rad", "layers": [0, 2]}, {"rwkv_version": "v6"}], ids=str)
 def test_an_exported_folder_generates_the_same_without_this_package(fields: dict[str, Any], tmp_path: Path) -> None:
     model = student("qwen3", **fields)
     to_hf(model, tmp_path / "student")

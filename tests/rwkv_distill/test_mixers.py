@@ -91,6 +91,41 @@ def by_formula(mixer: Any, h_TD: Tensor, v_first_TA: Tensor | None, cos_Tn: Tens
     return torch.stack(outputs)
 
 
+def by_formula_6(mixer: Any, h_TD: Tensor) -> Tensor:
+    """Section 6.3 of the specification for one sequence of a student that does not rotate, the same way."""
+    w = {name: value.detach().double() for name, value in mixer.named_parameters()}
+    width, size = w["w0"].numel(), mixer.size
+    heads = width // size
+    state = torch.zeros(heads, size, size, dtype=torch.float64)
+    outputs = []
+    for t in range(len(h_TD)):
+        h = h_TD[t]
+        past = (h_TD[t - 1] if t else torch.zeros_like(h)) - h
+        x = dict.fromkeys("wkvrg", h)
+        if mixer.token_shift:
+            low = torch.tanh((h + past * w["x_x"].flatten()) @ w["m1"])
+            for n, name in enumerate(mixer.inputs):
+                x[name] = h + past * (w[f"x_{name}"].flatten() + low[32 * n : 32 * n + 32] @ w["m2"][n])
+        r, k, v = (w[f"{name}.weight"] @ x[name[0]] for name in ("receptance", "key", "value"))
+        times = width // len(k)
+        k, v = (torch.cat([part.view(-1, 32)[j] for j in range(len(part) // 32) for _ in range(times)]) for part in (k, v))
+        logit = w["w0"].flatten() + torch.tanh(x["w"] @ w["w1"]) @ w["w2"]
+        decay = torch.exp(-torch.minimum(torch.exp(logit), torch.tensor(5.0, dtype=torch.float64))).view(heads, size)
+        r, k, v = r.view(heads, size), k.view(heads, size), v.view(heads, size)
+        y = torch.stack([(state[i] + torch.outer(v[i], w["u"][i] * k[i])) @ r[i] for i in range(heads)])
+        state = torch.stack([state[i] * decay[i] + torch.outer(v[i], k[i]) for i in range(heads)])
+        if "ln_x.weight" in w:
+            y = (y - y.mean(1, keepdim=True)) / torch.sqrt(y.var(1, unbiased=False, keepdim=True) + size * 1e-5)
+            y = y * w["ln_x.weight"].view(heads, size) + w["ln_x.bias"].view(heads, size)
+        y = y.flatten() * mixer.scale
+        if mixer.gating != "none":
+            gate = w["gate.weight"] @ x["g"]
+            gate = gate / (1 + torch.exp(-gate))
+            y = y * (gate if mixer.gating == "sigmoid" else 1 + gate)
+        outputs.append(w["output.weight"] @ y)
+    return torch.stack(outputs)
+
+
 def angles(length: int) -> tuple[Tensor, Tensor]:
     frequency = 10000 ** -(torch.arange(0, SHAPE["head_dim"], 2) / SHAPE["head_dim"])
     angle = torch.arange(length)[:, None] * torch.cat([frequency, frequency])
@@ -115,6 +150,31 @@ def test_mixer_equals_its_formulas(kind: str, fields: dict[str, Any], layer: int
     cos, sin = angles(11)
     out, _, _ = mixer(h, v_first, position_embeddings=(cos, sin))
     expected = torch.stack([by_formula(mixer, row.double(), v.double(), cos[0].double(), sin[0].double()) for row, v in zip(h, v_first)])
+    torch.testing.assert_close(out.double(), expected, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"preset": "rad", "rope": False, "qkv_bias": False},
+        {"gate": "sigmoid", "head_size": 32, "wkv_scale": True},
+        {"gate": "none", "token_shift": True, "kv_heads": "grouped", "head_size": 32},
+    ],
+    ids=str,
+)
+def test_mixer_of_version_6_equals_its_formulas(fields: dict[str, Any]) -> None:
+    mixer = student("llama", rwkv_version="v6", **fields).mixers()[1]
+    torch.manual_seed(2)
+    with torch.no_grad():
+        # beyond the fastest decay in places
+        mixer.w0.add_(4 * torch.rand_like(mixer.w0))
+        if mixer.gate is not None:
+            mixer.gate.weight.normal_(std=0.1)
+    h = torch.randn(2, 11, 48)
+    out, v_first, _ = mixer(h)
+    assert v_first is None
+    expected = torch.stack([by_formula_6(mixer, row.double()) for row in h])
     torch.testing.assert_close(out.double(), expected, rtol=2e-4, atol=2e-5)
 
 

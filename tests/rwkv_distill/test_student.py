@@ -25,7 +25,9 @@ def test_a_student_whose_layers_all_stay_softmax_is_the_teacher(kind: str) -> No
     assert torch.equal(same(ids, attention_mask=mask).logits[mask == 1], masked[mask == 1])
 
 
-@pytest.mark.parametrize("fields", [{"preset": "arwkv"}, {"preset": "rad"}, {"preset": "rad", "layers": [1]}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{"preset": "arwkv"}, {"preset": "rad"}, {"preset": "rad", "layers": [1]}, {"rwkv_version": "v6"}], ids=str
+)
 def test_packed_equals_padded_on_either_side_equals_alone(fields: dict[str, Any]) -> None:
     model = student("qwen2", **fields)
     first, second = tokens(1, 7), tokens(1, 5, seed=1)
@@ -42,7 +44,11 @@ def test_packed_equals_padded_on_either_side_equals_alone(fields: dict[str, Any]
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("fields", [{"preset": "arwkv"}, {"preset": "rad"}, {"preset": "rad", "layers": [0, 2]}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [{"preset": "arwkv"}, {"preset": "rad"}, {"preset": "rad", "layers": [0, 2]}, {"rwkv_version": "v6", "preset": "rad"}],
+    ids=str,
+)
 def test_tokens_one_by_one_equal_the_whole_text(fields: dict[str, Any]) -> None:
     model, ids = student("qwen3", **fields), tokens(2, 12)
     mask = torch.ones_like(ids)
@@ -97,6 +103,20 @@ def test_a_new_student_adds_nothing_by_its_new_parts() -> None:
     random = student(busy=False, init="random").mixers()[0]
     assert random.x_r[0, 0, 0] == 1
     assert random.x_k.min() >= 0
+
+
+def test_a_new_student_of_version_6_begins_as_its_formulas_say() -> None:
+    first, last = (student(busy=False, rwkv_version="v6", token_shift_init="rwkv").mixers()[layer] for layer in (0, 2))
+    assert first.x_v[0, 0, 12].item() == pytest.approx(1 - 12 / 48)
+    # q = 1/3 in the last of three layers
+    assert last.x_v[0, 0, 12].item() == pytest.approx(1 - (12 / 48) ** (1 / 3) - 0.3)
+    assert last.x_r[0, 0, 12].item() == pytest.approx(1 - (12 / 48) ** (1 / 6))
+    assert first.w0.flatten()[[0, -1]].tolist() == last.w0.flatten()[[0, -1]].tolist() == [-6, -1]
+    assert last.w0[0, 0, 64].item() == pytest.approx(-6 + 5 * (64 / 127) ** 2)
+    assert last.u.flatten()[[0, 1, 2]].tolist() == pytest.approx([1, 1 - 1 / 127 + 0.1, 1 - 2 / 127 - 0.1])
+    assert not first.gate.weight.any()
+    assert student(busy=False, rwkv_version="v6", gate="sigmoid").mixers()[0].gate.weight.any()
+    assert 0 < first.m2.abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("fields", [{"preset": "arwkv", "gate": "sigmoid"}, {"preset": "rad", "layers": [0, 2]}], ids=str)

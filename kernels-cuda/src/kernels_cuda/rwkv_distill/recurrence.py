@@ -54,7 +54,7 @@ def save(op: str, num_inputs: int, ctx: Any, inputs: tuple[Any, ...], output: tu
     ctx.save_for_backward(*inputs[:num_inputs], mask, starts, *output[2:])
 
 
-def arriving(op: str, ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+def arriving(op: str, ctx: Any, saved: Sequence[Tensor], dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
     """Gradients of y and of the final states as kernels take them; None if none arrives."""
     if torch.is_grad_enabled():
         raise RuntimeError(f"{op}: create_graph=True is wrong because the op has no second derivative; use kernels_cuda.use('reference')")
@@ -62,7 +62,7 @@ def arriving(op: str, ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tup
         dfinal = None
     if dy is None and dfinal is None:
         return None
-    return torch.zeros_like(ctx.saved_tensors[0]) if dy is None else dy, dfinal
+    return torch.zeros_like(saved[0]) if dy is None else dy, dfinal
 
 
 def step(op: str, inputs: Sequence[Tensor], state: Tensor) -> Tensor:

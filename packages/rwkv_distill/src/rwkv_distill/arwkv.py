@@ -18,6 +18,7 @@ from lm_core.engine.state import write_json, write_tensors
 from lm_core.errors import ConfigError, InputError
 from rwkv_distill.hf.configuration_rwkv_distill import RwkvDistillConfig
 from rwkv_distill.init import repeated
+from rwkv_distill.mixers import Rwkv7Mixer
 from rwkv_distill.student import AUTO_MAP, StudentModel
 
 ARCHITECTURE = "RwkvHybridForCausalLM"
@@ -116,10 +117,17 @@ def to_pth(model: StudentModel, folder: str | Path, dtype: torch.dtype = torch.b
     tensors = {
         f"blocks.{index}.att.{name}": value.to(dtype).clone()
         for index, mixer in model.mixers().items()
-        for name, value in time_mixer(mixer).items()
+        for name, value in (time_mixer(mixer) if isinstance(mixer, Rwkv7Mixer) else version_6(mixer)).items()
     }
     torch.save(tensors, folder / "mixers.pth")
     return folder
+
+
+def version_6(mixer: Any) -> dict[str, Tensor]:
+    """The tensors of an RWKV-6 mixer under RWKV-LM's names."""
+    other = {"m1": "time_maa_w1", "m2": "time_maa_w2", "w0": "time_decay", "w1": "time_decay_w1", "w2": "time_decay_w2", "u": "time_faaaa"}
+    other |= {f"x_{name}": f"time_maa_{name}" for name in ("x", *mixer.inputs)}
+    return {other.get(name, name): value.detach() for name, value in mixer.state_dict().items()}
 
 
 def from_arwkv(folder: str | Path) -> StudentModel:

@@ -9,7 +9,7 @@ def mixer_rules() -> list[Rule]:
     """Mixers: projections as configured, the decay at twice the rate, everything but projections without weight decay."""
     return [
         Rule(r"time_mixer\.w0$", lr_scale=2.0, weight_decay=0.0),
-        Rule(r"time_mixer\.(receptance|key|value|output)\.weight$"),
+        Rule(r"time_mixer\.(receptance|key|value|gate|output)\.weight$"),
         Rule(r"time_mixer\.", weight_decay=0.0),
     ]
 

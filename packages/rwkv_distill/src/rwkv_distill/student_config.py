@@ -27,7 +27,7 @@ class StudentConfig:
     """Section `student`: the fields of a preset, each of which may be given alone; unset ones come from the preset."""
 
     layers: list[int] | Literal["all"] = opt("all", "Decoder layers whose attention is replaced; the others keep softmax attention.")
-    rwkv_version: Literal["v7"] = opt("v7", "Kind of time mixing.", flags=("-R",))
+    rwkv_version: Literal["v6", "v7"] = opt("v7", "Kind of time mixing.", flags=("-R",))
     preset: Literal["arwkv", "rad"] = opt("arwkv", "Values of the fields that are not given.")
     head_size: Literal[32, 64, 128] | None = opt(None, "Size of a head of the state; preset: arwkv 64, rad that of the teacher.")
     kv_heads: Literal["expanded", "grouped"] | None = opt(None, "Own keys and values per head, or shared as by the teacher.")

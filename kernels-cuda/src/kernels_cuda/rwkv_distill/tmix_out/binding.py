@@ -107,9 +107,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     refuse_second_derivative("tmix_out")
-    dy, dr, dk, dv, dgate, parameters = backward(*ctx.saved_tensors, ctx.eps, dout)
+    # once: activation checkpointing gives each saved tensor once
+    saved = ctx.saved_tensors
+    dy, dr, dk, dv, dgate, parameters = backward(*saved, ctx.eps, dout)
     found = dy, dr, dk, dv, *parameters.unbind(), dgate
-    present = [None if value is None else gradient for value, gradient in zip(ctx.saved_tensors, found, strict=True)]
+    present = [None if value is None else gradient for value, gradient in zip(saved, found, strict=True)]
     return *present, None
 
 

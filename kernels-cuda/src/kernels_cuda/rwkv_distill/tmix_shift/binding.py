@@ -63,8 +63,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     refuse_second_derivative("tmix_shift")
-    dh, dprev, dmus = backward(*ctx.saved_tensors, dout)
-    return dh, None if ctx.saved_tensors[1] is None else dprev, None, None, dmus
+    # once: activation checkpointing gives each saved tensor once
+    saved = ctx.saved_tensors
+    dh, dprev, dmus = backward(*saved, dout)
+    return dh, None if saved[1] is None else dprev, None, None, dmus
 
 
 forward.register_autograd(_backward, setup_context=_save)

@@ -120,11 +120,13 @@ def _backward_outputs(r: Tensor, starts: Tensor | None, initial_gradient: bool) 
 
 
 def _backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    given = arriving("wkv6", ctx, dy, dfinal)
+    # once: activation checkpointing gives each saved tensor once
+    saved = ctx.saved_tensors
+    given = arriving("wkv6", ctx, saved, dy, dfinal)
     if given is None:
         return (None,) * 10
-    *gradients, du, initial = backward(*ctx.saved_tensors, *given, ctx.initial)
-    return *gradients, du.sum(0).to(ctx.saved_tensors[0].dtype), initial if ctx.initial else None, None, None, None, None
+    *gradients, du, initial = backward(*saved, *given, ctx.initial)
+    return *gradients, du.sum(0).to(saved[0].dtype), initial if ctx.initial else None, None, None, None, None
 
 
 forward.register_autograd(_backward, setup_context=partial(save, "wkv6", 5))

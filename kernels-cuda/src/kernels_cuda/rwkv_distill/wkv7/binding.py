@@ -164,10 +164,12 @@ def _backward_outputs(
 
 
 def _backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    given = arriving("wkv7", ctx, dy, dfinal)
+    # once: activation checkpointing gives each saved tensor once
+    saved = ctx.saved_tensors
+    given = arriving("wkv7", ctx, saved, dy, dfinal)
     if given is None:
         return (None,) * 12
-    *gradients, initial = backward(*ctx.saved_tensors, *given, ctx.initial, ctx.chunked)
+    *gradients, initial = backward(*saved, *given, ctx.initial, ctx.chunked)
     return *gradients, initial if ctx.initial else None, None, None, None, None, None
 
 

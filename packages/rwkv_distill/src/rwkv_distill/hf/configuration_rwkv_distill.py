@@ -17,7 +17,7 @@ _SHARED = (
 class RwkvDistillConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
     """`teacher`: the configuration of the Transformer whose embeddings, norms, MLPs and head the student has.
 
-    `student`: what replaces attention. Keys: layers (indices), head_size, kv_heads, qkv_bias, qk_norm, rope, token_shift,
+    `student`: what replaces attention. Keys: version, layers (indices), head_size, kv_heads, qkv_bias, qk_norm, rope, token_shift,
     group_norm, gate, wkv_scale, value_residual, bonus, ranks (of decay, iclr, value and gate).
     """
 

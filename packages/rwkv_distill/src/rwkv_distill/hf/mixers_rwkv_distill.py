@@ -1,62 +1,58 @@
-"""RWKV-7 time mixing in the place of a Transformer's attention (Peng et al. 2025, arXiv:2503.14456).
+"""RWKV-7 and RWKV-6 time mixing in the place of a Transformer's attention (Peng et al. 2025, arXiv:2503.14456; 2024, arXiv:2404.05892).
 
-B batch, T time, D hidden size, A query heads x head width of the teacher, H heads of N, K key/value width. Parameters have the names of
-the `time_mixer` tensors of ARWKV checkpoints.
+B batch, T time, D hidden size, A query heads x head width of the teacher, H heads of N. Parameters of RWKV-7 have the names of the
+`time_mixer` tensors of ARWKV checkpoints.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .base_rwkv_distill import LayerState, TimeMixer, last, previous, recur, segments, sequence_starts
+
 if TYPE_CHECKING:
     from .configuration_rwkv_distill import RwkvDistillConfig
 
 try:
-    from kernels_cuda.rwkv_distill import wkv7, wkv7_step
+    from kernels_cuda.rwkv_distill import tmix_out, tmix_shift, wkv6, wkv6_step, wkv7, wkv7_step
 except ImportError:
-    from .recurrence_rwkv_distill import wkv7, wkv7_step
+    from .recurrence_rwkv_distill import tmix_out, tmix_shift, wkv6, wkv6_step, wkv7, wkv7_step
 
-# (last input B x D, state B x H x N x N): all that a layer remembers of the past
-LayerState = tuple[Tensor, Tensor]
+MIX_RANK = 32
+FASTEST_DECAY = math.log(5.0)  # the log-decay of RWKV-6 is -exp(w), kept above -5
 
 
-class Rwkv7Mixer(nn.Module):
+def vector(size: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(1, 1, size))
+
+
+def matrix(rows: int, columns: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(rows, columns))
+
+
+class Rwkv7Mixer(TimeMixer):
     """Attention replaced by a recurrence whose state has a fixed size. Which parts exist is said by `config.student`.
 
     New parameters are zeros or PyTorch's default; `rwkv_distill.init` gives them their values.
     """
 
     def __init__(self, config: RwkvDistillConfig, layer_index: int) -> None:
-        super().__init__()
+        super().__init__(config, layer_index)
         student: dict[str, Any] = config.student
-        hidden, self.head_width = config.hidden_size, config.head_dim
-        width = config.num_attention_heads * config.head_dim
-        self.size = int(student["head_size"])
-        self.heads = width // self.size
-        self.layer_index = layer_index
+        hidden, width, ranks = config.hidden_size, self.heads * self.size, student["ranks"]
         # value of this layer is what later layers mix into their own
         self.defines_v_first = layer_index == min(student["layers"])
-        self.repeat = config.num_attention_heads // config.num_key_value_heads if student["kv_heads"] == "grouped" else 1
-        self.gate, self.rope = student["gate"], student["rope"]
-        self.token_shift, self.bonus = student["token_shift"], student["bonus"]
+        self.gate, self.bonus = student["gate"], student["bonus"]
         self.value_residual = student["value_residual"] and not self.defines_v_first
-        self.scale = self.size**-0.5 if student["wkv_scale"] and not student["group_norm"] else 1.0
-        ranks, bias = student["ranks"], student["qkv_bias"]
-
-        def vector(size: int) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(1, 1, size))
-
-        def matrix(rows: int, columns: int) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(rows, columns))
-
+        self.inputs = "rwkvag" if self.gate != "none" else "rwkva"
         if self.token_shift:
-            self.x_r, self.x_w, self.x_k, self.x_v, self.x_a = (vector(hidden) for _ in range(5))
-            if self.gate != "none":
-                self.x_g = vector(hidden)
+            for name in self.inputs:
+                setattr(self, f"x_{name}", vector(hidden))
         self.w0, self.w1, self.w2 = vector(width), matrix(hidden, ranks["decay"]), matrix(ranks["decay"], width)
         self.a0, self.a1, self.a2 = vector(width), matrix(hidden, ranks["iclr"]), matrix(ranks["iclr"], width)
         if self.value_residual:
@@ -66,13 +62,6 @@ class Rwkv7Mixer(nn.Module):
         self.k_k, self.k_a = vector(width), vector(width)
         if self.bonus:
             self.r_k = matrix(self.heads, self.size)
-        self.receptance = nn.Linear(hidden, width, bias=bias)
-        self.key = nn.Linear(hidden, width // self.repeat, bias=bias)
-        self.value = nn.Linear(hidden, width // self.repeat, bias=bias)
-        self.output = nn.Linear(width, hidden, bias=student["output_bias"])
-        self.r_norm = nn.RMSNorm(self.head_width, eps=config.teacher["rms_norm_eps"]) if student["qk_norm"] else None
-        self.k_norm = nn.RMSNorm(self.head_width, eps=config.teacher["rms_norm_eps"]) if student["qk_norm"] else None
-        self.ln_x = nn.GroupNorm(self.heads, width, eps=self.size * 1e-5) if student["group_norm"] else None
 
     def forward(
         self,
@@ -93,14 +82,12 @@ class Rwkv7Mixer(nn.Module):
         """
         if segment_ids is not None and state is not None:
             raise ValueError("state: packed sequences start without a past; leave out segment_ids or state")
-        batch, time, _ = h.shape
-        starts = sequence_starts(mask, segment_ids)
+        inputs = dict.fromkeys(self.inputs, h)
         if self.token_shift:
-            before = previous(h, starts, None if state is None else state[0])
-            inputs = {name: h + (before - h) * getattr(self, f"x_{name}").to(h.dtype) for name in "rwkvag" if hasattr(self, f"x_{name}")}
-        else:
-            inputs = dict.fromkeys("rwkvag", h)
-        r, k, v = self._project(inputs["r"], inputs["k"], inputs["v"], position_embeddings)
+            mixes = torch.cat([getattr(self, f"x_{name}")[0] for name in self.inputs])
+            before = None if state is None else state[0].to(h.dtype)
+            inputs = dict(zip(self.inputs, tmix_shift(h, before, segments(mask, segment_ids), mixes).unbind(0)))
+        r, k, v = self.project(inputs["r"], inputs["k"], inputs["v"], position_embeddings)
         decay = self.w0 + torch.tanh(inputs["w"] @ self.w1) @ self.w2
         rate = torch.sigmoid(self.a0 + (inputs["a"] @ self.a1) @ self.a2)
         if self.value_residual:
@@ -109,101 +96,90 @@ class Rwkv7Mixer(nn.Module):
             v = v + (v_first - v) * torch.sigmoid(self.v0 + (inputs["v"] @ self.v1) @ self.v2)
         elif self.defines_v_first:
             v_first = v
-
-        def split(value: Tensor) -> Tensor:
-            return value.view(batch, time, self.heads, self.size)
-
-        r_BTHN, v_BTHN, rate_BTHN = split(r), split(v), split(rate)
-        removal_BTHN = F.normalize(split(k * self.k_k), dim=-1, eps=1e-12)
-        k_BTHN = split(k * (1 + (rate - 1) * self.k_a))
-        y_BTHN, memory = self._recur(
-            # one dtype, as the operator asks; the state stays float32
-            [value.to(r.dtype) for value in (r_BTHN, split(decay), k_BTHN, v_BTHN, -removal_BTHN, removal_BTHN * rate_BTHN)],
-            None if state is None else state[1], mask, starts if segment_ids is not None else None, return_state,
-        )  # fmt: skip
-        y = y_BTHN.reshape(batch, time, -1)
-        y = y * self.scale if self.ln_x is None else self.ln_x(y.flatten(0, 1)).view_as(y)
-        if self.bonus:
-            y = y + ((r_BTHN * k_BTHN * self.r_k).sum(-1, keepdim=True) * v_BTHN).flatten(2)
-        if self.gate == "sigmoid":
-            y = y * (torch.sigmoid(inputs["g"] @ self.g1) @ self.g2)
-        elif self.gate == "residual":
-            y = y * (1 + torch.sigmoid(inputs["g"] @ self.g1) @ self.g2)
-        out = self.output(y.to(h.dtype))
+        r_BTHN, v_BTHN, rate_BTHN = self.split(r), self.split(v), self.split(rate)
+        removal_BTHN = F.normalize(self.split(k * self.k_k), dim=-1, eps=1e-12)
+        k_BTHN = self.split(k * (1 + (rate - 1) * self.k_a))
+        # one dtype, as the operator asks; the state stays float32
+        operands = [x.to(r.dtype) for x in (r_BTHN, self.split(decay), k_BTHN, v_BTHN, -removal_BTHN, removal_BTHN * rate_BTHN)]
+        starts = None if segment_ids is None else sequence_starts(mask, segment_ids)
+        y_BTHN, memory = recur(wkv7, wkv7_step, operands, [], None if state is None else state[1], mask, starts, return_state)
+        gate = None if self.gate == "none" else torch.sigmoid(inputs["g"] @ self.g1) @ self.g2 + (self.gate == "residual")
+        bonus = (operands[0], operands[2], operands[3], self.r_k) if self.bonus else (None, None, None, None)
+        out = self.output(self._finish(y_BTHN, gate, bonus).to(h.dtype))
         after = None if memory is None else (last(h, mask, None if state is None else state[0]), memory)
         return out, v_first, after
 
-    def _project(
-        self, h_r: Tensor, h_k: Tensor, h_v: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Receptance, key and value, B x T x A: normalised, rotated and repeated like the teacher's queries, keys and values."""
-        r, k, v = (layer(x).unflatten(-1, (-1, self.head_width)) for layer, x in
-                   ((self.receptance, h_r), (self.key, h_k), (self.value, h_v)))  # fmt: skip
-        if self.r_norm is not None and self.k_norm is not None:
-            r, k = self.r_norm(r).to(v.dtype), self.k_norm(k).to(v.dtype)
-        if self.rope:
-            if position_embeddings is None:
-                raise ValueError("position_embeddings: this student rotates receptance and key; pass cosine and sine")
-            r, k = rotate(r, *position_embeddings), rotate(k, *position_embeddings)
-        if self.repeat > 1:
-            k, v = k.repeat_interleave(self.repeat, 2), v.repeat_interleave(self.repeat, 2)
-        return r.flatten(2), k.flatten(2), v.flatten(2)
-
-    def _recur(
-        self, inputs: list[Tensor], state: Tensor | None, mask: Tensor | None, starts: Tensor | None, return_state: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Outputs (B x T x H x N) and the state behind them."""
-        batch, time = inputs[0].shape[:2]
-        if inputs[0].is_meta:
-            return inputs[0] + sum(inputs[1:]), state
-        if starts is not None:
-            # one long row, in which every row and every segment is a sequence
-            edges = F.pad(starts.flatten().nonzero()[:, 0], (0, 1), value=batch * time).int()
-            flat = [value.reshape(1, batch * time, *value.shape[2:]) for value in inputs]
-            y, _ = wkv7(*flat, mask=None if mask is None else mask.reshape(1, -1), cu_seqlens=edges)
-            return y.view_as(inputs[0]), None
-        if time == 1 and state is not None and mask is None and not torch.is_grad_enabled():
-            r, w, k, v, a, b = (value[:, 0] for value in inputs)
-            return wkv7_step(r, w, k, v, a, b, state)[:, None], state
-        return wkv7(*inputs, initial_state=state, mask=mask, output_final_state=return_state)
+    def _finish(self, y_BTHN: Tensor, gate: Tensor | None, bonus: tuple[Any, Any, Any, Any]) -> Tensor:
+        """Outputs of the recurrence, normalised or scaled, with bonus and gate: B x T x A."""
+        if self.ln_x is not None:
+            gate = None if gate is None else gate.to(y_BTHN.dtype)
+            return tmix_out(y_BTHN, *bonus, self.ln_x.weight, self.ln_x.bias, gate, self.ln_x.eps).flatten(2)
+        y = y_BTHN.flatten(2) * self.scale
+        r, k, v, r_k = bonus
+        if r_k is not None:
+            y = y + ((r * k * r_k).sum(-1, keepdim=True) * v).flatten(2)
+        return y if gate is None else y * gate
 
 
-def sequence_starts(mask: Tensor | None, segment_ids: Tensor | None) -> Tensor | None:
-    """Where (B x T, bool) a token has no predecessor: the first token of a row or segment, and every token behind padding.
+class Rwkv6Mixer(TimeMixer):
+    """The generation before: how much of the past token an input takes depends on the token, and the state only decays and learns."""
 
-    None stands for the first token of each row alone.
-    """
-    given = segment_ids if segment_ids is not None else mask
-    if given is None:
-        return None
-    starts = torch.zeros_like(given, dtype=torch.bool)
-    starts[:, 0] = True
-    if segment_ids is not None:
-        starts[:, 1:] |= segment_ids[:, 1:] != segment_ids[:, :-1]
-    if mask is not None:
-        starts[:, 1:] |= mask[:, :-1] == 0
-    return starts
+    defines_v_first = False
 
+    def __init__(self, config: RwkvDistillConfig, layer_index: int) -> None:
+        super().__init__(config, layer_index)
+        student: dict[str, Any] = config.student
+        hidden, width, rank = config.hidden_size, self.heads * self.size, student["ranks"]["decay"]
+        self.gating = student["gate"]
+        self.inputs = "wkvrg" if self.gating != "none" else "wkvr"
+        if self.token_shift:
+            for name in ("x", *self.inputs):
+                setattr(self, f"x_{name}", vector(hidden))
+            self.m1 = matrix(hidden, len(self.inputs) * MIX_RANK)
+            self.m2 = nn.Parameter(torch.zeros(len(self.inputs), MIX_RANK, hidden))
+        self.w0, self.w1, self.w2 = vector(width), matrix(hidden, rank), matrix(rank, width)
+        self.u = matrix(self.heads, self.size)
+        self.gate = None if self.gating == "none" else nn.Linear(hidden, width, bias=False)
 
-def previous(h: Tensor, starts: Tensor | None, first: Tensor | None) -> Tensor:
-    """The input before each token (B x T x D); at the start of a sequence `first` (B x D), or zero."""
-    past = torch.zeros_like(h[:, :1]) if first is None else first[:, None].to(h.dtype)
-    shifted = torch.cat([past, h[:, :-1]], 1)
-    return shifted if starts is None else torch.where(starts[:, :, None], past, shifted)
+    def forward(
+        self,
+        h: Tensor,
+        v_first: Tensor | None = None,
+        state: LayerState | None = None,
+        mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        return_state: bool = True,
+    ) -> tuple[Tensor, Tensor | None, LayerState | None]:
+        """As of `Rwkv7Mixer`; there is no value of a defining layer, and `v_first` is given back as it came."""
+        if segment_ids is not None and state is not None:
+            raise ValueError("state: packed sequences start without a past; leave out segment_ids or state")
+        starts = sequence_starts(mask, segment_ids)
+        inputs = self._inputs(h, starts, None if state is None else state[0])
+        r, k, v = self.project(inputs["r"], inputs["k"], inputs["v"], position_embeddings)
+        decay = (self.w0 + torch.tanh(inputs["w"] @ self.w1) @ self.w2).clamp(max=FASTEST_DECAY)
+        operands = [self.split(value).to(r.dtype) for value in (r, k, v, decay)]
+        y_BTHN, memory = recur(
+            wkv6, wkv6_step, operands, [self.u.to(r.dtype)], None if state is None else state[1], mask,
+            None if segment_ids is None else starts, return_state,
+        )  # fmt: skip
+        gate = None if self.gate is None else F.silu(self.gate(inputs["g"])) + (self.gating == "residual")
+        if self.ln_x is not None:
+            gate = None if gate is None else gate.to(y_BTHN.dtype)
+            y = tmix_out(y_BTHN, gn_w=self.ln_x.weight, gn_b=self.ln_x.bias, gate=gate, eps=self.ln_x.eps).flatten(2)
+        else:
+            y = y_BTHN.flatten(2) * self.scale
+            y = y if gate is None else y * gate
+        after = None if memory is None else (last(h, mask, None if state is None else state[0]), memory)
+        return self.output(y.to(h.dtype)), v_first, after
 
-
-def last(h: Tensor, mask: Tensor | None, before: Tensor | None) -> Tensor:
-    """The last real input of each row (B x D); that of `before`, or zero, where a row has none."""
-    if mask is None:
-        return h[:, -1]
-    real = mask.bool()
-    index = (real * torch.arange(h.shape[1], device=h.device)).argmax(1)
-    found = h[torch.arange(len(h), device=h.device), index]
-    return torch.where(real.any(1, keepdim=True), found, torch.zeros_like(found) if before is None else before.to(h.dtype))
-
-
-def rotate(x_BThn: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of heads in the layout of the teachers (first half, second half)."""
-    left, right = x_BThn.chunk(2, -1)
-    turned = torch.cat([-right, left], -1)
-    return x_BThn * cos[:, :, None].to(x_BThn.dtype) + turned * sin[:, :, None].to(x_BThn.dtype)
+    def _inputs(self, h: Tensor, starts: Tensor | None, first: Tensor | None) -> dict[str, Tensor]:
+        """Every input mixed with the token before by weights of its own, which a low-rank map of the token moves."""
+        if not self.token_shift:
+            return dict.fromkeys(self.inputs, h)
+        difference = previous(h, starts, first) - h
+        weights: dict[str, Tensor] = {name: getattr(self, f"x_{name}") for name in ("x", *self.inputs)}
+        base = h + difference * weights["x"].to(h.dtype)
+        low = torch.tanh(base @ self.m1).unflatten(-1, (len(self.inputs), MIX_RANK))
+        moved = torch.einsum("btmr,mrd->mbtd", low, self.m2.to(low.dtype))
+        return {name: h + difference * (weights[name] + offset).to(h.dtype) for name, offset in zip(self.inputs, moved)}

@@ -17,10 +17,11 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import ModelOutput
 
+from .base_rwkv_distill import LayerState, sequence_starts
 from .configuration_rwkv_distill import RwkvDistillConfig
-from .mixers_rwkv_distill import LayerState, Rwkv7Mixer, sequence_starts
+from .mixers_rwkv_distill import Rwkv6Mixer, Rwkv7Mixer
 
-MIXERS = {"v7": Rwkv7Mixer}
+MIXERS = {"v6": Rwkv6Mixer, "v7": Rwkv7Mixer}
 
 
 class RwkvState:

@@ -100,6 +100,7 @@ class OutputOptions:
     wandb: Literal["off", "offline", "online"] = opt("off", "Weights & Biases; online needs WANDB_API_KEY.")
     wandb_project: str = opt("lm-methods", "Project name in Weights & Biases.")
     wandb_group: str | None = opt(None, "Group of the run in Weights & Biases.")
+    run_name: str | None = opt(None, "Name of the run in Weights & Biases; default: that of the run folder.")
     sample_prompt: str | None = opt(None, "Prompt to continue at the end of the run; the text goes to sample.txt.")
 
 

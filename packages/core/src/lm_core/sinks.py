@@ -231,7 +231,7 @@ class Wandb:
         self.run = wandb.init(
             project=self.options.wandb_project,
             group=self.options.wandb_group,
-            name=self.folder.name,
+            name=self.options.run_name or self.folder.name,
             id=identity.read_text(),
             resume="allow",
             mode="online" if online else "offline",

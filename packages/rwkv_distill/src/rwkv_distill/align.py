@@ -19,12 +19,13 @@ from lm_core import dist
 from lm_core.deepspeed_settings import split
 from lm_core.engine.frozen import freeze
 from lm_core.errors import ConfigError
-from lm_core.method import Batch, Loss, Method, Rule
+from lm_core.method import Batch, Loss, Rule
 from lm_core.models import load_model
 from lm_core.run import make_loader
 from rwkv_distill.config import MODELS, TrainConfig
 from rwkv_distill.losses import Align as Kind
 from rwkv_distill.losses import misfit
+from rwkv_distill.method import StudentMethod
 from rwkv_distill.rules import mixer_rules
 from rwkv_distill.student import StudentModel
 from rwkv_distill.weights import load_into
@@ -159,7 +160,7 @@ def unmasked(batch: Batch) -> Tensor:
     return real & (batch.index >= 0)[:, None]
 
 
-class Align(Method):
+class Align(StudentMethod):
     """Stage 1. Only mixers are trained; the head is never evaluated."""
 
     config: TrainConfig

@@ -30,9 +30,9 @@ BATCHING = {"pad": "document", "concat": "stream", "pack": "best-fit"}
 WARMUP_FLOOR = 0.01
 # options that only some stages use: a choice elsewhere is refused, never ignored
 STAGES: dict[str, tuple[int, ...]] = dict.fromkeys(("align_loss", "layer_local"), (1,))
-STAGES |= dict.fromkeys(("teacher_model_id", "kl_weight", "ce_weight", "temperature", "kl_direction", "kl_chunk"), (2,))
+STAGES |= dict.fromkeys(("teacher_model_id", "kl_weight", "ce_weight", "temperature", "kl_direction", "kl_chunk", "kl_on"), (2,))
 STAGES |= dict.fromkeys(("full_params", "freeze_mlp", "dropout"), (2, 3))
-KERNELS = {"auto": "auto", "cuda": "cuda", "cpu": "cpu", "torch": "reference"}
+KERNELS = {"": "auto", "auto": "auto", "cuda": "cuda", "cpu": "cpu", "torch": "reference"}
 
 
 @config
@@ -45,12 +45,18 @@ class TrainConfig(RunConfig):
     gate_free: bool = opt(False, "Same as --gate none.", flags=("-e",))
 
     data: list[str] = change(DataOptions, "data", flags=("-r", "--raw-data"))
+    preprocessed_data: list[str] = opt(
+        help="Token ids instead of text: saved datasets with input_ids, token shards, or .bin/.idx pairs; repeatable.",
+        factory=list,
+        flags=("-p",),
+    )
     max_length: int = change(DataOptions, "max_length", flags=("-m",))
     packing: Literal["best-fit", "document", "stream"] = change(DataOptions, "packing", default="best-fit")
     batching: Literal["pad", "concat", "pack"] | None = opt(
         None, "Other words for --packing: pad is document, concat is stream, pack is best-fit."
     )
     need_to_pad: bool = opt(False, "Same as --batching concat.", flags=("-N",))
+    padding_side: Literal["left", "right"] = opt("right", "Where rows that are too short are filled.")
 
     stage: Literal[1, 2, 3] = opt(
         1,
@@ -74,6 +80,9 @@ class TrainConfig(RunConfig):
     kl_direction: Literal["forward", "reverse", "adaptive"] = opt(
         "forward", "Which divergence: KL(teacher|student), KL(student|teacher), or a mixture by where they differ (stage 2)."
     )
+    kl_on: Literal["all", "assistant"] = opt(
+        "all", "Compare distributions everywhere, or only where a labelled token follows: in chats what the assistant says (stage 2)."
+    )
     kl_chunk: int = opt(256, "Positions whose logits exist at a time (stage 2).", ge=1)
     dropout: float = opt(0.05, "Share of the mixers' output that is dropped (stages 2 and 3).", ge=0, lt=1)
 
@@ -87,7 +96,7 @@ class TrainConfig(RunConfig):
         EngineOptions, "precision", flags=("--dtype",), help="Arithmetic; bf16 on a GPU unless given. Weights and states stay float32."
     )
 
-    wkv: Literal["auto", "cuda", "cpu", "torch"] | None = opt(None, "Other words for --kernels: torch is reference.", flags=("-W",))
+    wkv: Literal["auto", "cuda", "cpu", "torch", ""] | None = opt(None, "Other words for --kernels: torch is reference.", flags=("-W",))
 
     lr: float = change(OptimOptions, "lr", default=6e-4, flags=("--lr-init",))
     lr_final: float = opt(1e-5, "Learning rate at the end.", flags=("-f",), ge=0)
@@ -105,7 +114,10 @@ class TrainConfig(RunConfig):
     max_trained_tokens: Count = opt(100_000_000, "Stop after so many tokens; padding does not count.", flags=("-t",), ge=1)
     max_epochs: int = opt(1, "Stop after so many passes over the data.", flags=("-X",), ge=1)
     stop_loss: float | None = change(OutputOptions, "stop_loss", default=0.01, flags=("-T", "--terminate-loss"))
+    save_interval: Count | None = opt(None, "Micro-batches between checkpoints, in whole updates; other words for --save-every.", ge=1)
     wandb_project: str = change(OutputOptions, "wandb_project", default="rwkv_distill", flags=("-P",))
+    wandb_mode: Literal["online", "offline", "disabled"] | None = opt(None, "Other words for --wandb: disabled is off.")
+    run_name: str | None = change(OutputOptions, "run_name", flags=("-D",))
     seed: int = change(OutputOptions, "seed", default=42)
 
     def check(self) -> None:
@@ -121,6 +133,11 @@ class TrainConfig(RunConfig):
             raise ConfigError(f"gate_free: -e 1 means --gate none, not {self.student.gate}; drop one of them")
         if self.wkv is not None and "kernels" in chosen and self.kernels != KERNELS[self.wkv]:
             raise ConfigError(f"wkv: -W {self.wkv} means --kernels {KERNELS[self.wkv]}, not {self.kernels}; drop one of them")
+        if self.preprocessed_data and self.data and self.data != paths(self.preprocessed_data):
+            raise ConfigError("preprocessed_data: give -p or -r, not both; token ids and text are not mixed in one run")
+        for name, other in (("save_interval", "save_every"), ("wandb_mode", "wandb")):
+            if getattr(self, name) is not None and other in chosen:
+                raise ConfigError(f"{name}: is another word for --{other.replace('_', '-')}; drop one of them")
         if self.num_nodes > 1 and "WORLD_SIZE" not in os.environ:
             raise ConfigError(f"num_nodes: {self.num_nodes} machines need a launcher; use launchers/slurm.sh, or torchrun on each of them")
         defaults = {leaf.path: leaf.default for leaf in leaves(type(self))}
@@ -141,6 +158,8 @@ class TrainConfig(RunConfig):
     def row_packing(self) -> str:
         """--packing, or what its other spellings say."""
         word = "concat" if self.need_to_pad else self.batching
+        if word is None and self.preprocessed_data and "packing" not in explicit(self):
+            word = "pad"
         return self.packing if word is None else BATCHING[word]
 
     def limits(self) -> Budget:
@@ -151,6 +170,15 @@ class TrainConfig(RunConfig):
         """Between `lr` and `lr_final` over the steps that are left: see `rate`."""
         fraction = self.limits().fraction(progress, None, epoch_samples) if progress.steps else 0.0
         return rate(progress.steps, fraction, self.lr, self.lr_final, self.warmup, self.schedule)
+
+
+def paths(values: list[str]) -> list[str]:
+    """Data arguments, those that list several in one string taken apart; what exists as a path is one.
+
+    >>> paths(["builtin:python-docs a.txt", "b.txt"])
+    ['builtin:python-docs', 'a.txt', 'b.txt']
+    """
+    return [part for value in values for part in ([value] if Path(value).expanduser().exists() else value.split())]
 
 
 def rate(steps: int, fraction: float, first: float, final: float, warmup: float, shape: str) -> float:
@@ -183,7 +211,13 @@ def settle(config: TrainConfig) -> TrainConfig:
 
     log = logging.getLogger(__name__)
     cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    changes: dict[str, object] = {"packing": config.row_packing()}
+    changes: dict[str, object] = {"packing": config.row_packing(), "data": paths(config.preprocessed_data or config.data)}
+    changes["preprocessed_data"] = paths(config.preprocessed_data)
+    changes["eval_data"] = paths(config.eval_data)
+    if config.save_interval is not None:
+        changes |= {"save_every": str(-(-int(config.save_interval) // config.accumulate)), "save_interval": None}
+    if config.wandb_mode is not None:
+        changes |= {"wandb": {"disabled": "off"}.get(config.wandb_mode, config.wandb_mode), "wandb_mode": None}
     if cuda and "precision" not in explicit(config):
         changes["precision"] = "bf16"
     if config.wkv is not None:

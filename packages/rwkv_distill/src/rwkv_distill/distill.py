@@ -15,11 +15,12 @@ from torch.nn import functional as F
 from kernels_cuda.head import linear_kl
 from lm_core.engine.frozen import freeze
 from lm_core.errors import ConfigError, InputError
-from lm_core.method import IGNORE, Batch, Loss, Method, Rule
+from lm_core.method import IGNORE, Batch, Loss, Rule
 from lm_core.models import checkpoint_activations, load_model, load_tokenizer
 from rwkv_distill.align import hf_student, require_positions, unmasked
 from rwkv_distill.config import MODELS, TrainConfig
 from rwkv_distill.hf.modeling_rwkv_distill import positions
+from rwkv_distill.method import StudentMethod
 from rwkv_distill.rules import student_rules
 from rwkv_distill.student import StudentModel, untie
 from rwkv_distill.weights import load_into
@@ -108,7 +109,7 @@ def whole_student(config: TrainConfig) -> StudentModel:
     return student
 
 
-class Distill(Method):
+class Distill(StudentMethod):
     """Stage 2: divergence from the teacher, and cross entropy of the text, each with its weight."""
 
     config: TrainConfig
@@ -136,7 +137,7 @@ class Distill(Method):
         config = self.config
         if self.columns is not None and batch["input_ids"].device.type == "cpu" and int(batch["input_ids"].max()) >= self.columns:
             raise InputError(f"data: holds the id {int(batch['input_ids'].max())}, but student and teacher share only {self.columns} ids")
-        mask, labels = unmasked(batch), next_tokens(batch)
+        mask, labels = self.compared(batch), next_tokens(batch)
         compared, labelled = int(mask.sum()), int((labels != IGNORE).sum())
         total, kl, ce = model(
             batch["input_ids"],
@@ -158,7 +159,14 @@ class Distill(Method):
 
     def targets(self, batch: Batch) -> int:
         """Positions whose distribution is compared; those with a label, where only cross entropy counts."""
-        return self.tokens(batch) if self.config.kl_weight > 0 else int((next_tokens(batch) != IGNORE).sum())
+        if self.config.kl_weight > 0:
+            return self.tokens(batch) if self.config.kl_on == "all" else int(self.compared(batch).sum())
+        return int((next_tokens(batch) != IGNORE).sum())
+
+    def compared(self, batch: Batch) -> Tensor:
+        """Positions (B x T, bool) whose distributions are compared."""
+        real = unmasked(batch)
+        return real if self.config.kl_on == "all" else real & (next_tokens(batch) != IGNORE)
 
     def param_rules(self) -> list[Rule]:
         return student_rules(full=self.config.full_params, mlp=not self.config.freeze_mlp)

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from kernels_cuda.head import linear_cross_entropy
-from lm_core.method import IGNORE, Batch, Loss, Method, Rule
+from lm_core.method import IGNORE, Batch, Loss, Rule
 from lm_core.models import checkpoint_activations
 from rwkv_distill.align import hf_student, require_positions
 from rwkv_distill.config import TrainConfig
 from rwkv_distill.distill import Head, next_tokens, whole_student
+from rwkv_distill.method import StudentMethod
 from rwkv_distill.rules import student_rules
 from rwkv_distill.student import StudentModel
 
@@ -34,7 +35,7 @@ class LabelledText(nn.Module):
         return total
 
 
-class Finetune(Method):
+class Finetune(StudentMethod):
     """Stage 3: next-token cross entropy."""
 
     config: TrainConfig

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
     from lm_core.data.pack import Packed
     from lm_core.data.shards import Source
-    from lm_core.data.sources import Argument
+    from lm_core.data.sources import Argument, Corpus
+
+    Open = Callable[[Corpus], Source]
 
 # Built-in sources hold out the same documents whatever the options say
 FIXED_HOLD_OUT = 0.05
@@ -50,8 +52,10 @@ class Data:
     ordered: bool = False
 
 
-def build_data(config: Any, tokenizer: PreTrainedTokenizerBase) -> Data:
+def build_data(config: Any, tokenizer: PreTrainedTokenizerBase, open_source: Open | None = None) -> Data:
     """Next-token samples of `config.data` and `config.eval_data` (DataOptions and `seed`).
+
+    `open_source` makes documents of a corpus where rows hold more than text; default: `open_corpus`.
 
     Without `eval_data` every source gives its own held-out part: the fixed twentieth of a built-in one, the validation
     split of a saved or hub dataset that has one, else the share `hold_out` of its documents. Without any weight
@@ -59,27 +63,29 @@ def build_data(config: Any, tokenizer: PreTrainedTokenizerBase) -> Data:
 
     Raises ConfigError for arguments that make no sense, InputError for data that cannot be used.
     """
-    arguments, held = named(config.data, "data"), eval_rows(config, tokenizer)
+    arguments, held = named(config.data, "data"), eval_rows(config, tokenizer, open_source)
+    opened = open_source or _opener(config, tokenizer)
     if not arguments:
         raise ConfigError("data: nothing to train on; give --data, for example --data builtin:python-docs")
     train: dict[str, Packed] = {}
     valid: dict[str, Packed] = {}
     for number, (name, argument) in enumerate(arguments.items()):
-        first, second = _parts(argument, config, tokenizer, hold_out=0.0 if held else config.hold_out)
+        first, second = _parts(argument, opened, hold_out=0.0 if held else config.hold_out)
         train[name] = pack_rows(first, config, tokenizer, name=name, number=number, train=True)
         if second is not None and not held and config.hold_out > 0:
             valid[name] = pack_rows(second, config, tokenizer, name=name, train=False)
     return Data(train=train, valid=valid | held, weights=weights_of(arguments, train))
 
 
-def eval_rows(config: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Packed]:
+def eval_rows(config: Any, tokenizer: PreTrainedTokenizerBase, open_source: Open | None = None) -> dict[str, Packed]:
     """Samples of `config.eval_data` by source: the held-out part of what has one, else all of it.
 
     Of `config`, only `eval_data`, `text_column`, `packing` and `max_length` are read.
     """
     rows: dict[str, Packed] = {}
+    opened = open_source or _opener(config, tokenizer)
     for name, argument in named(config.eval_data, "eval_data").items():
-        first, second = _parts(argument, config, tokenizer, hold_out=0.0)
+        first, second = _parts(argument, opened, hold_out=0.0)
         source = first if second is None else second
         source = source if argument.samples is None else source.take(argument.samples)
         rows[name] = pack_rows(source, config, tokenizer, name=name, train=False)
@@ -104,18 +110,23 @@ def pack_rows(source: Source, config: Any, tokenizer: PreTrainedTokenizerBase, *
     return Stream(source, config.max_length, pad, isolate=isolate, shuffle=config.shuffle, seed=config.seed, number=number)
 
 
-def _parts(argument: Argument, config: Any, tokenizer: PreTrainedTokenizerBase, hold_out: float) -> tuple[Source, Source | None]:
-    """Documents to train on, [N] of them if asked, and those held out, if any."""
-    from lm_core.data.sources import resolve
+def _opener(config: Any, tokenizer: PreTrainedTokenizerBase) -> Open:
     from lm_core.data.tokenize import open_corpus
 
+    return lambda corpus: open_corpus(corpus, tokenizer, text_column=config.text_column)
+
+
+def _parts(argument: Argument, opened: Open, hold_out: float) -> tuple[Source, Source | None]:
+    """Documents to train on, [N] of them if asked, and those held out, if any."""
+    from lm_core.data.sources import resolve
+
     corpus = resolve(argument)
-    source = open_corpus(corpus, tokenizer, text_column=config.text_column)
+    source = opened(corpus)
     held: Source | None = None
     if corpus.fixed:
         source, held = source.split(FIXED_HOLD_OUT)
     elif corpus.valid is not None:
-        held = open_corpus(corpus.valid, tokenizer, text_column=config.text_column)
+        held = opened(corpus.valid)
     elif hold_out > 0:
         if source.tokens < 4:
             raise InputError(

@@ -60,7 +60,7 @@ class TimeMixer(nn.Module):
 
     def split(self, value: Tensor) -> Tensor:
         """B x T x A by heads."""
-        return value.unflatten(-1, (self.heads, self.size))
+        return value.view(*value.shape[:-1], self.heads, self.size)
 
 
 def recur(

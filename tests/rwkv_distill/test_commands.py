@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 from rwkv_distill.cli import cli
 
@@ -109,3 +114,97 @@ def test_bench_meets_its_targets() -> None:
     found = [*report["wkv7"].values(), report["pack"]]
     assert all(entry["ratio"] >= entry["at_least"] for entry in found if isinstance(entry, dict))
     assert report["decode"]["student"]["slowest_over_first"]["ratio"] <= 1.1
+
+
+def test_prepared_ids_train_the_same_student_as_their_text(folder: Path, tmp_path: Path) -> None:
+    # one document, so that there is one order
+    (tmp_path / "text.txt").write_text("abcdefgh" * 20)
+    for kind, name in (("hf", "ids"), ("binidx", "pair/data")):
+        source = tmp_path / name.partition("/")[0]
+        made = json.loads(
+            invoke(f"prepare-data -r {tmp_path}/text.txt --tokenizer bytes -m 256 --format {kind} --json", "-o", str(source)).stdout
+        )
+        assert (made["rows"], made["tokens"]) == (1, 161)
+    common = "--hold-out 0 --batching pad --budget 1steps -m 64 --no-calibrate"
+    line = "train --model tiny --tokenizer bytes -b 1 -a 1 --head-size 32 -w 0 -T 0 --device cpu --eval-every never --no-tensorboard"
+    losses = []
+    for place, data in enumerate((["-r", f"{tmp_path}/text.txt"], ["-p", f"{tmp_path}/ids"], ["-p", f"{tmp_path}/pair/data.idx"])):
+        invoke(f"{line} {common}", *data, "-o", str(tmp_path / f"run{place}"))
+        losses.append(json.loads((tmp_path / f"run{place}/metrics.jsonl").read_text().splitlines()[0])["train/loss"])
+    assert losses[0] == losses[1] == losses[2]
+    assert "already holds files" in refused(f"prepare-data -r {tmp_path}/text.txt --tokenizer bytes -o {tmp_path}/ids")
+
+
+def test_labels_have_a_place_in_saved_datasets_alone(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}')
+    assert "only a saved dataset" in refused(
+        f"prepare-data -r {tmp_path}/rows.jsonl --tokenizer bytes -o {tmp_path}/shards --format shards"
+    )
+    invoke(f"prepare-data -r {tmp_path}/rows.jsonl --tokenizer bytes -o {tmp_path}/ids")
+    import datasets
+
+    assert datasets.load_from_disk(str(tmp_path / "ids"))[0]["labels"] == [-100, -100, -100, -100, ord("2"), 258]
+
+
+def test_init_writes_a_student_that_stage_2_starts_from(tmp_path: Path) -> None:
+    made = json.loads(invoke(f"init --model tiny --tokenizer bytes --head-size 32 --device cpu --json -o {tmp_path}/s0").stdout)
+    assert made == {"output_dir": f"{tmp_path}/s0", "calibrated": False}
+    from rwkv_distill.student import load_student
+
+    student = load_student(tmp_path / "s0")
+    assert not student.mixers()[1].g2.any()
+    data = "--data synthetic:markov[40] -m 32"
+    assert json.loads(invoke(f"init --model tiny --tokenizer bytes --head-size 32 --device cpu {data} --json -o {tmp_path}/s1").stdout)[
+        "calibrated"
+    ]
+    assert not torch.equal(load_student(tmp_path / "s1").mixers()[1].output.weight, student.mixers()[1].output.weight)
+
+
+def test_consolidated_weights_are_those_of_the_run(folder: Path, tmp_path: Path) -> None:
+    expected = load_file(folder / "s2/final/model.safetensors")
+    for name in ("all.safetensors", "all.bin"):
+        invoke(f"consolidate {folder}/s2/checkpoints/checkpoint-3 -o {tmp_path}/{name}")
+    for found in (load_file(tmp_path / "all.safetensors"), torch.load(tmp_path / "all.bin", weights_only=True)):
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert "neither .safetensors nor .bin" in refused(f"consolidate {folder}/s2 -o {tmp_path}/x.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["--engine sharded", "-S 3"])
+def test_checkpoints_in_parts_become_one_file(engine: str, folder: Path, tmp_path: Path) -> None:
+    line = f"{TRAIN} -s 2 -k {folder}/s1 --budget 1steps {engine} -o {tmp_path}/run"
+    # in a process of its own, since a process group stays
+    subprocess.run([sys.executable, "-c", "from rwkv_distill.cli import main; main()", *line.split()], check=True, capture_output=True)
+    invoke(f"consolidate {tmp_path}/run -o {tmp_path}/all.safetensors")
+    found, expected = load_file(tmp_path / "all.safetensors"), load_file(tmp_path / "run/final/model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_generation_goes_on_from_a_file(folder: Path, tmp_path: Path) -> None:
+    def tokens(line: str, *more: str) -> list[int]:
+        found: list[int] = json.loads(invoke(f"generate --model {folder}/s2 --json {line}", *more).stdout)["tokens"]
+        return found
+
+    whole = tokens("--max-new-tokens 8", "--prompt", "ab")
+    first = tokens(f"--max-new-tokens 3 --state-out {tmp_path}/state", "--prompt", "ab")
+    assert first + tokens(f"--max-new-tokens 5 --state-in {tmp_path}/state") == whole
+    assert "another student" in refused(f"generate --model {folder}/s1 --state-in {tmp_path}/state")
+    assert "cannot be read" in refused(f"generate --model {folder}/s1 --state-in {folder}/s1/config.yaml")
+
+
+def test_chats_are_answered_where_the_tokenizer_knows_chats(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "chat.json").write_text('{"messages": [{"role": "user", "content": "hi"}]}')
+    assert "no chat template" in refused(f"generate --model {folder}/s2 --chat {tmp_path}/chat.json")
+    place = tmp_path / "chatty"
+    shutil.copytree(folder / "s2/final", place)
+    (place / "chat_template.jinja").write_text(
+        "{% for m in messages %}[{{ m['content'] }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
+    result = json.loads(invoke(f"generate --model {place} --chat {tmp_path}/chat.json --max-new-tokens 2 --json").stdout)
+    assert result["prompt"] == "[hi]>"
+    assert "role 'x' is unknown" in refused_chat(place, tmp_path)
+
+
+def refused_chat(place: Path, tmp_path: Path) -> str:
+    (tmp_path / "wrong.json").write_text('[{"role": "x", "content": "hi"}]')
+    return refused(f"generate --model {place} --chat {tmp_path}/wrong.json")

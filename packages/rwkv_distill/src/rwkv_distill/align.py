@@ -50,8 +50,11 @@ class AlignedLayers(nn.Module):
         super().__init__()
         self.student = student
         self.recompute = recompute
+        # those of softmax layers belong to the student
+        own = {id(module) for module in student.modules()}
+        freeze(nn.ModuleList(attention for attention in attentions if id(attention) not in own), sharded=False)
         # not a submodule
-        object.__setattr__(self, "attentions", freeze(nn.ModuleList(attentions), sharded=False))
+        object.__setattr__(self, "attentions", nn.ModuleList(attentions))
 
     def forward(
         self,
@@ -181,8 +184,8 @@ class Align(StudentMethod):
             raise ConfigError(f"{said} splits weights that stage 1 uses part by part; use --engine replicated or --zero-stage 1")
         teacher: Any = load_model(config.model, presets=MODELS, seed=config.seed)
         require_positions(teacher.config, config.max_length)
-        attentions = [layer.self_attn for layer in teacher.base_model.layers]
         student = StudentModel.from_teacher(teacher, config.student)
+        attentions = student.teacher_attentions
         if not student.mixers():
             raise ConfigError("layers: no layer is replaced, so there is nothing to train; name at least one layer")
         layers = AlignedLayers(student, attentions, recompute=config.gradient_checkpointing and not config.layer_local)

@@ -10,7 +10,15 @@ import click
 from lm_core.cli import command_group, configured
 from lm_core.cli import main as run_cli
 from lm_core.yaml12 import dump
-from rwkv_distill.command_config import BenchConfig, EvalConfig, ExportConfig, GenerateConfig, ImportConfig
+from rwkv_distill.command_config import (
+    BenchConfig,
+    ConsolidateConfig,
+    EvalConfig,
+    ExportConfig,
+    GenerateConfig,
+    ImportConfig,
+    PrepareConfig,
+)
 from rwkv_distill.config import TrainConfig, settle
 
 cli = command_group("Distil Transformers into RWKV students that generate with constant memory.")
@@ -37,6 +45,47 @@ def train(config: TrainConfig) -> dict[str, Any]:
     from rwkv_distill.finetune import Finetune
 
     return run(config, Finetune(config))
+
+
+@cli.command()
+@configured(TrainConfig)
+def init(config: TrainConfig) -> dict[str, Any]:
+    """Write the untrained student, with its projections copied, and calibrated where there is data.
+
+    Example: rwkv-distill init -c packages/rwkv_distill/presets/smollm2_135m_distill.yaml -o s0
+    """
+    from rwkv_distill.untrained import write_untrained
+
+    return write_untrained(settle(config))
+
+
+@cli.command()
+@configured(PrepareConfig)
+def prepare_data(config: PrepareConfig) -> dict[str, Any]:
+    """Tokenise rows once, for --preprocessed-data of train.
+
+    Example: rwkv-distill prepare-data -r builtin:python-docs --tokenizer smollm2-135m -m 256 -o docs-ids
+    """
+    from rwkv_distill.prepare import prepare
+
+    result = prepare(config)
+    click.echo(f"{result['output_dir']}: {result['rows']:,} rows, {result['tokens']:,} tokens")
+    return result
+
+
+@cli.command()
+@click.argument("ckpt", type=click.Path(path_type=Path))
+@configured(ConsolidateConfig)
+def consolidate(config: ConsolidateConfig, ckpt: Path) -> dict[str, Any]:
+    """Write a checkpoint of any engine as one file.
+
+    Example: rwkv-distill consolidate s2/checkpoints/checkpoint-10 -o student.safetensors
+    """
+    from rwkv_distill import weights
+
+    result = weights.consolidate(ckpt, config.output)
+    click.echo(f"{result['output']}: {result['tensors']} tensors, {result['bytes']:,} bytes")
+    return result
 
 
 @cli.command("eval")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from lm_core.config import Count, change, config, opt
+from lm_core.errors import ConfigError
 from lm_core.options import DataOptions, EngineOptions
 
 
@@ -32,6 +33,9 @@ class GenerateConfig:
 
     model: str = opt(help="Student: a final/ folder, an exported one, or a checkpoint.")
     prompt: str = opt("", "Text to continue; none begins with the tokenizer's first token.")
+    chat: Path | None = opt(None, "JSON file of turns (role and content) to answer, instead of --prompt.")
+    state_in: Path | None = opt(None, "File of --state-out: go on behind that text.")
+    state_out: Path | None = opt(None, "File to keep what the student remembers of the text in.")
     max_new_tokens: int = opt(128, "Longest continuation.", ge=1)
     temperature: float = opt(0.0, "0 takes the likeliest token; above 0 tokens are drawn.", ge=0)
     top_p: float = opt(1.0, "Draw from the fewest tokens that hold this share of the mass.", gt=0, le=1)
@@ -39,6 +43,10 @@ class GenerateConfig:
     repetition_penalty: float = opt(1.0, "Makes tokens that have occurred so many times less likely.", gt=0)
     seed: int = opt(42, "Seed of drawn tokens.", ge=0)
     stream: bool = opt(False, "Print tokens as they are found.")
+
+    def check(self) -> None:
+        if self.chat is not None and self.prompt:
+            raise ConfigError("chat: a chat is answered and a --prompt is continued; give one of them")
 
 
 @config
@@ -74,3 +82,29 @@ class ImportConfig:
 
     format: Literal["arwkv", "hf"] = opt("arwkv", "Layout of the folder.")
     output_dir: Path = opt(help="Folder to write; must not hold anything.", flags=("-o",))
+
+
+@config
+class PrepareConfig:
+    """Rows tokenised once, for --preprocessed-data."""
+
+    raw_data: list[str] = opt(help="Rows to read, written like --data of train; repeatable.", factory=list, flags=("-r", "--data"))
+    output_dir: Path = opt(help="Folder to write; must not hold anything.", flags=("-o",))
+    tokenizer: str = opt(help="Tokenizer: bytes, a folder or a hub id.")
+    max_length: int = opt(512, "Tokens of a row at most; longer documents are cut.", flags=("-m",), ge=2)
+    format: Literal["hf", "shards", "binidx"] = opt(
+        "hf", "hf: a saved dataset, with labels; shards: token shards; binidx: RWKV's .bin and .idx (both for plain text)."
+    )
+    text_column: str = change(DataOptions, "text_column")
+    num_proc: int = opt(1, "Processes that tokenise.", ge=1)
+
+
+@config
+class ConsolidateConfig:
+    """A checkpoint of any engine as one file of tensors."""
+
+    output: Path = opt(help="File to write: .safetensors or .bin.", flags=("-o",))
+
+    def check(self) -> None:
+        if self.output.suffix not in (".safetensors", ".bin"):
+            raise ConfigError(f"output: {self.output} is neither .safetensors nor .bin; use one of these endings")

@@ -100,6 +100,8 @@ class DistilledLogits(nn.Module):
 def whole_student(config: TrainConfig) -> StudentModel:
     """The student of stages 2 and 3, with the parts of a teacher of its own, since it will change them."""
     student = StudentModel.from_teacher(load_model(config.model, presets=MODELS, seed=config.seed), config.student)
+    # only stage 1 looks at these
+    del student.teacher_attentions
     if config.ckpt_file is not None and torch.get_default_device().type != "meta":
         load_into(student, config.ckpt_file, fresh_mixers=config.chose_init())
     if config.full_params:

@@ -27,21 +27,21 @@ ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": 
 _VERSION = 1
 
 
-def open_rows(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, text_column: str, *, ready: bool = False) -> Source:
+def open_rows(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, text_column: str, *, ready: bool = False, workers: int = 1) -> Source:
     """The documents of a corpus as tokens and labels; made once, then read from the cache. `ready` accepts token ids alone.
 
     Raises InputError for rows that cannot be used, by file and row.
     """
     if corpus.fixed or corpus.folder is not None:
         # built-in text, and shards
-        return open_corpus(corpus, tokenizer, text_column=text_column)
+        return open_corpus(corpus, tokenizer, text_column=text_column, workers=workers)
     identity = vocab.fingerprint(tokenizer)
     shifted = labels_are_shifted(Path(corpus.argument.source).expanduser())
     encode = RowEncoder(tokenizer, text_column, ready=ready, shifted=shifted)
 
     def write(folder: Path) -> None:
         with ShardWriter(folder, vocab_size=len(tokenizer), labels=True) as writer:
-            write_rows(writer, segments(corpus.rows()), encode, count=corpus.count, title=corpus.argument.name)
+            write_rows(writer, segments(corpus.rows()), encode, workers=workers, count=corpus.count, title=corpus.argument.name)
             writer.close(tokenizer_sha256=identity, source=corpus.argument.source)
 
     template = getattr(tokenizer, "chat_template", None)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -17,6 +17,7 @@ from lm_core.models import load_model
 from rwkv_distill import hf, init
 from rwkv_distill.hf.configuration_rwkv_distill import RwkvDistillConfig
 from rwkv_distill.hf.modeling_rwkv_distill import RwkvDistillForCausalLM
+from rwkv_distill.losses import Align
 from rwkv_distill.student_config import TEACHERS, StudentConfig, resolve
 
 # which file of a saved folder holds which class
@@ -29,6 +30,8 @@ AutoConfig.register(RwkvDistillConfig.model_type, RwkvDistillConfig)
 
 class StudentModel(RwkvDistillForCausalLM):  # type: ignore[no-untyped-call]
     """The student as it is trained. Saved folders hold the modelling code, so they load where this package is not installed."""
+
+    teacher_attentions: list[nn.Module]
 
     @classmethod
     def from_teacher(cls, teacher: str | PreTrainedModel, config: StudentConfig | None = None) -> Self:
@@ -53,6 +56,8 @@ class StudentModel(RwkvDistillForCausalLM):  # type: ignore[no-untyped-call]
         with no_init_weights():
             student = cls(RwkvDistillConfig(teacher=values, student=fields), backbone)
         student.lm_head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        # for stage 1, and no part of the student
+        object.__setattr__(student, "teacher_attentions", attentions)
         shift = config.token_shift_init or ("zero" if config.init == "copy" else "rwkv")
         for layer, attention in zip(student.model.layers, attentions):
             if layer.recurrent:
@@ -65,6 +70,14 @@ class StudentModel(RwkvDistillForCausalLM):  # type: ignore[no-untyped-call]
     def mixers(self) -> dict[int, Any]:
         """The time mixers by layer."""
         return {layer.index: layer.self_attn.time_mixer for layer in self.model.layers if layer.recurrent}
+
+    def alignment_losses(self, input_ids: Tensor, attention_mask: Tensor | None = None, kind: Align = "l2") -> Tensor:
+        """Mean distance of every mixer's output from the teacher's attention, by layer, with gradients. Needs `from_teacher`."""
+        from rwkv_distill.align import AlignedLayers
+
+        count = input_ids.numel() if attention_mask is None else attention_mask.sum()
+        layers = AlignedLayers(self, self.teacher_attentions)
+        return torch.stack([loss for _, loss in layers(input_ids, attention_mask, kind=kind)]) / count
 
     def save_pretrained(self, save_directory: Any, pytorch_bin: bool = True, **options: Any) -> None:  # type: ignore[override]
         """Weights and configuration, and beside them the modelling code, named as what loads without this package."""

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import pickle
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from lm_core import checkpoint
-from lm_core.engine.state import weights
+from lm_core.engine.state import read_tensors, weights, write_tensors
 from lm_core.errors import InputError
 from rwkv_distill.student import StudentModel, untie
 
@@ -62,6 +64,9 @@ def load_into(student: StudentModel, path: str | Path, *, fresh_mixers: bool = F
 
 def read(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors at `path`. Raises InputError where there are none, or where a file holds more than tensors."""
+    if path.is_dir() and (parts := _gathered(path)) is not None:
+        yield from parts
+        return
     for file in files(path):
         try:
             if file.suffix == ".safetensors":
@@ -78,6 +83,63 @@ def read(path: Path) -> Iterator[tuple[str, Tensor]]:
         if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
             raise InputError(f"ckpt_file: {file} is no mapping of names to tensors; give the weights of a student")
         yield from content.items()
+
+
+def consolidate(path: Path, output: Path) -> dict[str, Any]:
+    """Every tensor of a checkpoint, frozen ones too, as one file; what and how much was written."""
+    tensors = {name: tensor.clone() for name, tensor in read(path)}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.suffix == ".bin":
+        torch.save(tensors, output)
+    else:
+        write_tensors(output, tensors)
+    return {"output": str(output), "tensors": len(tensors), "bytes": output.stat().st_size}
+
+
+def _gathered(path: Path) -> Iterator[tuple[str, Tensor]] | None:
+    """The tensors of a checkpoint that an engine wrote in parts, whole, by the student's names; None where there is no such one."""
+    folder = (checkpoint.latest(path) if (path / "checkpoints").is_dir() else None) or path
+    if (folder / "model" / ".metadata").is_file():
+        return _own(_of_shards(folder / "model"))
+    if (folder / "deepspeed").is_dir():
+        return _own(_of_zero(folder))
+    return None
+
+
+def _own(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    return ((name.removeprefix("student."), tensor) for name, tensor in tensors.items())
+
+
+def _of_shards(folder: Path) -> dict[str, Tensor]:
+    """FSDP2's, read by one process."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    saved = FileSystemReader(folder).read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in saved.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        # it says that there is one process
+        warnings.simplefilter("ignore", UserWarning)
+        load(tensors, storage_reader=FileSystemReader(folder), no_dist=True)
+    return tensors
+
+
+def _of_zero(folder: Path) -> dict[str, Tensor]:
+    """DeepSpeed's float32 masters, and what is not trained."""
+    from contextlib import redirect_stdout
+    from io import StringIO
+
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with redirect_stdout(StringIO()):
+        trained: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder / "deepspeed"), tag="zero")
+    rest = folder / "untrained.safetensors"
+    return {**dict(read_tensors(rest) if rest.is_file() else ()), **trained}
 
 
 def files(path: Path) -> list[Path]:

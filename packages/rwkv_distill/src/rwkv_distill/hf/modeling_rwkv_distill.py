@@ -228,8 +228,7 @@ class RwkvDistillModel(RwkvDistillPreTrainedModel):  # type: ignore[no-untyped-c
         if return_state and segment_ids is not None:
             raise ValueError("return_state: packed sequences have no common state; leave out segment_ids")
         if return_state and state is None:
-            hybrid = not all(layer.recurrent for layer in self.layers)
-            state = RwkvState(len(self.layers), DynamicCache() if hybrid else None)
+            state = self.new_state()
         mask = None if attention_mask is None else attention_mask[:, -time:]
         if mask is not None and bool(mask.all()):
             mask = None
@@ -245,6 +244,11 @@ class RwkvDistillModel(RwkvDistillPreTrainedModel):  # type: ignore[no-untyped-c
             return_state=return_state,
         )
         return x, context
+
+    def new_state(self) -> RwkvState:
+        """That of a text that has not begun."""
+        hybrid = not all(layer.recurrent for layer in self.layers)
+        return RwkvState(len(self.layers), DynamicCache() if hybrid else None)
 
     def _attention_masks(
         self,

@@ -239,6 +239,26 @@ def test_all_mistakes_of_the_command_line_at_once(tmp_path: Path) -> None:
         assert line in result.stderr
 
 
+def test_a_class_reads_files_in_other_words(tmp_path: Path) -> None:
+    @config
+    class Translated(Options):
+        @classmethod
+        def from_file(cls, content: dict[str, Any]) -> dict[str, Any]:
+            return {"rank": content["thickness"]}
+
+    other = command_group("Other words.")
+
+    @other.command()
+    @configured(Translated)
+    def run(config: Translated) -> dict[str, Any]:
+        return {"rank": config.rank}
+
+    (tmp_path / "file.yaml").write_text("thickness: 9\n")
+    for line, rank in (([], 9), (["--rank", "3"], 3)):
+        result = CliRunner().invoke(other, ["run", "--json", "-c", str(tmp_path / "file.yaml"), *line])
+        assert json.loads(result.stdout) == {"rank": rank}, result.output
+
+
 def test_unreadable_files_do_not_hide_other_mistakes(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- 1\n")
     (tmp_path / "bad.yaml").write_text("a: [1\n")

@@ -66,11 +66,22 @@ def test_eval_of_a_student_that_is_its_teacher_finds_no_difference(folder: Path,
     same = StudentModel.from_teacher(load_model("tiny", presets=MODELS, seed=42), StudentConfig(layers=[]))
     same.save_pretrained(tmp_path / "same")
     byte_tokenizer().save_pretrained(tmp_path / "same")
-    command = f"eval --model {tmp_path}/same --teacher tiny --data synthetic:markov[40] -m 32 --prompts 2 --max-new-tokens 6 --json"
+    from rwkv_distill.generate import generate
+    from rwkv_distill.student import load_student
+
+    written = generate(load_student(tmp_path / "same").eval(), torch.tensor([[*b"ab"]]), max_new_tokens=2)[0]
+    answer = byte_tokenizer().decode(written).strip()
+    rows = [{"prompt": "ab", "answer": answer}, {"prompt": "ab", "answer": "never this"}]
+    (tmp_path / "qa.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = f"eval --model {tmp_path}/same --teacher tiny --data synthetic:markov[40] -m 32 --prompts 2 --max-new-tokens 6 --qa {tmp_path}/qa.jsonl --json"
     report = json.loads(invoke(command).stdout)
     assert report["sources"]["markov"]["kl"]["mean"] == pytest.approx(0, abs=1e-6)
     assert report["sources"]["markov"]["top_agreement"] == {"1": 1.0, "5": 1.0, "50": 1.0}
     assert report["generation"]["agreement_length"] == 6
+    assert report["qa"]["questions"] == 2
+    assert report["qa"]["student"] == report["qa"]["teacher"] <= 0.5
+    (tmp_path / "qa.jsonl").write_text('{"prompt": "ab"}')
+    assert "has no prompt and answer" in refused(f"{command}")
 
 
 @pytest.mark.parametrize("source", ["s2", "s2/final", "s2/checkpoints/checkpoint-3"])
@@ -208,3 +219,25 @@ def test_chats_are_answered_where_the_tokenizer_knows_chats(folder: Path, tmp_pa
 def refused_chat(place: Path, tmp_path: Path) -> str:
     (tmp_path / "wrong.json").write_text('[{"role": "x", "content": "hi"}]')
     return refused(f"generate --model {place} --chat {tmp_path}/wrong.json")
+
+
+def test_a_run_learns_from_a_cache_and_adds_to_its_mlps(folder: Path, tmp_path: Path) -> None:
+    made = json.loads(
+        invoke(
+            f"cache-teacher --model tiny --tokenizer bytes --data synthetic:markov[60] -m 32 -b 4 --device cpu --top-k 8 --json -o {tmp_path}/cache"
+        ).stdout
+    )
+    assert made["tokens"] > 1000
+    line = f"{TRAIN} -s 2 -k {folder}/s1 --budget 3steps --teacher-cache {tmp_path}/cache --mlp-lora-rank 4"
+    invoke(line, "-o", str(tmp_path / "run"))
+    final, start = (load_file(place / "final/model.safetensors") for place in (tmp_path / "run", folder / "s1"))
+    assert final.keys() == start.keys()
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert 0 < int(torch.linalg.matrix_rank(final[name] - start[name])) <= 4
+    assert torch.equal(final["model.embed_tokens.weight"], start["model.embed_tokens.weight"])
+    from rwkv_distill.student import load_student
+
+    checkpoint = load_student(tmp_path / "run/checkpoints/checkpoint-3").state_dict()
+    assert all(torch.equal(checkpoint[key], tensor) for key, tensor in final.items())
+    assert "leaves the MLPs as they are" in refused(f"{line} -z 1 -o {tmp_path}/x")
+    assert "summed up by one process" in refused(f"{line} -S 2 -o {tmp_path}/x")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,6 +63,10 @@ def test_zero_is_off(word: str) -> None:
         ("-s 1 -i tiny", "teacher_model_id: belongs to stage 2"),
         ("-W cpu --kernels cuda", "wkv: -W cpu means --kernels cpu, not cuda"),
         ("-s 4", "stage: '4' is wrong"),
+        ("--save-interval 8 --save-every 3", "save_interval: is another word for --save-every"),
+        ("--wandb-mode offline --wandb online", "wandb_mode: is another word for --wandb"),
+        ("-s 2 --mlp-lora-rank 4 -z 1", "mlp_lora_rank: -z 1 leaves the MLPs as they are"),
+        ("-s 1 --mlp-lora-rank 4", "mlp_lora_rank: belongs to stage 2 and 3"),
     ],
 )
 def test_contradictions_are_refused(line: str, message: str) -> None:
@@ -110,3 +115,72 @@ def test_both_presets_set_the_same_fields() -> None:
 def test_help_names_every_default() -> None:
     output = CliRunner().invoke(cli, ["train", "--help"]).output
     assert re.search(r"--lr-final NUMBER.*default: 1e-05", output, re.DOTALL)
+
+
+def read(text: str, tmp_path: Path, line: str = "") -> Any:
+    (tmp_path / "file.yaml").write_text(text)
+    return CliRunner().invoke(cli, ["train", "-c", str(tmp_path / "file.yaml"), "--print-config", *shlex.split(line)])
+
+
+def test_files_by_topic_say_the_same(tmp_path: Path) -> None:
+    text = """
+teacher: {model_id: tiny, revision: null, trust_remote_code: false}
+student: {layers: [0], preset: rad, lora: {decay: 16}, init: random, calibrate: false}
+loss: {kl_weight: 0.5, ce_weight: 0.5, align: mse}
+data: {raw: [synthetic:markov, synthetic:copy], weights: [0.3, 0.7], text_field: story, batching: null}
+train: {stage: 1, lr: 1.0e-3, kl_weight_: 1}
+"""
+    result = read(text, tmp_path)
+    assert "kl_weight_: is not an option" in result.output
+    # a weight of stage 2 is no choice in a file of stage 1
+    found = yaml.safe_load(
+        read(text.replace(", kl_weight_: 1", "").replace("kl_weight: 0.5, ce_weight: 0.5, ", ""), tmp_path, "-l 0.002").stdout
+    )
+    assert (found["model"], found["calibrate"], found["align_loss"], found["text_column"], found["lr"]) == (
+        "tiny",
+        False,
+        "mse",
+        "story",
+        0.002,
+    )
+    assert found["data"] == ["synthetic:markov@0.3", "synthetic:copy@0.7"]
+    student = found["student"]
+    assert (student["layers"], student["preset"], student["lora"], student["init"]) == ([0], "rad", {"decay": 16}, "random")
+
+
+def test_files_of_the_original_code_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = "{Llama: {model_id: tiny}, RWKV: {layers: [1], grad_cp: 0}, is_sft: true, teach_mode: x, data: [synthetic:markov]}"
+    found = yaml.safe_load(read(text, tmp_path).stdout)
+    assert (found["model"], found["student"]["layers"], found["gradient_checkpointing"], found["stage"]) == ("tiny", [1], False, 3)
+    assert "teach_mode: ignored" in caplog.text
+    found = yaml.safe_load(read("{Llama: {model_id: tiny}, enable_AKL: true, stage: 2, data: [synthetic:markov]}", tmp_path).stdout)
+    assert found["kl_direction"] == "adaptive"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{model: tiny, teacher: {model_id: tiny}}", "teacher.model_id: model is given twice"),
+        ("{teacher: {model_id: tiny, revision: main}}", "teacher.revision: main is not supported"),
+        ("{model: tiny, loss: {kl: 1}}", "loss.kl: is not an option; known: kl_weight"),
+        ("{model: tiny, data: {raw: [a, b], weights: [1]}}", "data.weights: 1 weights for 2 sources"),
+    ],
+)
+def test_files_that_contradict_themselves_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    result = read(text, tmp_path)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_the_flags_that_remain_parse() -> None:
+    found = yaml.safe_load(invoke("-p a -p b -D name --padding-side left --save-interval 8 --wandb-mode offline -W ''").stdout)
+    assert (found["preprocessed_data"], found["run_name"], found["padding_side"], found["save_interval"]) == (["a", "b"], "name", "left", 8)
+    settled = settle(build(TrainConfig, {**VALUES, "save_interval": 10, "wandb_mode": "offline", "wkv": "", "device": "cpu"}))
+    # four micro-batches make an update
+    assert (settled.save_every, settled.wandb, settled.kernels) == ("3", "offline", "auto")
+    assert settle(build(TrainConfig, {"model": "tiny", "preprocessed_data": ["a"], "device": "cpu"})).packing == "document"
+
+
+def test_f_0_is_off_in_every_stage() -> None:
+    for stage in (1, 2, 3):
+        assert yaml.safe_load(invoke(f"-s {stage} -F 0 -z 0 -e 0 -N 0 -d 0").stdout)["full_params"] is False

@@ -259,3 +259,29 @@ def test_options_of_the_other_stage_are_refused() -> None:
 
 def test_the_student_is_a_transformers_model() -> None:
     assert isinstance(student(), RwkvDistillForCausalLM)
+
+
+def _shared_teacher(folder: Path, engine: dict[str, Any]) -> tuple[float, float]:
+    """Loss of the second of two updates on two processes, and the share of the teacher's weights that this one holds."""
+    from lm_core.engine.replicated import local
+    from lm_core.train import train_step
+
+    suite = TestDistill()
+    method, made, loader = suite.assemble(suite.options(folder, **engine))
+    for _ in range(2):
+        report = train_step(made, method, next(loader), lr=1e-3)
+    inner = made.model.module if engine.get("zero_stage") else made.model
+    weights = list(inner.lender.parameters())
+    return report.loss, sum(local(weight).numel() for weight in weights) / sum(weight.numel() for weight in weights)
+
+
+@pytest.mark.slow
+def test_a_teacher_is_shared_out_with_its_student(tmp_path: Path) -> None:
+    from lm_core.testing import spawn
+
+    alone, whole = spawn(_shared_teacher, tmp_path, {}, world=1)[0]
+    assert whole == 1
+    for engine in ({"engine": "sharded"}, {"zero_stage": 3}):
+        for loss, held in spawn(_shared_teacher, tmp_path, {**engine, "micro_batch_size": 2}):
+            assert loss == pytest.approx(alone, rel=1e-5), engine
+            assert held <= 0.6

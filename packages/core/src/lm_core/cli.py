@@ -112,6 +112,8 @@ def configured(cls: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     parameter of that name, and whatever further click options and arguments it declares. Under --json
     everything that it prints goes to stderr, and the mapping it returns becomes the one object on stdout.
 
+    A class may accept files in other words than its own: `from_file(mapping) -> mapping` gets the content of each.
+
     A class may read files that its own options name: `further_layers(values) -> list of mappings` gets the values by
     path as they stand, and what it returns comes after the files of --config.
 
@@ -172,7 +174,7 @@ def resolve(cls: type, files: tuple[str, ...], settings: tuple[str, ...], flags:
     mistakes, layers = list(flags.mistakes), []
     for path in files:
         try:
-            layers.append(load(path))
+            layers.append(cls.from_file(load(path)) if hasattr(cls, "from_file") else load(path))
         except ConfigError as error:
             mistakes.append(str(error))
     given: list[Mapping[str, Any]] = []

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from lm_core.errors import InputError
 
 _MAGIC = b"MMIDIDX\x00\x00"
-_CODES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
+_CODES: dict[int, np.dtype[Any]] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 
 
 class BinidxWriter:

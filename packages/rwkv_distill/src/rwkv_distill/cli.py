@@ -19,7 +19,7 @@ from rwkv_distill.command_config import (
     ImportConfig,
     PrepareConfig,
 )
-from rwkv_distill.config import TrainConfig, settle
+from rwkv_distill.config import CacheConfig, TrainConfig, settle
 
 cli = command_group("Distil Transformers into RWKV students that generate with constant memory.")
 
@@ -85,6 +85,20 @@ def consolidate(config: ConsolidateConfig, ckpt: Path) -> dict[str, Any]:
 
     result = weights.consolidate(ckpt, config.output)
     click.echo(f"{result['output']}: {result['tensors']} tensors, {result['bytes']:,} bytes")
+    return result
+
+
+@cli.command()
+@configured(CacheConfig)
+def cache_teacher(config: CacheConfig) -> dict[str, Any]:
+    """Write the teacher's likeliest tokens for every position of a run's data.
+
+    Example: rwkv-distill cache-teacher -c packages/rwkv_distill/presets/smollm2_135m_distill.yaml -r builtin:python-docs -m 256 -t 10k -o cache
+    """
+    from rwkv_distill.cache_teacher import write
+
+    result = write(settle(config))
+    click.echo(f"{result['output_dir']}: {result['rows']:,} rows, {result['tokens']:,} tokens, {result['bytes']:,} bytes")
     return result
 
 

@@ -21,6 +21,7 @@ class EvalConfig(DataOptions):
     data: list[str] = change(DataOptions, "data", flags=("-r",))
     eval_tokens: Count = opt(10_000, "Held-out tokens per source; 0 uses all.", ge=0)
     micro_batch_size: int = change(EngineOptions, "micro_batch_size", default=1, flags=("-b",))
+    qa: Path | None = opt(None, "File of prompts and answers (.jsonl), which both decode; the report says how many are right.")
     prompts: int = opt(8, "Beginnings of held-out rows that both continue.", ge=0)
     prompt_tokens: int = opt(32, "Tokens of each beginning.", ge=1)
     max_new_tokens: int = opt(32, "Greedy tokens of each continuation.", ge=1)

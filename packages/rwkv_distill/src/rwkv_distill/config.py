@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from lm_core.config import Count, change, config, explicit, leaves, opt, section
 from lm_core.errors import ConfigError
 from lm_core.options import DataOptions, EngineOptions, ModelOptions, OptimOptions, OutputOptions, RunConfig
 from lm_core.progress import Budget, Progress, Size
 from lm_core.schedule import SHAPES
+from rwkv_distill.files import translate
 from rwkv_distill.student_config import StudentConfig
 
 # a teacher of random weights, for tests and examples
@@ -30,9 +32,14 @@ BATCHING = {"pad": "document", "concat": "stream", "pack": "best-fit"}
 WARMUP_FLOOR = 0.01
 # options that only some stages use: a choice elsewhere is refused, never ignored
 STAGES: dict[str, tuple[int, ...]] = dict.fromkeys(("align_loss", "layer_local"), (1,))
-STAGES |= dict.fromkeys(("teacher_model_id", "kl_weight", "ce_weight", "temperature", "kl_direction", "kl_chunk", "kl_on"), (2,))
-STAGES |= dict.fromkeys(("full_params", "freeze_mlp", "dropout"), (2, 3))
+STAGES |= dict.fromkeys(
+    ("teacher_model_id", "kl_weight", "ce_weight", "temperature", "kl_direction", "kl_chunk", "kl_on", "teacher_cache"), (2,)
+)
+STAGES |= dict.fromkeys(("full_params", "freeze_mlp", "dropout", "mlp_lora_rank"), (2, 3))
 KERNELS = {"": "auto", "auto": "auto", "cuda": "cuda", "cpu": "cpu", "torch": "reference"}
+
+
+C = TypeVar("C", bound="TrainConfig")
 
 
 @config
@@ -71,6 +78,9 @@ class TrainConfig(RunConfig):
     )
     full_params: bool = opt(False, "Train embedding, final norm and head, too (stages 2 and 3).", flags=("-F",))
     freeze_mlp: bool = opt(False, "Leave the MLPs as they are (stages 2 and 3).", flags=("-z",))
+    mlp_lora_rank: int = opt(
+        0, "Above 0: train low-rank additions to the MLPs instead of their weights; final/ holds the sum (stages 2 and 3).", ge=0
+    )
     align_loss: Literal["l2", "mse", "relative"] = opt("l2", "Distance between a mixer's output and the teacher's attention (stage 1).")
     layer_local: bool = opt(True, "Free every layer's activations before the next layer runs (stage 1; memory does not grow with depth).")
     calibrate: bool = opt(True, "Scale the output projections so that stage 1 starts at the least squared error; not with -k.")
@@ -80,6 +90,7 @@ class TrainConfig(RunConfig):
     kl_direction: Literal["forward", "reverse", "adaptive"] = opt(
         "forward", "Which divergence: KL(teacher|student), KL(student|teacher), or a mixture by where they differ (stage 2)."
     )
+    teacher_cache: Path | None = opt(None, "Folder of cache-teacher, instead of the teacher (stage 2, temperature 1).")
     kl_on: Literal["all", "assistant"] = opt(
         "all", "Compare distributions everywhere, or only where a labelled token follows: in chats what the assistant says (stage 2)."
     )
@@ -120,6 +131,11 @@ class TrainConfig(RunConfig):
     run_name: str | None = change(OutputOptions, "run_name", flags=("-D",))
     seed: int = change(OutputOptions, "seed", default=42)
 
+    @classmethod
+    def from_file(cls, content: Mapping[str, Any]) -> dict[str, Any]:
+        """A file by topic, or of the original code, in the words of the options."""
+        return translate(content)
+
     def check(self) -> None:
         chosen = explicit(self)
         for name, instead in (("min_lr_ratio", "--lr-final"), ("cooldown", "--schedule linear")):
@@ -148,6 +164,16 @@ class TrainConfig(RunConfig):
                 raise ConfigError(f"{name}: belongs to stage {where}, not to --stage {self.stage}; drop it, or add --stage {stages[0]}")
         if self.stage == 2 and self.kl_weight == 0 == self.ce_weight:
             raise ConfigError("kl_weight: 0 beside a ce_weight of 0 leaves nothing to learn from; give one of them a weight")
+        if self.teacher_cache is not None and self.temperature != 1:
+            raise ConfigError(
+                f"temperature: a cache holds probabilities at 1, not {self.temperature}; drop --temperature or --teacher-cache"
+            )
+        if self.teacher_cache is not None and self.teacher_model_id is not None:
+            raise ConfigError("teacher_cache: it stands for the teacher that wrote it; drop --teacher-model-id or --teacher-cache")
+        if self.mlp_lora_rank and (self.engine not in ("auto", "replicated") or self.zero_stage or self.deepspeed_offload):
+            raise ConfigError("mlp_lora_rank: additions are summed up by one process; use --engine replicated, and no ZeRO")
+        if self.mlp_lora_rank and self.freeze_mlp:
+            raise ConfigError("mlp_lora_rank: -z 1 leaves the MLPs as they are; drop one of them")
         if self.deepspeed_offload and self.zero_stage == 0 and self.device != "cpu":
             raise ConfigError("deepspeed_offload: -d 1 needs ZeRO stage 1 to 3, not -S 0; drop -S, or use -S 2")
 
@@ -170,6 +196,14 @@ class TrainConfig(RunConfig):
         """Between `lr` and `lr_final` over the steps that are left: see `rate`."""
         fraction = self.limits().fraction(progress, None, epoch_samples) if progress.steps else 0.0
         return rate(progress.steps, fraction, self.lr, self.lr_final, self.warmup, self.schedule)
+
+
+@config
+class CacheConfig(TrainConfig):
+    """What a teacher says about the data of a run, on disk; the options are those of the run."""
+
+    stage: Literal[1, 2, 3] = change(TrainConfig, "stage", default=2)
+    top_k: int = opt(64, "Tokens kept per position: the likeliest ones.", ge=1)
 
 
 def paths(values: list[str]) -> list[str]:
@@ -203,7 +237,7 @@ def rate(steps: int, fraction: float, first: float, final: float, warmup: float,
     return first * SHAPES[name](at, final / first, 0.0)
 
 
-def settle(config: TrainConfig) -> TrainConfig:
+def settle(config: C) -> C:
     """`config` with what depends on the machine and with spellings of the guide resolved."""
     import logging
 

@@ -6,24 +6,30 @@ B batch, T time, M positions, D and E hidden sizes of student and teacher, V voc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels_cuda.head import linear_kl
+from lm_core import dist
 from lm_core.engine.frozen import freeze
 from lm_core.errors import ConfigError, InputError
 from lm_core.method import IGNORE, Batch, Loss, Rule
 from lm_core.models import checkpoint_activations, load_model, load_tokenizer
+from rwkv_distill.adapters import add_adapters, merged
 from rwkv_distill.align import hf_student, require_positions, unmasked
 from rwkv_distill.config import MODELS, TrainConfig
 from rwkv_distill.hf.modeling_rwkv_distill import positions
 from rwkv_distill.method import StudentMethod
 from rwkv_distill.rules import student_rules
 from rwkv_distill.student import StudentModel, untie
+from rwkv_distill.teacher_cache import TeacherCache
 from rwkv_distill.weights import load_into
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WithWeight = Callable[[Tensor], Any]
 
@@ -39,18 +45,38 @@ class Head(nn.Linear):
         return super().forward(input) if then is None else then(self.weight)
 
 
+class Teacher(nn.Module):
+    """A model whose hidden states and head are lent to a function inside its forward, where engines that share weights out have them whole."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        model.get_output_embeddings().__class__ = Head
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None, segment_ids: Tensor | None, then: Callable[[Tensor, Tensor], None]
+    ) -> None:
+        with torch.no_grad():
+            hidden = teacher_hidden(self.model, input_ids, attention_mask, segment_ids).flatten(0, 1)
+        self.model.get_output_embeddings()(hidden, lambda weight_VE: then(hidden, weight_VE))
+
+
 class DistilledLogits(nn.Module):
-    """A student and, outside of what is trained or saved, its teacher."""
+    """A student and, outside of what is trained or saved, its teacher; None where a cache takes its place."""
 
-    teacher: Any
+    lender: Any
 
-    def __init__(self, student: StudentModel, teacher: nn.Module) -> None:
+    def __init__(self, student: StudentModel, teacher: nn.Module | None, sharded_on: torch.device | None = None) -> None:
         super().__init__()
         self.student = student
-        # not a submodule
-        object.__setattr__(self, "teacher", freeze(teacher, sharded=False))
         student.lm_head.__class__ = Head
-        self.teacher.get_output_embeddings().__class__ = Head
+        # not a submodule
+        lender = None if teacher is None else freeze(Teacher(teacher), sharded=sharded_on is not None, device=sharded_on)
+        object.__setattr__(self, "lender", lender)
+
+    @property
+    def teacher(self) -> Any:
+        return self.lender.model
 
     def forward(
         self,
@@ -59,42 +85,50 @@ class DistilledLogits(nn.Module):
         segment_ids: Tensor | None,
         kl_mask: Tensor,
         targets: Tensor,
+        cached: tuple[Tensor, Tensor, Tensor] | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(weighted sum, mean divergence over `kl_mask`, mean cross entropy over `targets`); `options` are those of `linear_kl`.
 
-        kl_mask (B x T, bool) and targets (B x T, shifted already, -100 for none) say where either counts.
+        kl_mask (B x T, bool) and targets (B x T, shifted already, -100 for none) say where either counts. `cached`: the teacher's
+        likeliest tokens as `linear_kl` takes them, instead of the teacher.
         """
-        hidden, _ = self.student.model(input_ids, attention_mask, segment_ids)
-        with torch.no_grad():
-            theirs = self.teacher_hidden(input_ids, attention_mask, segment_ids).flatten(0, 1)
+        hidden = self.student.model(input_ids, attention_mask, segment_ids)[0].flatten(0, 1)
         mask, labels = kl_mask.flatten(), targets.flatten()
-        hidden = hidden.flatten(0, 1)
-        head = self.teacher.get_output_embeddings()
 
         def compare(weight_VD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            found: tuple[Tensor, Tensor, Tensor] = head(
-                theirs, lambda weight_VE: linear_kl(hidden, weight_VD, (theirs, weight_VE), mask, labels, **options)
-            )
-            return found
+            if cached is not None:
+                return linear_kl(hidden, weight_VD, cached, mask, labels, **options)
+            found: list[tuple[Tensor, Tensor, Tensor]] = []
+            self.move(input_ids.device)(
+                input_ids, attention_mask, segment_ids,
+                lambda theirs, weight_VE: found.append(linear_kl(hidden, weight_VD, (theirs, weight_VE), mask, labels, **options)),
+            )  # fmt: skip
+            return found[0]
 
         result: tuple[Tensor, Tensor, Tensor] = self.student.lm_head(hidden, compare)
         return result
 
-    def teacher_hidden(self, input_ids: Tensor, attention_mask: Tensor | None, segment_ids: Tensor | None) -> Tensor:
-        if next(self.teacher.parameters()).device != input_ids.device:
-            self.teacher.to(input_ids.device)
-        place: Tensor | None = positions(input_ids[:, :, None], attention_mask, segment_ids, None).expand_as(input_ids)
-        if segment_ids is not None:
-            # transformers separates documents where positions start again, and only without a mask; a padding token is a document
-            place = place if attention_mask is None or place is None else place.masked_fill(attention_mask == 0, 0)
-            attention_mask = None
-        elif attention_mask is None:
-            place = None
-        found: Tensor = self.teacher.base_model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=place, use_cache=False
-        ).last_hidden_state
-        return found
+    def move(self, device: torch.device) -> Any:
+        """The teacher on this device."""
+        if next(self.lender.parameters()).device != device:
+            self.lender.to(device)
+        return self.lender
+
+
+def teacher_hidden(teacher: Any, input_ids: Tensor, attention_mask: Tensor | None, segment_ids: Tensor | None) -> Tensor:
+    """Hidden states (B x T x E) behind a teacher's final norm."""
+    place: Tensor | None = positions(input_ids[:, :, None], attention_mask, segment_ids, None).expand_as(input_ids)
+    if segment_ids is not None:
+        # transformers separates documents where positions start again, and only without a mask; a padding token is a document
+        place = place if attention_mask is None or place is None else place.masked_fill(attention_mask == 0, 0)
+        attention_mask = None
+    elif attention_mask is None:
+        place = None
+    found: Tensor = teacher.base_model(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=place, use_cache=False
+    ).last_hidden_state
+    return found
 
 
 def whole_student(config: TrainConfig) -> StudentModel:
@@ -108,6 +142,8 @@ def whole_student(config: TrainConfig) -> StudentModel:
         untie(student)
     for layer in student.model.layers:
         layer.dropout = config.dropout
+    if config.mlp_lora_rank:
+        add_adapters(student, config.mlp_lora_rank)
     return student
 
 
@@ -118,22 +154,33 @@ class Distill(StudentMethod):
     # ids that student and teacher both have
     columns: int | None = None
     resumable = frozenset({"max_trained_tokens", "max_epochs", "lr_final", "kl_chunk", "ckpt_file"})
+    cache: TeacherCache | None = None
 
     def build(self) -> nn.Module:
         config = self.config
+        if config.teacher_cache is not None:
+            self.cache = TeacherCache(config.teacher_cache, self.tokenizer())
+            student = whole_student(config)
+            self.columns = min(self.cache.columns, student.config.vocab_size)
+            return self._recomputed(DistilledLogits(student, None))
         teacher: Any = load_model(config.teacher_model_id or config.model, presets=MODELS, seed=config.seed)
         require_positions(teacher.config, config.max_length)
         student = whole_student(config)
         self.columns = min(teacher.config.vocab_size, student.config.vocab_size)
-        # made-up models have no tokenizer of their own
-        if config.teacher_model_id is not None and config.teacher_model_id not in MODELS:
-            require_same_tokens(self.tokenizer(), load_tokenizer(config.teacher_model_id), self.columns)
+        require_shared_tokens(config, self.tokenizer(), self.columns)
         if config.precision == "bf16":
             teacher = teacher.to(torch.bfloat16)
-        module = DistilledLogits(student, teacher)
-        if config.gradient_checkpointing:
+        # where the student's weights are shared out over processes, so are the teacher's
+        shares = dist.world() > 1 and (config.engine == "sharded" or config.zero_stage == 3) and torch.get_default_device().type != "meta"
+        return self._recomputed(DistilledLogits(student, teacher, dist.init(config.device) if shares else None))
+
+    def _recomputed(self, module: nn.Module) -> nn.Module:
+        if self.config.gradient_checkpointing:
             checkpoint_activations(module)
         return module
+
+    def final_model(self, model: nn.Module) -> PreTrainedModel:
+        return merged(hf_student(model))
 
     def losses(self, model: nn.Module, batch: Batch) -> Iterator[Loss]:
         config = self.config
@@ -147,12 +194,14 @@ class Distill(StudentMethod):
             batch.get("document_ids"),
             mask,
             labels,
+            None if self.cache is None else self.cache.of(batch),
             tau=config.temperature,
             direction=config.kl_direction,
             # means times their counts are sums
             kl_w=config.kl_weight * compared,
             ce_w=config.ce_weight * labelled,
             chunk=config.kl_chunk,
+            vocabulary=None if self.cache is None else self.columns,
         )
         counts = {"kl": (kl, compared), "ce": (ce, labelled)}
         yield Loss(
@@ -175,9 +224,9 @@ class Distill(StudentMethod):
 
     def flops_per_token(self, model: nn.Module) -> float:
         """Forward of teacher and student, backward through the student; products of weights alone, without attention scores."""
-        student, teacher = hf_student(model), cast(DistilledLogits, model).teacher
+        student, lender = hf_student(model), cast(DistilledLogits, model).lender
         trained = sum(p.numel() for p in student.parameters() if p.requires_grad and p.ndim >= 2)
-        forward = sum(sum(p.numel() for p in part.parameters() if p.ndim >= 2) for part in (student, teacher))
+        forward = sum(sum(p.numel() for p in part.parameters() if p.ndim >= 2) for part in (student, lender) if part is not None)
         head = student.lm_head.weight.numel()
         # gradients pass through frozen matrices, too, and those of trained ones are a product more
         return float(2 * forward + 2 * (sum(p.numel() for p in student.model.layers.parameters()) + head) + 2 * trained)
@@ -186,6 +235,13 @@ class Distill(StudentMethod):
 def next_tokens(batch: Batch) -> Tensor:
     """Labels (B x T) aligned with the positions that predict them; the last one of a row or document predicts nothing."""
     return F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
+
+
+def require_shared_tokens(config: TrainConfig, tokenizer: Any, columns: int) -> None:
+    """Raise ConfigError where another teacher (`teacher_model_id`) has other tokens below `columns`."""
+    # made-up models have no tokenizer of their own
+    if config.teacher_model_id is not None and config.teacher_model_id not in MODELS:
+        require_same_tokens(tokenizer, load_tokenizer(config.teacher_model_id), columns)
 
 
 def require_same_tokens(ours: Any, theirs: Any, columns: int) -> None:

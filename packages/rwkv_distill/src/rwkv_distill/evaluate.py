@@ -6,6 +6,7 @@ B rows, T time, M positions, V vocabulary.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +15,14 @@ from torch.nn import functional as F
 
 from lm_core.data import build_data
 from lm_core.data.loader import eval_batches
+from lm_core.data.sources import read
 from lm_core.errors import InputError
 from lm_core.method import IGNORE
 from lm_core.models import load_model, load_tokenizer
 from rwkv_distill.align import unmasked
 from rwkv_distill.command_config import EvalConfig
 from rwkv_distill.config import MODELS
-from rwkv_distill.distill import DistilledLogits, next_tokens
+from rwkv_distill.distill import DistilledLogits, next_tokens, teacher_hidden
 from rwkv_distill.generate import generate
 from rwkv_distill.student import StudentModel, load_student
 
@@ -40,7 +42,10 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     held_out = data.valid or data.train
     sources = {name: compare(pair, rows, config) for name, rows in held_out.items()}
     first = next(iter(held_out.values()))
-    return {"sources": sources, "generation": agreement(student, teacher, first, config), "state_bytes": state_bytes(student)}
+    report = {"sources": sources, "generation": agreement(student, teacher, first, config), "state_bytes": state_bytes(student)}
+    if config.qa is not None:
+        report["qa"] = exact_matches(student, teacher, tokenizer, config.qa)
+    return report
 
 
 def compare(pair: DistilledLogits, rows: Any, config: EvalConfig) -> dict[str, Any]:
@@ -54,7 +59,7 @@ def compare(pair: DistilledLogits, rows: Any, config: EvalConfig) -> dict[str, A
         inputs = batch["input_ids"], batch.get("attention_mask"), batch.get("document_ids")
         real, labels = unmasked(batch), next_tokens(batch)
         ours = pair.student.lm_head(pair.student.model(*inputs)[0][real]).float()
-        theirs = pair.teacher.get_output_embeddings()(pair.teacher_hidden(*inputs)[real]).float()
+        theirs = pair.teacher.get_output_embeddings()(teacher_hidden(pair.teacher, *inputs)[real]).float()
         columns = min(ours.shape[1], theirs.shape[1])
         ours, theirs = ours[:, :columns].log_softmax(-1), theirs[:, :columns].log_softmax(-1)
         divergences.append((theirs.exp() * (theirs - ours)).sum(-1))
@@ -106,6 +111,29 @@ def agreement(student: StudentModel, teacher: Any, rows: Any, config: EvalConfig
         same = (ours == theirs).long()
         shared.append(int(same.cumprod(0).sum()))
     return {"prompts": len(shared), "tokens": config.max_new_tokens, "agreement_length": sum(shared) / len(shared) if shared else 0.0}
+
+
+def exact_matches(student: StudentModel, teacher: Any, tokenizer: Any, path: Path) -> dict[str, Any]:
+    """Shares of the answers in a file that each side decodes greedily behind their prompts, compared without outer spaces."""
+    right = {"student": 0, "teacher": 0}
+    rows = list(read(path))
+    for row in rows:
+        if not all(isinstance(row.fields.get(name), str) and row.fields[name].strip() for name in ("prompt", "answer")):
+            raise InputError(f"qa: {row.where} has no prompt and answer (found: {', '.join(map(str, row.fields))}); give both as text")
+        prompt = torch.tensor([tokenizer(row.fields["prompt"]).input_ids])
+        # an answer may be tokenised otherwise behind its prompt
+        length = 2 + len(tokenizer(row.fields["answer"], add_special_tokens=False).input_ids)
+        ours = generate(student, prompt, max_new_tokens=length, eos_token_id=tokenizer.eos_token_id)[0]
+        theirs = teacher.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=length, do_sample=False, pad_token_id=0,
+            eos_token_id=tokenizer.eos_token_id,
+        )[0, prompt.shape[1] :]  # fmt: skip
+        for side, written in (("student", ours), ("teacher", theirs)):
+            text, answer = tokenizer.decode(written, skip_special_tokens=True).strip(), row.fields["answer"].strip()
+            right[side] += text == answer or (text.startswith(answer) and not text[len(answer) :][0].isalnum())
+    if not rows:
+        raise InputError(f"qa: {path} holds no row; give rows of prompt and answer")
+    return {"questions": len(rows), **{side: count / len(rows) for side, count in right.items()}}
 
 
 def state_bytes(student: StudentModel) -> int:

@@ -6,18 +6,23 @@ B batch, T time.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from kernels_cuda.head import linear_cross_entropy
 from lm_core.method import IGNORE, Batch, Loss, Rule
 from lm_core.models import checkpoint_activations
+from rwkv_distill.adapters import merged
 from rwkv_distill.align import hf_student, require_positions
 from rwkv_distill.config import TrainConfig
 from rwkv_distill.distill import Head, next_tokens, whole_student
 from rwkv_distill.method import StudentMethod
 from rwkv_distill.rules import student_rules
 from rwkv_distill.student import StudentModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class LabelledText(nn.Module):
@@ -55,6 +60,9 @@ class Finetune(StudentMethod):
     def targets(self, batch: Batch) -> int:
         """Positions that predict a labelled token."""
         return int((next_tokens(batch) != IGNORE).sum())
+
+    def final_model(self, model: nn.Module) -> PreTrainedModel:
+        return merged(hf_student(model))
 
     def param_rules(self) -> list[Rule]:
         return student_rules(full=self.config.full_params, mlp=not self.config.freeze_mlp)

@@ -16,5 +16,6 @@ def mixer_rules() -> list[Rule]:
 
 def student_rules(*, full: bool, mlp: bool) -> list[Rule]:
     """Beside mixers, kept attention and the norms of layers: MLPs if `mlp`, embedding, final norm and head if `full`."""
+    adapters = [Rule(r"\.mlp\..*\.lora_", weight_decay=0.0), Rule(r"\.mlp\..*\.base_layer\.", trained=False)]
     rest = [] if full else [Rule(r"(embed_tokens|lm_head|model\.norm)\.", trained=False)]
-    return [*mixer_rules(), *([] if mlp else [Rule(r"\.mlp\.", trained=False)]), *rest]
+    return [*mixer_rules(), *adapters, *([] if mlp else [Rule(r"\.mlp\.", trained=False)]), *rest]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -33,6 +34,7 @@ def save(path: Path, model: RwkvDistillForCausalLM, state: RwkvState, waiting: l
         if layer is not None:
             tensors[f"{index}.input"], tensors[f"{index}.matrix"] = layer
     if state.attention is not None:
+        kept: Any
         for index, kept in enumerate(state.attention.layers):
             tensors[f"softmax.{index}.keys"], tensors[f"softmax.{index}.values"] = kept.keys, kept.values
     for name in ("positions", "mask"):

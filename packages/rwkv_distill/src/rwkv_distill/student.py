@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -113,6 +114,22 @@ def load_student(path: str | Path, dtype: torch.dtype = torch.float32) -> Studen
         raise InputError(f"model: {path} holds no student (no config.json); name a final/ folder or a checkpoint of rwkv-distill train")
     if json.loads((folder / "config.json").read_text()).get("model_type") != RwkvDistillConfig.model_type:
         raise InputError(f"model: {path} is no student of rwkv-distill; name a final/ folder or a checkpoint of rwkv-distill train")
+    if _has_adapters(folder):
+        from rwkv_distill.weights import load_into
+
+        student = StudentModel(RwkvDistillConfig.from_pretrained(folder))
+        load_into(student, folder)
+        nn.Module.to(student, dtype)
+        return student
     model = load_model(str(folder), dtype=dtype)
     assert isinstance(model, StudentModel)
     return model
+
+
+def _has_adapters(folder: Path) -> bool:
+    """Whether this is a checkpoint of a run that trains additions to the MLPs."""
+    file = folder / "model.safetensors"
+    if not (folder / "state.json").is_file() or not file.is_file():
+        return False
+    with safe_open(file, framework="pt") as opened:
+        return any(".lora_A." in name for name in opened.keys())  # noqa: SIM118 - the handle is not iterable

@@ -9,7 +9,7 @@ import torch
 
 from lm_core.errors import ConfigError
 from lm_core.models import quiet
-from rwkv_distill.align import Align
+from rwkv_distill.align import Align, hf_student
 from rwkv_distill.config import TrainConfig
 from rwkv_distill.distill import whole_student
 from rwkv_distill.export import refuse_occupied
@@ -24,7 +24,7 @@ def write_untrained(config: TrainConfig) -> dict[str, Any]:
     refuse_occupied(config.output_dir)
     torch.manual_seed(config.seed)
     method = Align(config)
-    student = method.build().student if config.data else whole_student(config)
+    student = hf_student(method.build()) if config.data else whole_student(config)
     if not config.data:
         log.info("calibrate: there is no data to calibrate with; outputs stay as they are")
     with quiet():

@@ -17,6 +17,7 @@ from torch import Tensor
 from lm_core import checkpoint
 from lm_core.engine.state import read_tensors, weights, write_tensors
 from lm_core.errors import InputError
+from rwkv_distill.adapters import summed
 from rwkv_distill.student import StudentModel, untie
 
 log = logging.getLogger(__name__)
@@ -63,10 +64,12 @@ def load_into(student: StudentModel, path: str | Path, *, fresh_mixers: bool = F
 
 
 def read(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors at `path`. Raises InputError where there are none, or where a file holds more than tensors."""
-    if path.is_dir() and (parts := _gathered(path)) is not None:
-        yield from parts
-        return
+    """Names and tensors at `path`, adapters added to their weights. Raises InputError where there are none, or where a file holds more than tensors."""
+    parts = _gathered(path) if path.is_dir() else None
+    yield from summed(_stored(path) if parts is None else parts)
+
+
+def _stored(path: Path) -> Iterator[tuple[str, Tensor]]:
     for file in files(path):
         try:
             if file.suffix == ".safetensors":

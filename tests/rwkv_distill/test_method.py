@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 from lm_core.config import build
-from lm_core.errors import ConfigError
 from lm_core.method import Method
 from lm_core.options import RunConfig
 from lm_core.run import run
@@ -67,13 +66,6 @@ def test_only_mixers_are_trained_and_the_teachers_attention_is_in_no_file(tmp_pa
     names = set(load_file(tmp_path / "final/model.safetensors"))
     assert not [name for name in names if "q_proj" in name]
     assert isinstance(method, Align)
-
-
-@pytest.mark.parametrize(("options", "message"), [({"engine": "sharded"}, "engine: sharded"), ({"zero_stage": 3}, "zero_stage: 3")])
-def test_engines_that_split_layers_are_refused_in_stage_1(options: dict[str, Any], message: str) -> None:
-    suite = AlignConformance()
-    with pytest.raises(ConfigError, match=message):
-        suite.method(suite.options(**options)).build()
 
 
 def test_calibration_starts_the_run_at_a_smaller_error(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ B batch, T time, D hidden size, A query heads x head width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,7 @@ from lm_core.method import Batch, Loss, Rule
 from lm_core.models import load_model
 from lm_core.run import make_loader
 from rwkv_distill.config import MODELS, TrainConfig
+from rwkv_distill.hf.modeling_rwkv_distill import Beside
 from rwkv_distill.losses import Align as Kind
 from rwkv_distill.losses import misfit
 from rwkv_distill.method import StudentMethod
@@ -64,7 +65,7 @@ class AlignedLayers(nn.Module):
         real: Tensor | None = None,
         kind: Kind = "l2",
         local: bool = False,
-    ) -> Iterator[tuple[int, Tensor]]:
+    ) -> Iterable[tuple[int, Tensor]]:
         """Layer and summed misfit (see `losses.misfit`) of every RWKV layer, over the positions `real` (B x T, default: all unmasked).
 
         With `local` each loss has a graph of its own, to be back-propagated before the next one is asked for: the first RWKV layer
@@ -73,40 +74,47 @@ class AlignedLayers(nn.Module):
         if real is None:
             real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         v_first: Tensor | None = None
-        held: tuple[int, Tensor, Tensor, Tensor] | None = None
-        for layer, u, target, context in self.targets(input_ids, attention_mask, segment_ids):
+
+        def use(layer: RwkvDistillLayer, u: Tensor, target: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
             y, value = self._mix(layer, u, v_first, context)
-            loss = misfit(target, y, real, kind)
-            if local and v_first is None and value is not None:
-                v_first = value.detach().requires_grad_()
-                held = layer.index, loss, value, v_first
-                continue
-            v_first = value
-            yield layer.index, loss
-        if held is not None:
-            index, loss, value, leaf = held
-            yield index, loss + _Collected.apply(value, leaf)  # type: ignore[no-untyped-call]
+            return misfit(target, y, real, kind), value
+
+        def one_by_one() -> Iterator[tuple[int, Tensor]]:
+            nonlocal v_first
+            held: tuple[int, Tensor, Tensor, Tensor] | None = None
+            for layer, (loss, value) in self._layers(use, input_ids, attention_mask, segment_ids):
+                if local and v_first is None and value is not None:
+                    v_first = value.detach().requires_grad_()
+                    held = layer.index, loss, value, v_first
+                    continue
+                v_first = value
+                yield layer.index, loss
+            if held is not None:
+                index, loss, value, leaf = held
+                yield index, loss + _Collected.apply(value, leaf)  # type: ignore[no-untyped-call]
+
+        # within this forward, unless graphs are to die one by one
+        return one_by_one() if local else list(one_by_one())
 
     def targets(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, segment_ids: Tensor | None = None
     ) -> Iterator[tuple[RwkvDistillLayer, Tensor, Tensor, Context]]:
         """For every RWKV layer its normalised input u and the teacher's attention of it, both B x T x D, without gradients."""
+        for layer, given in self._layers(lambda _, *given: given, input_ids, attention_mask, segment_ids):
+            yield layer, *given
+
+    def _layers(self, use: Callable[..., Any], input_ids: Tensor, *masks: Tensor | None) -> Iterator[tuple[RwkvDistillLayer, Any]]:
+        """Every RWKV layer with what `use` gives for it, along the teacher's stream."""
         if next(self.attentions.parameters()).device != input_ids.device:
             self.attentions.to(input_ids.device)
         layers: list[Any] = list(self.student.model.layers)
         with torch.no_grad():
-            x, context = self.student.model.begin(input_ids, attention_mask, segment_ids, every_mask=True)
+            x, context = self.student.model.begin(input_ids, *masks, every_mask=True)
         behind = max(layer.index for layer in layers if layer.recurrent)
         for layer, attention in zip(layers[: behind + 1], self.attentions):
-            with torch.no_grad():
-                u = layer.input_layernorm(x)
-                target = layer.attend(u, context, attention)
+            x, given = layer(x, None, context, Beside(attention, use, last=layer.index == behind))
             if layer.recurrent:
-                yield layer, u, target, context
-            if layer.index < behind:
-                with torch.no_grad():
-                    x = x + target
-                    x = x + layer.mlp(layer.post_attention_layernorm(x))
+                yield layer, given
 
     def _mix(self, layer: RwkvDistillLayer, u: Tensor, v_first: Tensor | None, context: Context) -> tuple[Tensor, Tensor | None]:
         if self.recompute and torch.is_grad_enabled():
@@ -179,21 +187,28 @@ class Align(StudentMethod):
 
     def build(self) -> nn.Module:
         config = self.config
-        stage, said = split(config)
-        if stage > 1:
-            raise ConfigError(f"{said} splits weights that stage 1 uses part by part; use --engine replicated or --zero-stage 1")
+        local = self.layer_local()
+        if config.layer_local and not local:
+            log.info("layer_local: weights or gradients are shared out over processes, so that all layers are back-propagated at once")
         teacher: Any = load_model(config.model, presets=MODELS, seed=config.seed)
         require_positions(teacher.config, config.max_length)
         student = StudentModel.from_teacher(teacher, config.student)
         attentions = student.teacher_attentions
         if not student.mixers():
             raise ConfigError("layers: no layer is replaced, so there is nothing to train; name at least one layer")
-        layers = AlignedLayers(student, attentions, recompute=config.gradient_checkpointing and not config.layer_local)
+        layers = AlignedLayers(student, attentions, recompute=config.gradient_checkpointing and not local)
+        if config.precision == "bf16" and split(config)[0] > 0:
+            # such engines turn the student into bfloat16, where others use autocast
+            layers.attentions.to(torch.bfloat16)
         if config.ckpt_file is not None and torch.get_default_device().type != "meta":
             load_into(student, config.ckpt_file, fresh_mixers=config.chose_init())
         elif config.calibrate and torch.get_default_device().type != "meta":
             self.calibrate(layers)
         return layers
+
+    def layer_local(self) -> bool:
+        """Whether every layer is back-propagated alone, which needs all of its weights and gradients on every process."""
+        return self.config.layer_local and split(self.config)[0] < 2
 
     def calibrate(self, layers: AlignedLayers) -> None:
         """Scale the output projections by the first samples of the run."""
@@ -206,7 +221,7 @@ class Align(StudentMethod):
         log.info("calibrated the output of %d mixers by %.3g to %.3g", len(factors), min(factors.values()), max(factors.values()))
 
     def losses(self, model: nn.Module, batch: Batch) -> Iterator[Loss]:
-        real, local = unmasked(batch), self.config.layer_local
+        real, local = unmasked(batch), self.layer_local()
         terms = model(
             batch["input_ids"], batch.get("attention_mask"), batch.get("document_ids"), real, kind=self.config.align_loss, local=local
         )

@@ -261,7 +261,7 @@ def settle(config: C) -> C:
     if config.deepspeed_offload and not cuda:
         log.warning("deepspeed_offload: there is no GPU to offload from; ignored")
     elif config.deepspeed_offload:
-        # stage 1 uses parts of layers, which ZeRO 3 would not have whole
+        # layer by layer while gradients are whole
         stage = config.zero_stage or (1 if config.stage == 1 else 3)
         changes |= {"zero_stage": stage, "offload": "all" if stage == 3 else "optimizer"}
     if config.lr_final > config.lr:

@@ -5,7 +5,7 @@ B batch, T time, D hidden size, V vocabulary. Every tensor keeps the teacher's n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,15 @@ class Context:
     return_state: bool
 
 
+@dataclass(frozen=True)
+class Beside:
+    """Training against the teacher's attention: what is done with (layer, its input, the attention's output, context)."""
+
+    attention: nn.Module
+    use: Callable[..., Any]
+    last: bool
+
+
 class TimeMixing(nn.Module):
     """Gives the mixer its place among the tensor names."""
 
@@ -106,13 +115,27 @@ class RwkvDistillLayer(GradientCheckpointingLayer):  # type: ignore[no-untyped-c
         self.post_attention_layernorm = layer.post_attention_layernorm
         self.mlp = layer.mlp
 
-    def forward(self, x: Tensor, v_first: Tensor | None, context: Context) -> tuple[Tensor, Tensor | None]:
-        """The stream (B x T x D) behind the layer, and the defining layer's value."""
+    def forward(self, x: Tensor, v_first: Tensor | None, context: Context, beside: Beside | None = None) -> tuple[Tensor, Any]:
+        """The stream (B x T x D) behind the layer, and the defining layer's value; with `beside` the teacher's stream, and what `use` gave."""
+        if beside is not None:
+            return self._beside(x, context, beside)
         h = self.input_layernorm(x)
         y, v_first = self.mix(h, v_first, context) if self.recurrent else (self.attend(h, context), v_first)
         x = x + F.dropout(y, self.dropout, self.training)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x, v_first
+
+    def _beside(self, x: Tensor, context: Context, beside: Beside) -> tuple[Tensor, Any]:
+        # all in this layer's forward, where engines that share weights out have them whole
+        with torch.no_grad():
+            u = self.input_layernorm(x)
+            target = self.attend(u, context, beside.attention)
+        given = beside.use(self, u, target, context) if self.recurrent else None
+        if beside.last:
+            return x, given
+        with torch.no_grad():
+            x = x + target
+            return x + self.mlp(self.post_attention_layernorm(x)), given
 
     def mix(self, h: Tensor, v_first: Tensor | None, context: Context) -> tuple[Tensor, Tensor | None]:
         """Time mixing of the normalised stream."""

@@ -122,9 +122,11 @@ def test_bench_finds_that_memory_grows_neither_with_depth_nor_with_context() -> 
 @pytest.mark.bench
 def test_bench_meets_its_targets() -> None:
     report = json.loads(invoke("bench --json").stdout)
-    found = [*report["wkv7"].values(), report["pack"]]
+    found = [*report["wkv7"].values(), *report["wkv6"].values(), report["pack"]]
     assert all(entry["ratio"] >= entry["at_least"] for entry in found if isinstance(entry, dict))
     assert report["decode"]["student"]["slowest_over_first"]["ratio"] <= 1.1
+    below = [entry for rows in report["linear_kl"].values() for entry in (rows["memory"], rows["time"]) if "at_most" in entry]
+    assert all(entry["ratio"] <= entry["at_most"] for entry in below)
 
 
 def test_prepared_ids_train_the_same_student_as_their_text(folder: Path, tmp_path: Path) -> None:
@@ -241,3 +243,13 @@ def test_a_run_learns_from_a_cache_and_adds_to_its_mlps(folder: Path, tmp_path: 
     assert all(torch.equal(checkpoint[key], tensor) for key, tensor in final.items())
     assert "leaves the MLPs as they are" in refused(f"{line} -z 1 -o {tmp_path}/x")
     assert "summed up by one process" in refused(f"{line} -S 2 -o {tmp_path}/x")
+
+
+def test_students_of_version_6_are_trained_and_exported_by_their_own_names(tmp_path: Path) -> None:
+    invoke(f"{TRAIN} -s 1 -R v6 --budget 1steps -o {tmp_path}/run")
+    invoke(f"export --ckpt {tmp_path}/run --format pth --dtype fp32 -o {tmp_path}/pth")
+    mixers = torch.load(tmp_path / "pth/mixers.pth", weights_only=True)
+    own = load_file(tmp_path / "run/final/model.safetensors")
+    assert torch.equal(mixers["blocks.1.att.time_faaaa"], own["model.layers.1.self_attn.time_mixer.u"])
+    assert mixers["blocks.0.att.time_maa_w2"].shape == (5, 32, 64)
+    assert "version is v6, not v7" in refused(f"export --ckpt {tmp_path}/run --format arwkv -o {tmp_path}/arwkv")

@@ -20,7 +20,8 @@ from rwkv_distill.config import TrainConfig
 from rwkv_distill.distill import Distill, DistilledLogits, require_same_tokens
 from rwkv_distill.finetune import Finetune, LabelledText
 from rwkv_distill.hf.modeling_rwkv_distill import RwkvDistillForCausalLM
-from rwkv_distill.student import untie
+from rwkv_distill.student import StudentModel, untie
+from rwkv_distill.student_config import StudentConfig
 from rwkv_distill.weights import load_into
 from tests.rwkv_distill.small import student, teacher, tokens
 from tests.rwkv_distill.test_method import TINY
@@ -290,3 +291,32 @@ def test_weights_that_are_shared_out_learn_the_same_from_a_teacher_that_is_too(t
         for options, (losses, held) in zip(runs, process, strict=True):
             assert losses == pytest.approx(alone[options["stage"]], rel=1e-5), options
             assert held <= 0.6
+
+
+def test_the_loss_on_logits_is_that_of_the_fused_head() -> None:
+    from rwkv_distill.losses import kl
+    from rwkv_distill.ops import linear_kl
+
+    torch.manual_seed(0)
+    h_s, h_t, w_s, w_t = torch.randn(9, 4), torch.randn(9, 5), torch.randn(30, 4), torch.randn(33, 5)
+    mask = torch.tensor([1, 0, 1, 1, 0, 1, 1, 1, 1])
+    for direction in ("forward", "reverse", "adaptive"):
+        for tau in (1.0, 2.0):
+            expected = linear_kl(h_s, w_s, (h_t, w_t), mask, tau=tau, direction=direction)[1]
+            torch.testing.assert_close(kl(h_s @ w_s.T, h_t @ w_t.T, mask, tau, direction), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_students_own_alignment_losses_are_those_of_stage_1() -> None:
+    from rwkv_distill.align import AlignedLayers
+
+    model, ids = teacher("qwen2"), tokens(2, 9)
+    made = StudentModel.from_teacher(model, StudentConfig(layers=[0, 2]))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    found = made.alignment_losses(ids, mask, kind="mse")
+    expected = [loss / 15 for _, loss in AlignedLayers(made, made.teacher_attentions)(ids, mask, kind="mse")]
+    torch.testing.assert_close(found, torch.stack(expected))
+    found.sum().backward()
+    assert made.mixers()[0].value.weight.grad is not None
+    # the layer that keeps softmax attention stays as it was
+    assert made.model.layers[1].self_attn.q_proj.weight.requires_grad

@@ -54,6 +54,17 @@ class TestRad(AlignConformance):
         return super().configure(packing="document", layer_local=False, **options)
 
 
+class Version6(AlignConformance):
+    __test__ = False
+
+    def configure(self, **options: Any) -> TrainConfig:
+        return build(TrainConfig, {**TINY, "student": {"rwkv_version": "v6", "head_size": 32}, **options})
+
+
+def test_every_tensor_of_version_6_learns() -> None:
+    Version6().test_every_trained_tensor_gets_a_gradient()
+
+
 def test_only_mixers_are_trained_and_the_teachers_attention_is_in_no_file(tmp_path: Path) -> None:
     suite = AlignConformance()
     method, engine, _ = suite.assemble(suite.options())

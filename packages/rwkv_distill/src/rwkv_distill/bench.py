@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import resource
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from rwkv_distill import ops, reference
 from rwkv_distill.align import AlignedLayers
 from rwkv_distill.command_config import BenchConfig
 from rwkv_distill.config import MODELS
+from rwkv_distill.losses import kl
 from rwkv_distill.student import StudentModel, load_student
 from rwkv_distill.student_config import StudentConfig
 
@@ -33,7 +36,7 @@ CONTEXTS = (64, 512, 2048, 8192)
 def bench(config: BenchConfig) -> dict[str, Any]:
     """Run the benches that `config` names; ratios by name, each with its target where there is one."""
     torch.set_num_threads(1)
-    parts = {"wkv7": wkv7, "decode": decode, "stage1": stage1, "pack": pack}
+    parts = {"wkv7": wkv7, "wkv6": wkv6, "linear_kl": linear_kl, "decode": decode, "stage1": stage1, "pack": pack}
     report = {name: part(config) for name, part in parts.items() if config.op in (name, "all")}
     if config.output is not None:
         config.output.write_text(json.dumps(report, indent=1) + "\n")
@@ -62,6 +65,28 @@ def wkv7(config: BenchConfig) -> dict[str, Any]:
         inputs[4].copy_(-torch.nn.functional.normalize(inputs[4], dim=-1))
         inputs[5].copy_(-inputs[4] * torch.sigmoid(inputs[5]))
 
+    def step(operator: Callable[..., Any]) -> None:
+        operator(*one, state)
+
+    one = [torch.randn(8, *SHAPE[2:]) for _ in range(6)]
+    one[4], one[5] = inputs[4].detach()[0, :8], inputs[5].detach()[0, :8]
+    state = torch.zeros(8, SHAPE[2], SHAPE[3], SHAPE[3])
+    report = recurrence(config, ops.wkv7, reference.wkv7, inputs, (20, 15))
+    return {**report, "step": against(config, step, ops.wkv7_step, reference.wkv7_step, 3)}
+
+
+def wkv6(config: BenchConfig) -> dict[str, Any]:
+    """The operator of RWKV-6 in the same way."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(SHAPE, requires_grad=True) for _ in range(4)]
+    return recurrence(config, ops.wkv6, reference.wkv6, [*inputs, torch.randn(SHAPE[2:], requires_grad=True)], (15, 12))
+
+
+def recurrence(
+    config: BenchConfig, mine: Callable[..., Any], theirs: Callable[..., Any], inputs: list[Tensor], targets: tuple[int, int]
+) -> dict[str, Any]:
+    """Forward, and forward and backward."""
+
     def both(operator: Callable[..., Any]) -> None:
         operator(*inputs)[0].sum().backward()
 
@@ -69,21 +94,57 @@ def wkv7(config: BenchConfig) -> dict[str, Any]:
         with torch.no_grad():
             operator(*inputs)
 
-    def step(operator: Callable[..., Any]) -> None:
-        operator(*one, state)
+    return {
+        "shape": list(SHAPE),
+        "forward": against(config, forward, mine, theirs, targets[0]),
+        "forward_backward": against(config, both, mine, theirs, targets[1]),
+    }
 
-    one = [torch.randn(8, *SHAPE[2:]) for _ in range(6)]
-    one[4], one[5] = inputs[4].detach()[0, :8], inputs[5].detach()[0, :8]
-    state = torch.zeros(8, SHAPE[2], SHAPE[3], SHAPE[3])
-    report = {}
-    for name, function, mine, theirs, target in (
-        ("forward", forward, ops.wkv7, reference.wkv7, 20),
-        ("forward_backward", both, ops.wkv7, reference.wkv7, 15),
-        ("step", step, ops.wkv7_step, reference.wkv7_step, 3),
-    ):
-        fast, slow = seconds(partial(function, mine), config.repeats), seconds(partial(function, theirs), max(1, config.repeats // 5))
-        report[name] = {"milliseconds": 1e3 * fast, "reference_milliseconds": 1e3 * slow, "ratio": slow / fast, "at_least": target}
-    return {"shape": list(SHAPE), **report}
+
+def against(
+    config: BenchConfig, function: Callable[..., Any], mine: Callable[..., Any], theirs: Callable[..., Any], target: int
+) -> dict[str, Any]:
+    """Milliseconds of both sides, and their ratio."""
+    fast, slow = seconds(partial(function, mine), config.repeats), seconds(partial(function, theirs), max(1, config.repeats // 5))
+    return {"milliseconds": 1e3 * fast, "reference_milliseconds": 1e3 * slow, "ratio": slow / fast, "at_least": target}
+
+
+def linear_kl(config: BenchConfig) -> dict[str, Any]:
+    """The fused head of stage 2 against full logits and autograd: processor time, and how much the peak of memory grows.
+
+    Every measurement has a process of its own, since a peak never falls.
+    """
+    report: dict[str, Any] = {}
+    for rows, memory, time_limit in ((1024, 0.30, 0.6), (4096, 0.15, None)):
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+            found = [pool.submit(kl_cost, fused, rows, max(1, config.repeats // 5)).result() for fused in (True, False)]
+        (fast, small), (slow, large) = found
+        report[f"rows_{rows}"] = {
+            "milliseconds": 1e3 * fast, "full_milliseconds": 1e3 * slow, "peak_kib": small, "full_peak_kib": large,
+            "memory": {"ratio": small / large, "at_most": memory},
+            "time": {"ratio": fast / slow, **({} if time_limit is None else {"at_most": time_limit})},
+        }  # fmt: skip
+    return report
+
+
+def kl_cost(fused: bool, rows: int, repeats: int, width: int = 128, columns: int = 32768) -> tuple[float, int]:
+    """Seconds of one forward and backward, and KiB by which the peak of this process grew."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    h_s, h_t = (torch.randn(rows, width) for _ in range(2))
+    w_s, w_t = (torch.randn(columns, width) / width**0.5 for _ in range(2))
+    h_s.requires_grad_()
+    w_s.requires_grad_()
+
+    def run() -> None:
+        h_s.grad = w_s.grad = None
+        loss = ops.linear_kl(h_s, w_s, (h_t, w_t), chunk=128)[0] if fused else kl(h_s @ w_s.T, h_t @ w_t.T)
+        loss.backward()
+
+    # what is loaded and compiled once is no cost of a call
+    ops.linear_kl(h_s[:2].detach(), w_s[:256].detach(), (h_t[:2], w_t[:256]), chunk=128)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return seconds(run, repeats), max(1, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def decode(config: BenchConfig) -> dict[str, Any]:

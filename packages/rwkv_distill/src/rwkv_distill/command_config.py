@@ -54,7 +54,7 @@ class GenerateConfig:
 class BenchConfig:
     """Ratios that the package promises, measured on this machine in processor time of one thread."""
 
-    op: Literal["wkv7", "decode", "stage1", "pack", "all"] = opt("all", "What is measured.")
+    op: Literal["wkv7", "wkv6", "linear_kl", "decode", "stage1", "pack", "all"] = opt("all", "What is measured.")
     repeats: int = opt(10, "Calls of which the fastest counts.", ge=1)
     model: str | None = opt(None, "Student whose decoding is measured; default: a tiny one of random weights.")
     teacher: str | None = opt(None, "Transformer whose decoding is measured beside it.")

@@ -262,35 +262,26 @@ def test_the_student_is_a_transformers_model() -> None:
     assert isinstance(student(), RwkvDistillForCausalLM)
 
 
-def _two_updates(folder: Path, options: dict[str, Any]) -> tuple[list[float], float]:
-    """Losses, and the share of the teacher's weights that this process holds (stage 2)."""
+def _shares(folder: Path) -> list[float]:
+    """Part of the teacher's weights that this process holds, by engine."""
     from lm_core.engine.replicated import local
-    from lm_core.train import train_step
-    from tests.rwkv_distill.test_method import AlignConformance
 
-    suite: Conformance = TestDistill() if options.pop("stage") == 2 else AlignConformance()
-    method, made, loader = suite.assemble(suite.options(folder, student={"preset": "rad", "head_size": 32}, **options))
-    losses = [train_step(made, method, next(loader), lr=1e-3).loss for _ in range(2)]
-    inner: Any = made.model.module if made.kind == "deepspeed" else made.model
-    weights = list(inner.lender.parameters()) if hasattr(inner, "lender") else []
-    return losses, sum(local(weight).numel() for weight in weights) / max(1, sum(weight.numel() for weight in weights))
-
-
-def _all_updates(folder: Path, runs: list[dict[str, Any]]) -> list[tuple[list[float], float]]:
-    return [_two_updates(folder, dict(options)) for options in runs]
+    found = []
+    for engine in ({"engine": "sharded"}, {"zero_stage": 3}):
+        suite = TestDistill()
+        _, made, _ = suite.assemble(suite.options(folder, **engine))
+        inner: Any = made.model.module if made.kind == "deepspeed" else made.model
+        weights = list(inner.lender.parameters())
+        found.append(sum(local(weight).numel() for weight in weights) / sum(weight.numel() for weight in weights))
+    return found
 
 
 @pytest.mark.slow
-def test_weights_that_are_shared_out_learn_the_same_from_a_teacher_that_is_too(tmp_path: Path) -> None:
+def test_a_teacher_is_shared_out_where_its_student_is(tmp_path: Path) -> None:
     from lm_core.testing import spawn
 
-    alone = {stage: _two_updates(tmp_path, {"stage": stage})[0] for stage in (1, 2)}
-    runs: list[dict[str, Any]] = [{"stage": 1, "engine": "sharded"}, {"stage": 1, "zero_stage": 2}, {"stage": 1, "zero_stage": 3}]
-    runs += [{"stage": 2, "engine": "sharded"}, {"stage": 2, "zero_stage": 3}]
-    for process in spawn(_all_updates, tmp_path, [{**options, "micro_batch_size": 2} for options in runs]):
-        for options, (losses, held) in zip(runs, process, strict=True):
-            assert losses == pytest.approx(alone[options["stage"]], rel=1e-5), options
-            assert held <= 0.6
+    # what both learn is part of the conformance suite
+    assert all(share <= 0.6 for process in spawn(_shares, tmp_path) for share in process)
 
 
 def test_the_loss_on_logits_is_that_of_the_fused_head() -> None:

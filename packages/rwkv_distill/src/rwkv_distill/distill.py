@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from kernels_cuda.head import linear_kl
 from lm_core import dist
+from lm_core.deepspeed_settings import split
 from lm_core.engine.frozen import freeze
 from lm_core.errors import ConfigError, InputError
 from lm_core.method import IGNORE, Batch, Loss, Rule
@@ -171,7 +172,7 @@ class Distill(StudentMethod):
         if config.precision == "bf16":
             teacher = teacher.to(torch.bfloat16)
         # where the student's weights are shared out over processes, so are the teacher's
-        shares = dist.world() > 1 and (config.engine == "sharded" or config.zero_stage == 3) and torch.get_default_device().type != "meta"
+        shares = dist.world() > 1 and split(config)[0] == 3 and torch.get_default_device().type != "meta"
         return self._recomputed(DistilledLogits(student, teacher, dist.init(config.device) if shares else None))
 
     def _recomputed(self, module: nn.Module) -> nn.Module:

@@ -57,8 +57,8 @@ def test_clustering_puts_equal_directions_together() -> None:
 
 
 def test_features_on_disk_are_what_the_layers_do(tmp_path: Path) -> None:
-    model, rows = dense_model(), [tokens(2, 9), tokens(1, 5)]
-    size = write_features(tmp_path, model, rows, ["inputs", "act"])
+    folder, model, rows = tmp_path / "act", dense_model(), [tokens(2, 9), tokens(1, 5)]
+    size = write_features(folder, model, rows, ["inputs", "act"])
     seen: dict[int, list[Tensor]] = {0: [], 1: []}
     with watching(model, lambda layer, tensors: seen[layer].append(tensors["inputs"])):
         for row in rows:
@@ -66,16 +66,16 @@ def test_features_on_disk_are_what_the_layers_do(tmp_path: Path) -> None:
     for layer, block in enumerate(model.model.layers):
         x = torch.cat(seen[layer])
         act = F.silu(block.mlp.gate_proj(x)) * block.mlp.up_proj(x)
-        assert torch.equal(read_features(tmp_path, layer, "act", 64), act.bfloat16())
-        assert torch.equal(read_features(tmp_path, layer, "inputs", 32), x.bfloat16())
+        assert torch.equal(read_features(folder, layer, "act", 64), act.bfloat16())
+        assert torch.equal(read_features(folder, layer, "inputs", 32), x.bfloat16())
     assert size == 2 * 2 * 23 * (32 + 64)
     assert not any(block.mlp._forward_hooks for block in model.model.layers)
     with pytest.raises(InputError, match="holds no gate"):
-        read_features(tmp_path, 0, "gate", 64)
+        read_features(folder, 0, "gate", 64)
     with pytest.raises(InputError, match="has 64 columns, the model 60 neurons"):
-        read_features(tmp_path, 0, "act", 60)
+        read_features(folder, 0, "act", 60)
     with pytest.raises(InputError, match="is missing; write it with moe-cpt features"):
-        read_features(tmp_path, 2, "act", 64)
+        read_features(folder, 2, "act", 64)
 
 
 def test_ridge_is_the_closed_form_of_its_definition() -> None:

@@ -17,7 +17,9 @@ from moe_cpt.slurm import Finding, check_slurm
 from tests.moe_cpt.test_commands import call
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = sorted(path for path in (ROOT / "launchers/moe_cpt").rglob("*.sh") if path.name not in ("lib.sh", "local_smoke.sh"))
+SCRIPTS = sorted(
+    path for path in (ROOT / "launchers/moe_cpt").rglob("*.sh") if path.name not in ("lib.sh", "local_smoke.sh", "compare_splits.sh")
+)
 # max_steps, global batch size and tokens per batch that the guide names
 HEADERS = {
     "16_2/baseline_112gpus_sheared_llama_portion_fluency_sf8": (13623, 3584, 14680064),
@@ -229,6 +231,19 @@ def test_runs_are_shown_under_short_names(tmp_path: Path) -> None:
     ]
     assert "are both called one; write NAME:FOLDER" in call("tb-spec", f"{tmp_path}/one", f"one:{tmp_path}/two", code=2)
     assert "matches no folder" in call("tb-spec", f"{tmp_path}/three*", code=2)
+
+
+@pytest.mark.parametrize("script", ["local_smoke.sh", "compare_splits.sh"])
+def test_pipelines_print_commands_whose_options_exist(script: str) -> None:
+    environment = {**os.environ, "DRY_RUN": "1", "OUT": "out"}
+    run = subprocess.run([str(ROOT / "launchers/moe_cpt" / script)], capture_output=True, text=True, env=environment, check=True)
+    commands = [shlex.split(line) for line in run.stdout.splitlines()]
+    assert len(commands) > 7
+    for words in commands:
+        found = call(*words[1:], "--print-config")
+        assert "out" in json.dumps(found)
+        if words[1] == "convert" and "ridge" in words:
+            assert found["calibration_data"][0].startswith(("builtin:", "synthetic:"))
 
 
 @pytest.mark.slow

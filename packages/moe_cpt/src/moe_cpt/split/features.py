@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -76,13 +77,16 @@ def token_rows(data: Sequence[str], tokenizer: Any, *, text_column: str, length:
 def write_features(folder: Path, dense: Any, rows: Sequence[Tensor], what: Sequence[str]) -> int:
     """Write `layer_<i>.safetensors` with a bfloat16 tensor [tokens, d or m] per name in `what`; the bytes written.
 
-    Files are laid out first and filled as the model runs, so memory does not grow with the tokens.
+    Files are laid out first and filled as the model runs, so memory does not grow with the tokens. An interruption leaves nothing
+    under `folder`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     config = dense.config
     tokens = sum(row.numel() for row in rows)
     widths = {name: config.hidden_size if name == "inputs" else config.intermediate_size for name in what}
-    files = [_layout(folder / f"layer_{layer}.safetensors", tokens, widths) for layer in range(config.num_hidden_layers)]
+    files = [_layout(partial / f"layer_{layer}.safetensors", tokens, widths) for layer in range(config.num_hidden_layers)]
     filled = [0] * len(files)
 
     def watch(layer: int, tensors: Mapping[str, Tensor]) -> None:
@@ -98,6 +102,8 @@ def write_features(folder: Path, dense: Any, rows: Sequence[Tensor], what: Seque
     for tables in files:
         for table in tables.values():
             table.flush()
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
     return bytes_of(config, tokens, what)
 
 

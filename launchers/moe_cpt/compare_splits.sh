@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Convert one dense model by every split and router, train each mixture with the same data, rate, updates and seed, and compare them.
+# What is there is not made again, so an interrupted comparison goes on:
+#   OUT=runs/splits STEPS=200 launchers/moe_cpt/compare_splits.sh [MODEL]        default: smollm2-135m
+# DATA is a comma list of sources (default: builtin:python-docs,builtin:stdlib), TOKENS what splits and routers look at (8192),
+# EVAL_TOKENS the held-out tokens of each source (4096); DRY_RUN=1 prints the commands.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+# shellcheck source=launchers/lib.sh
+source "$root/launchers/lib.sh"
+
+model=${1:-smollm2-135m}
+out=${OUT:-runs/splits}
+sources=${DATA:-builtin:python-docs,builtin:stdlib}
+tokens=${TOKENS:-8192}
+data=()
+IFS=, read -ra names <<<"$sources"
+for name in "${names[@]}"; do data+=(--data "$name"); done
+
+# once PLACE COMMAND...: run a command that makes PLACE, unless it is there
+once() {
+    local made=$1
+    shift
+    [ -e "$made" ] || (show_and_run "$@")
+}
+
+split() {
+    once "$out/$1.safetensors" moe-cpt split "$1" --model_path "$model" --num_experts 16 -o "$out/$1.safetensors" "${@:2}"
+}
+
+# mixture NAME SPLIT OPTIONS OF CONVERT...
+mixture() {
+    once "$out/$1/moe" moe-cpt convert --model_path "$model" --split_file_path "$out/$2.safetensors" --num_selects 4 -o "$out/$1/moe" "${@:3}"
+    once "$out/$1/run/final" moe-cpt train --model "$out/$1/moe" --dataset_dir "$sources" --block_size 256 --micro_batch_size 2 \
+        --max_steps "${STEPS:-40}" --warmup 0.1 --lr 3e-4 --final_lr_portion 0.1 --eval_every 0.5 --eval_tokens "${EVAL_TOKENS:-4096}" \
+        --log_every 1 --save_every 20 --resume auto -o "$out/$1/run"
+    runs+=("$out/$1/run")
+}
+
+once "$out/act" moe-cpt features --model_path "$model" "${data[@]}" --what inputs --what act --block_size 512 --max_tokens "$tokens" -o "$out/act"
+once "$out/up" moe-cpt features --model_path "$model" "${data[@]}" --what up --block_size 512 --max_tokens $((tokens / 4)) -o "$out/up"
+once "$out/clusters" moe-cpt cluster-text "${data[@]}" -n 16 -m "$out/centres" -o "$out/clusters"
+once "$out/score.safetensors" moe-cpt score --model "$model" --dataset "$out/clusters" --block_size 512 --max_tokens 1024 -o "$out/score.safetensors"
+split random
+split clustering
+split activation --features "$out/act"
+split graph --hidden_features_path "$out/up"
+split gradient --score_file_path "$out/score.safetensors"
+once "$out/gate.safetensors" moe-cpt train-gate --model_path "$model" --split_file_path "$out/activation.safetensors" \
+    --hidden_features_path "$out/act" --gate_network linear --epochs 30 -o "$out/gate.safetensors"
+
+once "$out/dense.json" moe-cpt ref-loss --model "$model" --validation_dir "$sources" --block_size 256 --micro_batch_size 2 \
+    --eval_tokens "${EVAL_TOKENS:-4096}" --precision bf16 -o "$out/dense.json"
+runs=()
+for method in random clustering activation graph gradient; do
+    mixture "$method-ridge" "$method" --gate_network linear --gate_init ridge --calibration_tokens $((tokens / 2)) "${data[@]/#--data/--calibration_data}"
+done
+mixture activation-normal-mlp activation
+mixture activation-normal-linear activation --gate_network linear
+mixture activation-centroid activation --gate_network linear --gate_init centroid
+mixture activation-trained activation --gate_network linear --gate_init trained --select_file_path "$out/gate.safetensors"
+show_and_run moe-cpt report "${runs[@]}" -o "$out/report"

@@ -148,3 +148,11 @@ def test_spellings_of_megatron_are_accepted() -> None:
         {"objective": "ar", "preset": "117M", "seq-length": 128, "lr-decay-style": "linear", "save": "x", "budget": "1 steps"},
     )
     assert (chosen.model, chosen.max_length, chosen.schedule, str(chosen.output_dir)) == ("117M", 128, "linear", "x")
+
+
+def test_switches_of_the_original_guide_mean_options_of_core() -> None:
+    given = {"deepspeed": True, "cpu_optimizer": "true", "adam_beta1": "0.8", "exit_interval": 5}
+    options = made(given | PretrainConfig.further_layers(given)[0], budget="1 steps")
+    assert (options.engine, options.offload, options.betas, options.stop_every) == ("deepspeed", "optimizer", (0.8, 0.95), 5)
+    with pytest.raises(ConfigError, match="cpu_optimizer: True means offload optimizer, but offload is none"):
+        made(cpu_optimizer=True, budget="1 steps")

@@ -99,3 +99,17 @@ def test_clipped_cosine_stays_at_its_floor() -> None:
 
     assert clipped_cosine(0.7951, 0.1) > 0.1
     assert clipped_cosine(0.7953, 0.1) == 0.1
+
+
+def test_spellings_of_the_original_guide_mean_options_of_core() -> None:
+    given = {"torch_dtype": "float32", "adam_beta2": 0.99, "report_to": "none", "max_train_samples": "100"}
+    made = build(
+        TrainConfig,
+        {"model": "llama_test", "data": ["d"], "num_selects": 2, "max_steps": 50, "warmup": 0},
+        given,
+        *TrainConfig.further_layers(given),
+    )
+    assert (made.precision, made.betas, made.tensorboard) == ("fp32", (0.9, 0.99), False)
+    assert made.limits().limits == {"steps": 100 // made.micro_batch_size}
+    with pytest.raises(ConfigError, match="max_train_samples: 1 is less than one batch of 8"):
+        build(TrainConfig, {"model": "llama_test", "data": ["d"], "max_train_samples": 1, "micro_batch_size": 8, "warmup": 0})

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lm_core.config import Leaf, build, leaves
+from lm_core.config import Leaf, build, leaves, merge
 from lm_core.data.sources import read
 from lm_core.errors import ConfigError, InputError
 from lm_core.options import RunConfig
@@ -38,7 +38,8 @@ def test_options_make_a_configuration_or_one_error(command: str, data: st.DataOb
     required = {leaf.path: data.draw(valid(leaf.type, leaf.limits)) for leaf in options if leaf.default is dataclasses.MISSING}
     layer = required | {leaf.path: data.draw(anything(leaf)) for leaf in chosen}
     try:
-        made = build(cls, {}, given=[layer])
+        further = cls.further_layers(merge(cls, layer)) if hasattr(cls, "further_layers") else []
+        made = build(cls, *further, given=[layer])
         if isinstance(made, RunConfig):
             made.limits()
             made.run_folder()

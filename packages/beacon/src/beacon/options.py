@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from beacon import guide
 from beacon.config import BeaconConfig
 from lm_core.config import Count, change, config, opt
 from lm_core.deepspeed_settings import split
 from lm_core.errors import ConfigError
+from lm_core.guide import Meaning, TrainerSpellings, right
 from lm_core.options import DataOptions, EngineOptions, ModelOptions, OptimOptions, OutputOptions, RunConfig
 from lm_core.progress import Budget
 
@@ -65,7 +65,7 @@ def settings(options: Any, stored: BeaconConfig | None) -> BeaconConfig:
 
 
 @config
-class TrainConfig(RunConfig, BeaconOptions):
+class TrainConfig(RunConfig, TrainerSpellings, BeaconOptions):
     """Beacons on a frozen language model, trained by next-token prediction."""
 
     model: str = change(ModelOptions, "model", flags=("--model-name-or-path",))
@@ -107,11 +107,7 @@ class TrainConfig(RunConfig, BeaconOptions):
     max_steps: int = opt(-1, "Replaces the budget by this many updates; -1 leaves it to the epochs.", ge=-1)
     grad_clip: float = change(OptimOptions, "grad_clip", flags=("--max-grad-norm",))
     warmup: Count = change(OptimOptions, "warmup", flags=("--warmup-steps",))
-    adam_beta1: float | None = opt(None, "First of --betas.", ge=0, lt=1)
-    adam_beta2: float | None = opt(None, "Second of --betas.", ge=0, lt=1)
     deepspeed_config: Path | None = change(EngineOptions, "deepspeed_config", flags=("--deepspeed",))
-    bf16: bool = opt(False, "--precision bf16.")
-    fp16: bool = opt(False, "--precision fp16.")
     cpu: bool = opt(False, "--device cpu.")
     save_every: str = change(OutputOptions, "save_every", default="500", flags=("--save-steps",))
     save_strategy: Literal["no", "steps", "epoch"] = opt("steps", "--save-every never, as given, or epoch.")
@@ -121,9 +117,6 @@ class TrainConfig(RunConfig, BeaconOptions):
         None, "--eval-every never, as given (default: --log-every), or epoch.", flags=("--eval-strategy",)
     )
     log_every: int = change(OutputOptions, "log_every", flags=("--logging-steps",))
-    report_to: list[Literal["wandb", "tensorboard", "none"]] = opt(
-        help="--wandb online, --tensorboard; whichever is not named is off.", factory=list
-    )
     seed: int = change(OutputOptions, "seed", default=42)
     enable_beacon: bool = opt(True, "Read through beacons; false trains the plain model (needs --lora-tune or --only-train-beacon false).")
     only_train_beacon: bool = opt(True, "Train the beacon weights only; false trains the backbone, too.")
@@ -144,12 +137,26 @@ class TrainConfig(RunConfig, BeaconOptions):
     eval_beacon_ratio_mix: str | None = opt(None, "How a ratio is chosen in evaluations; default: as in inference.")
 
     @classmethod
-    def further_layers(cls, values: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-        """What spellings of the guide mean in core's words."""
-        return [{option: value for parts in guide.meanings(values).values() for option, value in parts}]
+    def meanings(cls, values: Mapping[str, Any]) -> dict[str, list[Meaning]]:
+        """What spellings of the guide mean in core's words.
+
+        >>> TrainConfig.meanings({"cpu": "true", "save_strategy": "epoch"})
+        {'cpu': [Meaning(option='device', value='cpu')], 'save_strategy': [Meaning(option='save_every', value='epoch')]}
+        """
+        found = super().meanings(values)
+        often = {"epoch": "epoch", "no": "never"}
+        if right(bool, values.get("cpu")):
+            found["cpu"] = [Meaning("device", "cpu")]
+        if every := often.get(str(values.get("save_strategy"))):
+            found["save_strategy"] = [Meaning("save_every", every)]
+        strategy = str(values.get("evaluation_strategy"))
+        if strategy in often:
+            found["evaluation_strategy"] = [Meaning("eval_every", often[strategy])]
+        elif strategy == "steps" and values.get("eval_every", "never") == "never":
+            found["evaluation_strategy"] = [Meaning("eval_every", str(values.get("log_every", 10)))]
+        return found
 
     def check(self) -> None:
-        guide.check(self)
         if self.use_reentrant:
             raise ConfigError("use_reentrant: true loses the gradients of memory; use false")
         if self.group_by_stride != "none" and self.sort_by_stride != "none":

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lm_core.config import Count, change, config, explicit, opt
 from lm_core.deepspeed_settings import engine_kind
 from lm_core.errors import ConfigError
+from lm_core.guide import AdamSpellings, Meaning, right
 from lm_core.options import DataOptions, EngineOptions, ModelOptions, OptimOptions, OutputOptions, RunConfig
 from lm_core.progress import Budget, Progress, Size
 from lm_core.schedule import learning_rate
@@ -86,7 +88,7 @@ class ExperimentOptions:
 
 
 @config
-class PretrainConfig(RunConfig, ShapeOptions, DiffusionOptions, ExperimentOptions):
+class PretrainConfig(RunConfig, AdamSpellings, ShapeOptions, DiffusionOptions, ExperimentOptions):
     """Pre-training by masked diffusion or next-token prediction."""
 
     objective: Literal["ar", "mdm"] = opt(help="Autoregressive, or masked diffusion.")
@@ -153,6 +155,8 @@ class PretrainConfig(RunConfig, ShapeOptions, DiffusionOptions, ExperimentOption
     bf16: bool = opt(False, "The same as --precision bf16.")
     fp16: bool = opt(False, "The same as --precision fp16.")
     fp32: bool = opt(False, "The same as --precision fp32.")
+    deepspeed: bool = opt(False, "The same as --engine deepspeed.")
+    cpu_optimizer: bool = opt(False, "The same as --offload optimizer.")
     nonfinite: Literal["stop", "drop"] = change(EngineOptions, "nonfinite", default="drop")
     seed: int = change(OutputOptions, "seed", default=1234)
     output_dir: Path | None = change(OutputOptions, "output_dir", flags=("--save",))
@@ -164,8 +168,15 @@ class PretrainConfig(RunConfig, ShapeOptions, DiffusionOptions, ExperimentOption
     eval_iters: int = opt(100, "Global batches of an evaluation, at most one pass; --eval-tokens wins.", ge=1)
     log_every: int = change(OutputOptions, "log_every", flags=("--log-interval",))
     kill_file: Path | None = change(OutputOptions, "kill_file", flags=("--kill-switch-file",))
+    stop_every: int | None = change(OutputOptions, "stop_every", flags=("--exit-interval",))
+    stop_minutes: float | None = change(OutputOptions, "stop_minutes", flags=("--exit-duration-in-mins",))
     num_mc: int = opt(1, "Draws of the noise per held-out sequence.", ge=1)
     eval_seed: int = opt(4321, "Address of the noise of evaluations.", ge=0)
+
+    @classmethod
+    def meanings(cls, values: Mapping[str, Any]) -> dict[str, list[Meaning]]:
+        switches = {"deepspeed": Meaning("engine", "deepspeed"), "cpu_optimizer": Meaning("offload", "optimizer")}
+        return super().meanings(values) | {name: [meaning] for name, meaning in switches.items() if right(bool, values.get(name))}
 
     def check(self) -> None:
         sized = [name for name in SHAPE_OPTIONS if getattr(self, name) is not None]

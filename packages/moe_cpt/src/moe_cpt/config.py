@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lm_core.config import Count, change, config, explicit, opt
 from lm_core.errors import ConfigError
+from lm_core.guide import Meaning, TrainerSpellings
 from lm_core.options import DataOptions, EngineOptions, ModelOptions, OptimOptions, OutputOptions, RunConfig
 from lm_core.progress import Budget, Every, Progress, Size
 from lm_core.schedule import learning_rate
@@ -405,7 +407,7 @@ class BenchConfig:
 
 
 @config
-class TrainConfig(RunConfig):
+class TrainConfig(RunConfig, TrainerSpellings):
     """Continued pre-training of a mixture of experts made from a dense LLaMA."""
 
     model: str = change(
@@ -496,6 +498,7 @@ class TrainConfig(RunConfig):
     betas: tuple[float, float] = change(OptimOptions, "betas", default=(0.9, 0.95))
     grad_clip: float = change(OptimOptions, "grad_clip", flags=("--max_grad_norm",))
     precision: Literal["fp32", "bf16", "fp16"] = change(EngineOptions, "precision", default="bf16")
+    torch_dtype: Literal["auto", "bfloat16", "float16", "float32"] = opt("auto", "--precision in torch's words; auto leaves it.")
     deepspeed_config: Path | None = change(EngineOptions, "deepspeed_config", flags=("--deepspeed",))
     micro_batch_size: int = change(EngineOptions, "micro_batch_size", flags=("--per_device_train_batch_size",))
     accumulate: int = change(EngineOptions, "accumulate", flags=("--gradient_accumulation_steps",))
@@ -505,6 +508,7 @@ class TrainConfig(RunConfig):
 
     num_tokens: Count = opt(10**11, "Tokens to train on; whole updates are counted.", ge=1, flags=("--max_tokens",))
     max_steps: int | None = opt(None, "Updates to make, in place of --num-tokens.", ge=1)
+    max_train_samples: Count | None = opt(None, "One more limit: end before a batch that would pass so many samples.", ge=1)
     budget: str = change(
         OutputOptions, "budget", default="", help="Replaces --num-tokens and --max-steps: for example 300 steps, or 2 hours."
     )
@@ -516,6 +520,11 @@ class TrainConfig(RunConfig):
     log_every: int = change(OutputOptions, "log_every", default=5, flags=("--logging_steps",))
     comment: str = opt("", "What the run is for; kept in its record.")
     require_checklist: bool = opt(False, "Print the checklist and stop, before anything is loaded, when an item fails.")
+
+    @classmethod
+    def meanings(cls, values: Mapping[str, Any]) -> dict[str, list[Meaning]]:
+        precision = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(str(values.get("torch_dtype")))
+        return super().meanings(values) | ({"torch_dtype": [Meaning("precision", precision)]} if precision else {})
 
     def check(self) -> None:
         given = explicit(self)
@@ -575,7 +584,13 @@ class TrainConfig(RunConfig):
     def limits(self) -> Budget:
         if self.budget:
             return Budget.parse(self.budget)
-        return Budget({"steps": self.max_steps or self.steps_of_tokens()})
+        steps = self.max_steps or self.steps_of_tokens()
+        if self.max_train_samples is not None:
+            batch = self.tokens_per_batch() // self.max_length
+            if self.max_train_samples < batch:
+                raise ConfigError(f"max_train_samples: {self.max_train_samples} is less than one batch of {batch} samples; give more")
+            steps = min(steps, int(self.max_train_samples) // batch)
+        return Budget({"steps": steps})
 
     def plan(self) -> Plan:
         """Updates and batch in numbers. Raises ConfigError for a budget that only the data or the clock turns into updates."""

@@ -51,7 +51,9 @@ class MoeCPT(Method):
 
     config: TrainConfig
     # the budget in other words, the shape of the rest of the schedule, and what the plan only reports
-    resumable = frozenset({"num_tokens", "max_steps", "lr_floor_style", "num_nodes", "num_gpu_per_node", "experts_backend"})
+    resumable = frozenset(
+        {"num_tokens", "max_steps", "lr_floor_style", "num_nodes", "num_gpu_per_node", "experts_backend", "max_train_samples", "report_to"}
+    )
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)

@@ -219,7 +219,9 @@ def test_short_texts_have_the_likelihoods_of_the_base(trained: Path, tmp_path: P
     (tmp_path / "q.jsonl").write_text(json.dumps({"question": "1+1=", "choices": ["2", "11"], "answer": 0}) + "\n")
     result = short.run(ShortConfig(model=str(trained), data_file=tmp_path / "q.jsonl", baseline=["full"]))
     assert result["beacon"]["largest_difference_from_base"] < 1e-5
-    model, _ = answers.reader(ShortConfig(model=str(trained)))
+    assert answers.reader(ShortConfig(model=str(trained), attn_impl="eager"))[0].attn_backend == "eager"
+    model, _ = answers.reader(ShortConfig(model=str(trained), attn_impl="flash_attention_2"))
+    assert model.attn_backend == "auto"
     row = torch.tensor([list(b"1+1=11")])
     with torch.no_grad():
         expected = model(row).logits[0].log_softmax(-1)

@@ -57,7 +57,7 @@ class Beacon(Method):
             set_beacon(model, settings(self.config, model.beacon))
         else:
             model = attach_beacon(model, settings(self.config, None))
-        model.attn_backend = "eager" if self.config.attn_impl == "eager" else "auto"
+        model.attn_backend = self.config.attn_backend
         self.settings = model.beacon
         # fails here, before any data, when no ratio can teach
         training_ratios(self.settings, 0, 0, 2, model.positions)

@@ -48,6 +48,11 @@ class BeaconOptions:
         "auto", "How attention is computed: auto, or eager, one dense softmax as the reference; flash_attention_2 means auto."
     )
 
+    @property
+    def attn_backend(self) -> Literal["auto", "eager"]:
+        """The backend that `attn_impl` means."""
+        return "eager" if self.attn_impl == "eager" else "auto"
+
     def chosen(self) -> dict[str, Any]:
         """Given settings, under the names of BeaconConfig."""
         names = [name for name in BeaconConfig.__dataclass_fields__ if name != "format_version"]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -25,7 +24,7 @@ from lm_core.data.vocab import build_tokenizer
 from lm_core.errors import ConfigError
 from lm_core.method import IGNORE, Batch, Loss, Method
 from lm_core.method import Rule as Training
-from lm_core.models import CausalLoss, checkpoint_activations, load_model, lora
+from lm_core.models import CausalLoss, checkpoint_activations, load_model, lora, merged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -110,8 +109,7 @@ class Beacon(Method):
         """The trained model; adapters are merged into a copy of it."""
         if not self.config.lora_tune:
             return super().final_model(model)
-        wrapped = next(part for part in model.modules() if hasattr(part, "merge_and_unload"))
-        return cast("PreTrainedModel", copy.deepcopy(wrapped).merge_and_unload())  # type: ignore[operator]
+        return merged(model)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         if self.config.tokenizer is None and self.config.model not in PRESETS:

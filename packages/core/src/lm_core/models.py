@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 import warnings
@@ -350,6 +351,18 @@ def lora(model: PreTrainedModel, **peft_config: Any) -> PeftModel:
             return cast("PeftModel", peft.get_peft_model(model, config))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"lora: {error}; see peft's LoraConfig") from error
+
+
+def adapted(model: nn.Module) -> PeftModel:
+    """The part of `model` that carries adapters."""
+    return cast("PeftModel", next(part for part in model.modules() if hasattr(part, "merge_and_unload")))
+
+
+def merged(model: nn.Module) -> PreTrainedModel:
+    """A copy of the language model in `model` with W + scaling B A for every adapted weight W, computed in float32."""
+    dtype = next(model.parameters()).dtype
+    whole: Any = copy.deepcopy(adapted(model)).float()
+    return cast("PreTrainedModel", whole.merge_and_unload().to(dtype))
 
 
 class _LossHead(nn.Linear):

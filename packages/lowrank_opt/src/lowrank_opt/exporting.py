@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lm_core.errors import ConfigError
 from lm_core.export import export
+from lm_core.models import adapted, merged
 from lowrank_opt import saved
 from lowrank_opt.commands import ExportConfig
 from lowrank_opt.config import again
@@ -34,14 +35,6 @@ def exported(method: LowRank, merge: bool, dtype: torch.dtype | None) -> LowRank
 
     method.final_model = final_model  # type: ignore[method-assign]
     return method
-
-
-def merged(model: nn.Module) -> PreTrainedModel:
-    """W + scaling B A of every adapted layer, computed in float32."""
-    wrapped = next(part for part in model.modules() if hasattr(part, "merge_and_unload"))
-    dtype = next(model.parameters()).dtype
-    whole: Any = copy.deepcopy(wrapped).float()
-    return cast("PreTrainedModel", whole.merge_and_unload().to(dtype))
 
 
 def run(config: ExportConfig) -> dict[str, Any]:
@@ -71,8 +64,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
 @torch.no_grad()
 def difference(trained: nn.Module, written: PreTrainedModel) -> float:
     """Largest difference of logits on fixed tokens, in float32: what merging and casting have done to the weights."""
-    wrapped: Any = next(part for part in trained.modules() if hasattr(part, "merge_and_unload"))
     vocabulary = written.config.get_text_config().vocab_size
     tokens = torch.randint(vocabulary, (1, 64), generator=torch.Generator().manual_seed(0)).to(written.device)
-    logits: list[Tensor] = [copy.deepcopy(part).float().eval()(input_ids=tokens).logits for part in (wrapped, written)]
+    logits: list[Tensor] = [copy.deepcopy(part).float().eval()(input_ids=tokens).logits for part in (adapted(trained), written)]
     return float((logits[0] - logits[1]).abs().max())

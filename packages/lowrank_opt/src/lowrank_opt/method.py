@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from lm_core.data.vocab import build_tokenizer
 from lm_core.errors import ConfigError
 from lm_core.memory import current_bytes
 from lm_core.method import Batch, Loss, Method
-from lm_core.models import CausalLoss, checkpoint_activations, hf_model, load_model, lora
+from lm_core.models import CausalLoss, checkpoint_activations, hf_model, load_model, lora, merged
 from lowrank_opt.base import BaseOptimizer, Group
 from lowrank_opt.choose import low_rank_settings, make_optimizer
 from lowrank_opt.config import LOW_RANK, GaloreOptions, LoraOptions, TrainConfig, again, moment_bits
@@ -141,8 +140,7 @@ class LowRank(Method):
         """The trained model, or its adapter; adapters of a pretraining run are merged, since their base exists nowhere else."""
         if not self.config.optimizer.startswith("lora") or self.config.mode != "pretraining":
             return super().final_model(model)
-        wrapped = next(part for part in model.modules() if hasattr(part, "merge_and_unload"))
-        return cast("PreTrainedModel", copy.deepcopy(wrapped).merge_and_unload())  # type: ignore[operator]
+        return merged(model)
 
     def losses(self, model: nn.Module, batch: Batch) -> Iterator[Loss]:
         inputs = {name: batch[name] for name in ("input_ids", "labels", "attention_mask", "position_ids") if name in batch}

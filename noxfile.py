@@ -138,6 +138,14 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def harness(session: nox.Session) -> None:
+    """Every method's models in lm-evaluation-harness."""
+    prepare(session, *PACKAGES)
+    pip(session, "lm_eval>=0.4.9")
+    session.run("pytest", *(session.posargs or ["tests/repo/test_harness.py"]))
+
+
+@nox.session
 def faults(session: nox.Session) -> None:
     """Every method's command under kills, damaged files, a full disk and corrupt configurations; some minutes."""
     prepare(session, *PACKAGES)

@@ -26,6 +26,7 @@ from beacon.options import (
 )
 from lm_core.cli import command_group, configured
 from lm_core.cli import main as run_cli
+from lm_core.harness import add_harness
 
 cli = command_group("Read long contexts through compressed memory: train beacons on a frozen language model, and use them.")
 
@@ -223,6 +224,9 @@ def short(config: ShortConfig) -> dict[str, Any]:
     from beacon.eval.short import run
 
     return run(config)
+
+
+add_harness(cli, "beacon")
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import click
 
 from lm_core.cli import command_group, configured
 from lm_core.cli import main as run_cli
+from lm_core.harness import add_harness
 from lowrank_opt.commands import BenchConfig, CompareConfig, EvalConfig, ExportConfig, InspectConfig, PresetsConfig
 from lowrank_opt.config import TrainConfig, refuse_unused, resolved, with_data
 
@@ -115,6 +116,9 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     from lowrank_opt import bench as measurements
 
     return measurements.run(config)
+
+
+add_harness(cli)
 
 
 def main() -> None:

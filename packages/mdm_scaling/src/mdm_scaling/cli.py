@@ -9,6 +9,7 @@ import click
 
 from lm_core.cli import command_group, configured
 from lm_core.cli import main as run_cli
+from lm_core.harness import add_harness
 from mdm_scaling import sizes
 from mdm_scaling.analysis import (
     AdviseConfig,
@@ -396,6 +397,9 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     from mdm_scaling import bench as measurements
 
     return measurements.run(config)
+
+
+add_harness(cli, "mdm_scaling.harness", example="lm-eval --model mdm_scaling --model_args pretrained=FOLDER,num_mc=32 --tasks NAME")
 
 
 def main() -> None:

@@ -132,7 +132,7 @@ def run(config: TasksConfig) -> dict[str, Any]:
         context, choices = encode(item.context) or [end], [encode(choice) for choice in item.choices]
         _require(context, choices, int(model.config.max_position_embeddings), number)
         if how == "greedy":
-            found.append({"exact_match": float(_greedy(model, context, choices[item.answer], masked, mask_id))})
+            found.append({"exact_match": float(greedy(model, context, choices[item.answer], masked, mask_id))})
             continue
         nll = [
             target_nll(
@@ -164,7 +164,7 @@ def _scores(item: Item, nll: Sequence[float], lengths: Sequence[int]) -> dict[st
     return scores
 
 
-def _greedy(model: Any, context: Sequence[int], target: Sequence[int], masked: bool, mask_id: int) -> bool:
+def greedy(model: Any, context: Sequence[int], target: Sequence[int], masked: bool, mask_id: int) -> bool:
     """Whether the likeliest continuation is the target."""
     if masked:
         predict: Callable[[Tensor], Tensor] = lambda ids: model(input_ids=ids).logits  # noqa: E731

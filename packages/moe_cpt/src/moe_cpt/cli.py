@@ -16,6 +16,7 @@ import click
 from lm_core.cli import command_group, configured
 from lm_core.cli import main as run_cli
 from lm_core.errors import ConfigError, InputError, RunFailed
+from lm_core.harness import add_harness
 from moe_cpt.config import (
     ActivationConfig,
     BenchConfig,
@@ -633,6 +634,9 @@ def _split(method: str, config: SplitConfig, **options: Any) -> dict[str, Any]:
         "shared": shared,
         "cost": costs,
     }
+
+
+add_harness(cli, "moe_cpt.model")
 
 
 def main() -> None:

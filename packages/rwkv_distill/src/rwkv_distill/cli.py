@@ -9,6 +9,7 @@ import click
 
 from lm_core.cli import command_group, configured
 from lm_core.cli import main as run_cli
+from lm_core.harness import add_harness
 from lm_core.yaml12 import dump
 from rwkv_distill.command_config import (
     BenchConfig,
@@ -165,6 +166,9 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     from rwkv_distill import bench as benches
 
     return benches.bench(config)
+
+
+add_harness(cli, "rwkv_distill")
 
 
 def main() -> None:

@@ -141,7 +141,7 @@ def bench(session: nox.Session) -> None:
 def harness(session: nox.Session) -> None:
     """Every method's models in lm-evaluation-harness."""
     prepare(session, *PACKAGES)
-    pip(session, "lm_eval>=0.4.9")
+    pip(session, "lm-eval>=0.4.9")
     session.run("pytest", *(session.posargs or ["tests/repo/test_harness.py"]))
 
 

@@ -153,26 +153,24 @@ def crossing(crossings: Sequence[Crossing], out: Path, ends: Sequence[Crossing] 
         for kind, cs in kinds
         for c in cs
     ]
-    with figure(out, "Compute beyond which masked diffusion wins", "unique tokens U", "critical FLOPs") as axis:
+    with figure(out, "Compute beyond which one objective wins", "unique tokens U", "critical FLOPs") as axis:
         axis.set_xscale("log")
         axis.set_yscale("log")
         every = [*crossings, *ends]
         x = np.geomspace(min(c.U for c in every) / 2, max(c.U for c in every) * 2, 40)
         axis.plot(x, [published_critical_flops(u) for u in x], ":", color="#000000", label="Prabhudesai et al. 2025")
         for (kind, found), fill in zip(kinds, (COLOURS["mdm"], "none")):
-            known = [c for c in found if c.flops]
-            for number, c in enumerate(known):
-                assert c.flops
-                spread = [[c.flops - (c.low or c.flops)], [(c.high or c.flops) - c.flops]]
-                axis.errorbar(
-                    [c.U],
-                    [c.flops],
-                    np.maximum(spread, 0),
-                    fmt="o",
-                    color=COLOURS["mdm"],
-                    markerfacecolor=fill,
-                    label=None if number else kind,
-                )
+            for objective in ("mdm", "ar"):
+                for number, c in enumerate(known := [c for c in found if c.flops and c.winner == objective]):
+                    assert c.flops
+                    spread = [[c.flops - (c.low or c.flops)], [(c.high or c.flops) - c.flops]]
+                    shade = COLOURS[objective]
+                    axis.errorbar(
+                        [c.U], [c.flops], np.maximum(spread, 0), fmt="o", color=shade, markerfacecolor=shade if fill != "none" else fill,
+                        label=None if number else f"{kind}: {objective} wins beyond",
+                    )  # fmt: skip
+                if objective == "mdm" and (law := crossover.power_law(known)) is not None:
+                    axis.plot(x, 10 ** (law[0] + law[1] * np.log10(x)), color=COLOURS["mdm"], label=f"C = 10^{law[0]:.2f} U^{law[1]:.2f}")
             for objective, mark in (("ar", "^"), ("mdm", "v")):
                 open_ended = [c for c in found if not c.flops and c.compared and c.winner == objective]
                 if open_ended:
@@ -182,9 +180,6 @@ def crossing(crossings: Sequence[Crossing], out: Path, ends: Sequence[Crossing] 
                         [c.U for c in open_ended], [c.compared for c in open_ended], mark, color=shade, markerfacecolor=shade if fill != "none" else fill,
                         label=f"{kind}: {objective} wins, up to here",
                     )  # fmt: skip
-            law = crossover.power_law(known)
-            if law is not None:
-                axis.plot(x, 10 ** (law[0] + law[1] * np.log10(x)), color=COLOURS["mdm"], label=f"C = 10^{law[0]:.2f} U^{law[1]:.2f}")
         axis.legend(fontsize=8)
     numbers(out, rows)
 

@@ -111,7 +111,7 @@ def _profile(whole: Floats, at: int, points: Sequence[Point], target: Floats) ->
 
     best = []
     for row in range(len(values)):
-        starts = np.log(np.array([1.0, 10.0, 100.0, np.exp(whole[other])]))[:, None]
+        starts = np.array([0.0, np.log(10.0), np.log(100.0), whole[other]])[:, None]
 
         def several(theta: Floats, row: int = row) -> Floats:
             full = np.repeat(rows[row][None], len(theta), 0)

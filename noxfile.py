@@ -122,9 +122,10 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Write docs/options.md from the option declarations."""
+    """Write docs/options.md from the option declarations, and docs/engines.md from the conformance suites."""
     prepare(session, *PACKAGES)
     session.run("python", "-m", "lm_core.reference", "docs/options.md")
+    session.run("python", "-m", "tests.repo.engines", "docs/engines.md")
 
 
 @nox.session

@@ -1,12 +1,14 @@
 """docs/engines.md: which method runs in which engine, from what the conformance suites declare and test.
 
-python -m tests.repo.engines > docs/engines.md
+Written by `nox -s docs`: python -m tests.repo.engines docs/engines.md
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from lm_core.testing import ENGINES, Conformance
 from tests.repo.tree import ROOT
@@ -14,7 +16,7 @@ from tests.repo.tree import ROOT
 HEAD = """\
 # Engines and methods
 
-Written by `python -m tests.repo.engines`. Each row is a conformance suite: on two processes, every engine marked "equal" gives the
+Written by `nox -s docs`. Each row is a conformance suite: on two processes, every engine marked "equal" gives the
 losses of one process in the replicated engine (`test_every_engine_gives_the_losses_of_one_process_or_says_why_it_cannot`); a number
 stands for the refusal below. Two replicated processes equal one in every row.
 """
@@ -47,4 +49,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    print(page(), end="")
+    Path(sys.argv[1]).write_text(page(), encoding="utf-8")

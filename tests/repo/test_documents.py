@@ -48,4 +48,4 @@ def test_links_between_documents_lead_somewhere() -> None:
 def test_page_of_engines_is_current() -> None:
     from tests.repo.engines import page
 
-    assert (ROOT / "docs/engines.md").read_text() == page(), "docs/engines.md is stale; run python -m tests.repo.engines > docs/engines.md"
+    assert (ROOT / "docs/engines.md").read_text() == page(), "docs/engines.md is stale; run nox -s docs"

@@ -90,7 +90,7 @@ def tests(session: nox.Session, package: str) -> None:
 def quick(session: nox.Session) -> None:
     """Every suite in one shared environment."""
     prepare(session, *PACKAGES)
-    session.run("pytest", *(session.posargs or ["-m", EVERYWHERE, "kernels-cuda", "tests/repo", *suites(*PACKAGES)]))
+    session.run("pytest", *(session.posargs or ["-m", EVERYWHERE, "--durations=20", "kernels-cuda", "tests/repo", *suites(*PACKAGES)]))
 
 
 @nox.session

@@ -49,10 +49,14 @@ class Plain:
     """What engines ask of a method."""
 
     rules: list[Rule] = []
+    fresh_optimizer = False
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.seen = 0
+
+    def engine(self, model: nn.Module, device: torch.device) -> None:
+        return None
 
     def param_rules(self) -> list[Rule]:
         return self.rules

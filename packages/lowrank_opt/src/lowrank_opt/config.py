@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lm_core.config import Count, change, config, explicit, load, opt, section
+from lm_core.config import Count, Mistakes, change, config, explicit, load, opt, section
 from lm_core.deepspeed_settings import engine_kind, split
 from lm_core.errors import ConfigError
 from lm_core.options import DataOptions, EngineOptions, ModelOptions, OptimOptions, OutputOptions, RunConfig
@@ -219,7 +219,7 @@ class TrainConfig(RunConfig):
                 layers.append({section_name: values_read})
                 layers += [{one: {f"{one}_{name}": value for name, value in values.items()}} for one, values in inner.items()]
             elif path != default:
-                raise ConfigError(f"{option}: {path} does not exist; name a JSON file, or leave the option out for the packaged values")
+                raise Mistakes([f"{option}: {path} does not exist; name a JSON file, or leave the option out for the packaged values"])
         return layers
 
     def check(self) -> None:

@@ -32,6 +32,23 @@ show_and_run() {
     fi
 }
 
+# Run the step of a batch script of Slurm whose header says --signal=B:USR1@180: three minutes before the time limit Slurm signals the
+# script alone, which lets the step save and queues the job again. A job that is cancelled is not queued again.
+run_step() {
+    printf '%q ' "$@"
+    echo
+    [ "${DRY_RUN:-0}" != 1 ] || return 0
+    local warned=0 code=0
+    trap 'warned=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+    "$@" &
+    # a signal ends `wait` before the step does
+    while wait $! && code=0 || code=$?; kill -0 $! 2>/dev/null; do :; done
+    if [ "$warned" = 1 ] && [ "$code" != 0 ]; then
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+    exit "$code"
+}
+
 # In a batch script of Slurm that nobody has spread over its machines yet.
 in_batch_script() {
     [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${SLURM_STEP_ID:-}" ] && [ -z "${NODE_RANK:-}" ]
@@ -48,10 +65,12 @@ launch() {
         port=29500
         [ -z "${SLURM_JOB_ID:-}" ] || port=$((20000 + SLURM_JOB_ID % 20000))
     fi
+    # a signal reaches the processes through torchrun, which then waits this long for their checkpoint
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-150}
     if in_batch_script && [ "${LAUNCHER:-torchrun}" = torchrun ]; then
         # the number of a machine is known on that machine only
         # shellcheck disable=SC2016
-        show_and_run srun --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c 'exec torchrun --node-rank "$SLURM_NODEID" "$@"' torchrun \
+        run_step srun --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c 'exec torchrun --node-rank "$SLURM_NODEID" "$@"' torchrun \
             --nnodes "$nodes" --nproc-per-node "$processes" --master-addr "$address" --master-port "$port" --no-python "$@"
         return
     fi
@@ -60,8 +79,6 @@ launch() {
             show_and_run "$@"
             ;;
         torchrun)
-            # a signal reaches the processes through torchrun, which then waits this long for their checkpoint
-            export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-150}
             show_and_run torchrun --nnodes "$nodes" --node-rank "$rank" --nproc-per-node "$processes" \
                 --master-addr "$address" --master-port "$port" --no-python "$@"
             ;;

@@ -6,26 +6,14 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@180
 set -euo pipefail
-# Three minutes before the time limit Slurm signals this script, which lets the run save and queues the job again. A job that is
-# cancelled is not queued again. MASTER_ADDR names machine 0 where its Slurm name does not resolve.
+# Submitted from the repository. MASTER_ADDR names machine 0 where its Slurm name does not resolve.
+root=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
+# shellcheck source=launchers/lib.sh
+source "$root/launchers/lib.sh"
 
 [ $# -ge 1 ] || { echo "usage: sbatch --nodes=N launchers/slurm.sh SCRIPT [OPTIONS...]" >&2; exit 2; }
 
 export NUM_NODES=${SLURM_JOB_NUM_NODES:-1}
 
 # A requeued job finds its run folder occupied; auto continues from the newest complete checkpoint.
-command=(srun --ntasks-per-node=1 --kill-on-bad-exit=1 bash "$@" --resume auto)
-printf '%q ' "${command[@]}"
-echo
-[ "${DRY_RUN:-0}" != 1 ] || exit 0
-
-warned=0
-trap 'warned=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
-"${command[@]}" &
-code=0
-# a signal ends `wait` before the step does
-while wait $! && code=0 || code=$?; kill -0 $! 2>/dev/null; do :; done
-if [ "$warned" = 1 ] && [ "$code" != 0 ]; then
-    scontrol requeue "$SLURM_JOB_ID"
-fi
-exit "$code"
+run_step srun --ntasks-per-node=1 --kill-on-bad-exit=1 bash "$@" --resume auto

@@ -8,7 +8,8 @@
 #SBATCH --output=logs/%x-%j.log
 #SBATCH --error=logs/%x-%j.log
 #SBATCH --requeue
-#SBATCH --signal=TERM@120
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@180
 # All parameters: 1 machine with 8 GPUs.
 # Paths come from the environment (lib.sh). From the repository: mkdir -p logs; MODEL=... DATA=... VALID=... sbatch launchers/moe_cpt/fpt.sh
 set -euo pipefail

@@ -94,14 +94,18 @@ def until(holds: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.3)
 
 
-@pytest.mark.parametrize("package", methods(), ids=lambda package: package.name)
+# a launcher of its own header is the batch script itself; one method stands for all
+@pytest.mark.parametrize(
+    ("package", "wrapped"), [*((package, True) for package in methods()), (methods()[0], False)],
+    ids=[*(package.name for package in methods()), "batch script"],
+)  # fmt: skip
 def test_a_job_that_is_warned_saves_is_queued_again_and_ends_as_if_nothing_had_happened(
-    package: Package, cluster: dict[str, str], tmp_path: Path
+    package: Package, wrapped: bool, cluster: dict[str, str], tmp_path: Path
 ) -> None:
     preset = package.folder / "presets/tiny.yaml"
     command = preset.read_text().splitlines()[0].removeprefix("# ").partition(" --output-dir")[0]
     script = tmp_path / "job.sh"
-    script.write_text(f'set -euo pipefail\nsource {ROOT}/launchers/lib.sh\nlaunch {command} "$@"\n')
+    script.write_text(f'#!/usr/bin/env bash\nset -euo pipefail\nsource {ROOT}/launchers/lib.sh\nlaunch {command} "$@"\n')
     output, printed = tmp_path / "run", tmp_path / "printed.txt"
     options = [
         "--output-dir",
@@ -118,8 +122,15 @@ def test_a_job_that_is_warned_saves_is_queued_again_and_ends_as_if_nothing_had_h
         "2",
     ]
     # the nodes' names do not resolve
-    job = {**cluster, "LAUNCHER": "torchrun", "PROCESSES": "1", "MASTER_ADDR": "127.0.0.1"}
-    words = ["sbatch", "--parsable", "--nodes=2", f"--output={printed}", "launchers/slurm.sh", str(script), *options]
+    job = {**cluster, "LAUNCHER": "torchrun", "PROCESSES": "1", "MASTER_ADDR": "127.0.0.1", "NUM_NODES": "2"}
+    words = [
+        "sbatch",
+        "--parsable",
+        "--nodes=2",
+        f"--output={printed}",
+        *(["launchers/slurm.sh", str(script)] if wrapped else ["--open-mode=append", str(script), "--resume", "auto"]),
+        *options,
+    ]
     number = subprocess.run(words, env=job, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 
     def state(field: str) -> str:

@@ -8,7 +8,8 @@
 #SBATCH --output=logs/%x-%j.log
 #SBATCH --error=logs/%x-%j.log
 #SBATCH --requeue
-#SBATCH --signal=TERM@120
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@180
 # 2 of 16 experts on fluency-filtered data, with the fixed source shares of Sheared-LLaMA: 14 machines with 8 GPUs.
 # Paths come from the environment (lib.sh). From the repository: mkdir -p logs; MODEL=... DATA=... VALID=... sbatch launchers/moe_cpt/16_2/baseline_112gpus_sheared_llama_portion_fluency_sf8.sh
 set -euo pipefail

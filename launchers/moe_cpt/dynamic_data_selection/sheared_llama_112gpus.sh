@@ -8,7 +8,8 @@
 #SBATCH --output=logs/%x-%j.log
 #SBATCH --error=logs/%x-%j.log
 #SBATCH --requeue
-#SBATCH --signal=TERM@120
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@180
 # 4 of 16 experts, with source shares that follow the held-out losses: 14 machines with 8 GPUs.
 # Paths come from the environment (lib.sh). From the repository: mkdir -p logs; MODEL=... DATA=... VALID=... sbatch launchers/moe_cpt/dynamic_data_selection/sheared_llama_112gpus.sh
 set -euo pipefail

@@ -16,9 +16,11 @@ import nox
 ROOT = Path(__file__).parent
 PACKAGES = sorted(path.parent.name for path in ROOT.glob("packages/*/pyproject.toml"))
 READMES = [ROOT / "README.md", ROOT / "kernels-cuda/README.md", *ROOT.glob("packages/*/README.md")]
-# what runs on any machine; sessions of their own take the rest
-EVERYWHERE = "not gpu and not bench and not slurm and not faults"
-TOOLS = ["pytest", "pytest-timeout", "hypothesis"]
+TOOLS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis"]
+# What runs on any machine; sessions of their own take the rest. Whole suites take every core, up to eight (a worker holds
+# about 2 GB); a worker that has run out of tests takes half of what another has left.
+WORKERS = ["-n", str(min(len(os.sched_getaffinity(0)), 8)), "--dist", "worksteal"]
+EVERYWHERE = [*WORKERS, "-m", "not gpu and not bench and not slurm and not faults"]
 ENV = {
     # uv writes no bytecode, so Python must, else every process pays for compiling torch's and transformers' sources.
     "PYTHONDONTWRITEBYTECODE": "",
@@ -83,14 +85,14 @@ def suites(*names: str) -> list[str]:
 def tests(session: nox.Session, package: str) -> None:
     """One package's suite in an environment that holds nothing but what the package declares."""
     prepare(session, package)
-    session.run("pytest", *(session.posargs or ["-m", EVERYWHERE, *suites(package)]))
+    session.run("pytest", *(session.posargs or [*EVERYWHERE, *suites(package)]))
 
 
 @nox.session
 def quick(session: nox.Session) -> None:
     """Every suite in one shared environment."""
     prepare(session, *PACKAGES)
-    session.run("pytest", *(session.posargs or ["-m", EVERYWHERE, "--durations=20", "kernels-cuda", "tests/repo", *suites(*PACKAGES)]))
+    session.run("pytest", *(session.posargs or [*EVERYWHERE, "--durations=20", "kernels-cuda", "tests/repo", *suites(*PACKAGES)]))
 
 
 @nox.session
@@ -98,7 +100,7 @@ def kernels(session: nox.Session) -> None:
     """The suites that walk every op, with nothing but torch installed."""
     session.env.update(ENV)
     pip(session, *editable("kernels-cuda"), *TOOLS)
-    session.run("pytest", *(session.posargs or ["-m", EVERYWHERE, "kernels-cuda"]))
+    session.run("pytest", *(session.posargs or [*EVERYWHERE, "kernels-cuda"]))
 
 
 @nox.session

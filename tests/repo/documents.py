@@ -62,7 +62,9 @@ def main() -> int:
         tree = Path(folder) / "tree"
         copy(tree)
         subprocess.run([sys.executable, "-m", "venv", str(tree / ".venv")], check=True)
-        environment = {"OMP_WAIT_POLICY": "passive", **os.environ, "DRY_RUN": "1"}
+        # Python writes the bytecode of what it imports; pip would write that of everything, 52 of 93 processor seconds of an installation
+        bytecode = {"PIP_COMPILE": "0", "PYTHONDONTWRITEBYTECODE": ""}
+        environment = {"OMP_WAIT_POLICY": "passive", **os.environ, **bytecode, "DRY_RUN": "1"}
         path = os.pathsep.join([str(tree / ".venv/bin"), os.environ["PATH"], str(Path(sys.executable).parent)])
         for name in options.documents:
             chosen = [block for block in blocks((ROOT / name).read_text(), name) if block.language == "bash"]

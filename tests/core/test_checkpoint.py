@@ -2,10 +2,6 @@
 
 import json
 import logging
-import random
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -320,63 +316,3 @@ def test_every_engine_resumes_bit_for_bit_and_on_another_number_of_processes(tmp
         for now, then in zip(found, written[kind], strict=True):
             assert now == pytest.approx(then, abs=1e-5), kind
     spawn(_strip_and_refuse, two)
-
-
-# A parent that has imported torch once forks children that train and save in a loop, and kills each at a random moment.
-KILLS = """
-import os, random, signal, sys, time
-from pathlib import Path
-from tests.core.test_checkpoint import attempt
-attempt(Path("warm"), 2)
-random.seed(int(sys.argv[1]))
-for _ in range(int(sys.argv[2])):
-    child = os.fork()
-    if child == 0:
-        attempt(Path("run"), 10**6)
-    time.sleep(random.uniform(0.005, 0.3))
-    os.kill(child, signal.SIGKILL)
-    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
-"""
-
-
-def attempt(folder: Path, last: int) -> None:
-    """Resume if there is something to resume, then train and save after every step."""
-    engine, step = tiny(), 0
-    if (path := checkpoint.latest(folder)) is not None:
-        progress, data = resume(path, engine)
-        step = progress.steps
-        assert data.position == step
-    while step < last:
-        [report] = run(engine, 1, first=step % 5)
-        step += 1
-        with (folder.parent / f"{folder.name}.losses").open("a") as file:
-            file.write(json.dumps([step, report]) + "\n")
-        save(folder, engine, step, keep=2)
-
-
-@pytest.mark.slow
-def test_a_kill_at_any_moment_leaves_a_resumable_run(tmp_path: Path) -> None:
-    script = tmp_path / "kills.py"
-    script.write_text(textwrap.dedent(KILLS))
-    subprocess.run(
-        [sys.executable, script, str(random.Random(0).randrange(99)), "20"], cwd=tmp_path, check=True, timeout=300, env=environment()
-    )
-    seen: dict[int, Any] = {}
-    for line in (tmp_path / "run.losses").read_text().splitlines():
-        step, report = json.loads(line)
-        assert seen.setdefault(step, report) == report, "a resumed step differs from the first time it was made"
-    newest = checkpoint.latest(tmp_path / "run")
-    assert newest is not None
-    engine, whole = tiny(), tiny()
-    reached = resume(newest, engine)[0].steps
-    assert reached >= max(seen) - 1
-    for step in range(reached):
-        assert run(whole, 1, first=step % 5)[0] == tuple(seen[step + 1])
-    assert equal(weights(whole), weights(engine))
-
-
-def environment() -> dict[str, str]:
-    import os
-
-    root = str(Path(__file__).parents[2])
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}

@@ -88,6 +88,21 @@ def test_damaged_shards_are_named(tmp_path: Path) -> None:
         Source.open(tmp_path / "good")
 
 
+@pytest.mark.parametrize("kind", ["bin", "labels"])
+def test_a_flipped_bit_is_named_where_an_id_leaves_the_vocabulary(tmp_path: Path, kind: str) -> None:
+    with ShardWriter(tmp_path, vocab_size=300, labels=True) as writer:
+        writer.add(Document([1, 2, 3], [-100, 2, 3], 0))
+        writer.close()
+    source = Source.open(tmp_path)
+    assert (list(source[0]), list(source.labels(0, 0, 3))) == ([1, 2, 3], [-100, 2, 3])
+    path = tmp_path / f"00000.{kind}"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 0x80
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"00000.{kind} holds"):
+        Source.open(tmp_path).read(0, 1, 3) if kind == "bin" else Source.open(tmp_path).labels(0, 1, 3)
+
+
 def test_another_format_is_refused(tmp_path: Path) -> None:
     write(tmp_path, [[1]])
     meta = json.loads((tmp_path / "meta.json").read_text())

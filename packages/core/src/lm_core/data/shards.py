@@ -166,7 +166,20 @@ class _Store:
         """Elements first .. last-1 of a column, all inside one shard; a view of the file."""
         shard = int(np.searchsorted(self._ends, first, side="right")) - 1 if len(self._ends) > 2 else 0
         base = int(self._ends[shard])
-        return self._map(shard, kind)[first - base : last - base]
+        part = self._map(shard, kind)[first - base : last - base]
+        wrong = (
+            part[part >= self.meta["vocab_size"]]
+            if kind == "bin"
+            else part[(part < 0) & (part != -100) | (part >= self.meta["vocab_size"])]
+        )
+        if wrong.size:
+            raise self._damaged(
+                self.folder / f"{shard:05}.{kind}", f"holds {wrong[0]}, outside the vocabulary of {self.meta['vocab_size']}"
+            )
+        return part
+
+    def _damaged(self, path: Path, how: str) -> InputError:
+        return InputError(f"data: {path} {how}; remove {self.folder} and have the shards written again")
 
     def _map(self, shard: int, kind: str) -> NDArray[Any]:
         name = f"{shard:05}.{kind}"
@@ -182,7 +195,7 @@ class _Store:
         size = path.stat().st_size if path.is_file() else -1
         if size != count * dtype.itemsize:
             found = "is missing" if size < 0 else f"has {size} bytes instead of {count * dtype.itemsize}"
-            raise InputError(f"data: {path} {found}; write the shards again")
+            raise self._damaged(path, found)
         # an ordinary array over the map: slices of np.memmap cost several times more
         return np.asarray(np.memmap(path, dtype=dtype, mode="r")) if count else np.empty(0, dtype=dtype)
 
@@ -192,7 +205,7 @@ class _Store:
         for number, shard in enumerate(self.meta["shards"]):
             edges = self.column(number, "idx", np.dtype("<i8"), shard["documents"] + 1)
             if edges[0] != 0 or edges[-1] != shard["tokens"] or (np.diff(edges) < 0).any():
-                raise InputError(f"data: {self.folder / f'{number:05}.idx'} does not fit its shard; write the shards again")
+                raise self._damaged(self.folder / f"{number:05}.idx", "does not fit its shard")
             starts.append(edges[:-1] + self._ends[number])
             lengths.append(np.diff(edges))
             keys.append(self.column(number, "key", np.dtype("<u8"), shard["documents"]))

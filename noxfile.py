@@ -132,12 +132,15 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Time and memory against baselines, with all threads; only a quiet machine gives figures worth keeping."""
+    """Time and memory against baselines; only a quiet machine gives figures worth keeping. Writes docs/benchmarks.md."""
     prepare(session, *PACKAGES)
     del session.env["OMP_NUM_THREADS"]
     session.run("pytest", "-m", "bench", *(session.posargs or ["-s", "kernels-cuda", "tests"]))
     session.run("python", "-m", "kernels_cuda.bench")
     session.run("python", "-m", "lm_core.bench")
+    # apollo-torch is one of those that ours run beside
+    pip(session, "galore-torch", "apollo-torch")
+    session.run("python", "-m", "tests.repo.benchmarks", "docs/benchmarks.json", "docs/benchmarks.md")
 
 
 @nox.session

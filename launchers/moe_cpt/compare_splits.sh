@@ -3,7 +3,7 @@
 # What is there is not made again, so an interrupted comparison goes on:
 #   OUT=runs/splits STEPS=200 launchers/moe_cpt/compare_splits.sh [MODEL]        default: smollm2-135m
 # DATA is a comma list of sources (default: builtin:python-docs,builtin:stdlib), TOKENS what splits and routers look at (8192),
-# EVAL_TOKENS the held-out tokens of each source (4096); DRY_RUN=1 prints the commands.
+# EVAL_TOKENS the held-out tokens of each source (4096), EVAL_EVERY how often they are used (0.5); DRY_RUN=1 prints the commands.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 # shellcheck source=launchers/lib.sh
@@ -28,13 +28,20 @@ split() {
     once "$out/$1.safetensors" moe-cpt split "$1" --model_path "$model" --num_experts 16 -o "$out/$1.safetensors" "${@:2}"
 }
 
+# trained NAME MIXTURE OPTIONS OF TRAIN...
+trained() {
+    once "$out/$1/run/final" moe-cpt train --model "$out/$2/moe" --dataset_dir "$sources" --block_size 256 --micro_batch_size 2 \
+        --max_steps "${STEPS:-40}" --warmup 0.1 --lr 3e-4 --final_lr_portion 0.1 --eval_tokens "${EVAL_TOKENS:-4096}" \
+        --log_every 1 --save_every 20 --resume auto "${@:3}" -o "$out/$1/run"
+    # a finished run is not resumed
+    [ ! -e "$out/$1/run/final" ] || rm -rf "$out/$1/run/checkpoints"
+    runs+=("$out/$1/run")
+}
+
 # mixture NAME SPLIT OPTIONS OF CONVERT...
 mixture() {
     once "$out/$1/moe" moe-cpt convert --model_path "$model" --split_file_path "$out/$2.safetensors" --num_selects 4 -o "$out/$1/moe" "${@:3}"
-    once "$out/$1/run/final" moe-cpt train --model "$out/$1/moe" --dataset_dir "$sources" --block_size 256 --micro_batch_size 2 \
-        --max_steps "${STEPS:-40}" --warmup 0.1 --lr 3e-4 --final_lr_portion 0.1 --eval_every 0.5 --eval_tokens "${EVAL_TOKENS:-4096}" \
-        --log_every 1 --save_every 20 --resume auto -o "$out/$1/run"
-    runs+=("$out/$1/run")
+    trained "$1" "$1" --eval_every "${EVAL_EVERY:-0.5}"
 }
 
 once "$out/act" moe-cpt features --model_path "$model" "${data[@]}" --what inputs --what act --block_size 512 --max_tokens "$tokens" -o "$out/act"
@@ -52,11 +59,19 @@ once "$out/gate.safetensors" moe-cpt train-gate --model_path "$model" --split_fi
 once "$out/dense.json" moe-cpt ref-loss --model "$model" --validation_dir "$sources" --block_size 256 --micro_batch_size 2 \
     --eval_tokens "${EVAL_TOKENS:-4096}" --precision bf16 -o "$out/dense.json"
 runs=()
+ridge=(--gate_network linear --gate_init ridge --calibration_tokens $((tokens / 2)) "${data[@]/#--data/--calibration_data}")
 for method in random clustering activation graph gradient; do
-    mixture "$method-ridge" "$method" --gate_network linear --gate_init ridge --calibration_tokens $((tokens / 2)) "${data[@]/#--data/--calibration_data}"
+    mixture "$method-ridge" "$method" "${ridge[@]}"
 done
 mixture activation-normal-mlp activation
 mixture activation-normal-linear activation --gate_network linear
 mixture activation-centroid activation --gate_network linear --gate_init centroid
 mixture activation-trained activation --gate_network linear --gate_init trained --select_file_path "$out/gate.safetensors"
+
+# the best of them with factors measured against the dense model in place of N / K, and with shares of the sources that follow the loss
+once "$out/scales.json" moe-cpt calibrate-scale --model_path "$out/activation-ridge/moe" --dense_path "$model" "${data[@]}" --mode lsq \
+    --layerwise --max_tokens $((tokens / 2)) -o "$out/scales.json"
+mixture activation-ridge-lsq activation "${ridge[@]}" --score_scale_factor_file_path "$out/scales.json"
+trained activation-ridge-dynamic activation-ridge --eval_every 0.125 --dynamic_data_selection sheared_llama \
+    --dynamic_eta 0.2 --reference_loss "$out/dense.json"
 show_and_run moe-cpt report "${runs[@]}" -o "$out/report"

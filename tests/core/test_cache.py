@@ -29,6 +29,14 @@ def test_a_folder_is_made_once(tmp_path: Path) -> None:
     assert len(calls) == 1
 
 
+def test_another_folder_holds_what_is_made_within(tmp_path: Path) -> None:
+    with cache.kept_in(tmp_path / "elsewhere"), cache.kept_in(None):
+        path = cache.build("kind", "key", lambda folder: None)
+    assert path == tmp_path / "elsewhere" / "kind" / "key"
+    assert path.is_dir()
+    assert cache.root() == tmp_path
+
+
 def test_a_failed_build_leaves_no_folder_and_starts_empty_again() -> None:
     def fail(folder: Path) -> None:
         assert list(folder.iterdir()) == []

@@ -20,7 +20,7 @@ from lm_core.testing import spawn
 from tests.core.engine_cases import CPU, Counted, Plain, equal, options, run, tiny, weights
 
 
-def save(folder: Path, engine: Engine, step: int, keep: int = 0, keep_optimizer: bool = True) -> Path:
+def save(folder: Path, engine: Engine, step: int, keep: int = 0, keep_optimizer: int = 0) -> Path:
     return checkpoint.save(
         folder,
         engine=engine,
@@ -73,7 +73,10 @@ def test_old_checkpoints_are_pruned(tmp_path: Path) -> None:
     for step in (1, 2, 10):
         save(tmp_path, engine, step, keep=2)
     assert steps(tmp_path) == ["checkpoint-10", "checkpoint-2"]
-    save(tmp_path, engine, 11, keep=0, keep_optimizer=False)
+    save(tmp_path, engine, 11, keep=0, keep_optimizer=2)
+    assert (tmp_path / "checkpoints" / "checkpoint-10" / "optimizer.safetensors").exists()
+    assert not (tmp_path / "checkpoints" / "checkpoint-2" / "optimizer.safetensors").exists()
+    save(tmp_path, engine, 11, keep=0, keep_optimizer=1)
     assert not (tmp_path / "checkpoints" / "checkpoint-10" / "optimizer.safetensors").exists()
     with pytest.raises(ResumeRefused, match="holds no optimizer state"):
         resume(tmp_path / "checkpoints" / "checkpoint-10", engine)
@@ -275,7 +278,7 @@ def _strip_and_refuse(folder: str) -> None:
     """Checkpoints without optimizer state, damaged or of another run are refused on every rank."""
     for kind in KINDS:
         engine = here(kind)
-        save(Path(folder, kind), engine, 3, keep_optimizer=False)
+        save(Path(folder, kind), engine, 3, keep_optimizer=1)
         if engine.optimizer_files:
             with pytest.raises(ResumeRefused, match="holds no optimizer state"):
                 resume(Path(folder, kind, "checkpoints", "checkpoint-2"), engine)

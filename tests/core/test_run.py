@@ -152,7 +152,7 @@ def test_checkpoints_of_the_model_alone_load_and_refuse_a_resume(tmp_path: Path)
     assert not list(checkpoint.glob("optimizer*"))
     refused = train(tmp_path, "--resume", "auto", budget="4 steps")
     assert refused.exit_code == 4
-    assert "holds no optimizer state (--keep-optimizer false, --save-only-model)" in refused.output
+    assert "holds no optimizer state (--keep-optimizer, --save-only-model)" in refused.output
 
 
 def test_an_occupied_folder_is_refused_and_untouched(done: tuple[Path, Result]) -> None:
@@ -306,6 +306,15 @@ def test_what_a_method_measures_and_the_weights_of_sources_are_logged(tmp_path: 
     logged = [row for row in read(tmp_path / "metrics.jsonl") if "train/loss" in row]
     assert [(row["gate/one"], row["gate/two"]) for row in logged] == [(2.0, 3.0)] * 2
     assert [(row["data/weight/markov"], row["data/weight/copy"]) for row in logged] == [(0.75, 0.25)] * 2
+
+
+def test_evaluations_may_have_other_batches_and_the_first_step_no_record(tmp_path: Path) -> None:
+    one = small_run(tmp_path / "one", budget="4 steps", log_every=2)
+    other = small_run(tmp_path / "other", budget="4 steps", log_every=2, eval_micro_batch_size=3, log_first=False)
+    assert other["eval"]["eval/markov/loss"] == pytest.approx(one["eval"]["eval/markov/loss"], rel=1e-5)
+    assert other["eval"]["eval/markov/standard_error"] != one["eval"]["eval/markov/standard_error"]
+    assert steps(tmp_path / "one", "train/loss") == [1, 2, 4]
+    assert steps(tmp_path / "other", "train/loss") == [2, 4]
 
 
 def test_a_run_may_stop_at_multiples_of_steps_or_after_minutes_and_go_on(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,23 @@ from lm_core.errors import DISK_ERRORS, ConfigError
 log = logging.getLogger(__name__)
 
 
+_elsewhere: ContextVar[Path | None] = ContextVar("elsewhere", default=None)
+
+
+@contextmanager
+def kept_in(place: Path | None) -> Iterator[None]:
+    """Within, things are looked for and made in `place` instead of `root()`; None changes nothing."""
+    token = _elsewhere.set(place or _elsewhere.get())
+    try:
+        yield
+    finally:
+        _elsewhere.reset(token)
+
+
 def root() -> Path:
-    """$LM_CORE_CACHE, else ~/.cache/lm_core."""
+    """The folder of `kept_in`, else $LM_CORE_CACHE, else ~/.cache/lm_core."""
+    if (place := _elsewhere.get()) is not None:
+        return place.expanduser()
     chosen = os.environ.get("LM_CORE_CACHE")
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "lm_core"
 
@@ -69,9 +85,8 @@ def build(kind: str, key: str, write: Callable[[Path], None], *, resume: bool = 
 
 
 def _unwritable(error: OSError) -> ConfigError:
-    return ConfigError(
-        f"LM_CORE_CACHE: {root()} cannot be written ({error.strerror}); set LM_CORE_CACHE to a folder that is yours and has room"
-    )
+    option = "LM_CORE_CACHE" if _elsewhere.get() is None else "data_cache_dir"
+    return ConfigError(f"{option}: {root()} cannot be written ({error.strerror}); set {option} to a folder that is yours and has room")
 
 
 @contextmanager

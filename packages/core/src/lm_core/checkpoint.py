@@ -61,14 +61,14 @@ def save(
     data: DataState,
     progress: Progress,
     keep: int,
-    keep_optimizer: bool,
+    keep_optimizer: int,
     extra: Mapping[str, Any] | None = None,
     write: Callable[[Path], Any] | None = None,
 ) -> Path:
     """Write `checkpoint-<steps>`, then remove what is no longer kept; the folder of the new checkpoint.
 
-    Killed at any moment, it leaves the checkpoints of before or the new one. `keep` newest checkpoints stay (0: all), older
-    ones without optimizer state unless `keep_optimizer`. `extra` is JSON-able state of the caller, kept under that name. With
+    Killed at any moment, it leaves the checkpoints of before or the new one. `keep` newest checkpoints stay (0: all), of them
+    the `keep_optimizer` newest (0: all) with optimizer state. `extra` is JSON-able state of the caller, kept under that name. With
     `write` a checkpoint holds what that writes instead of the engine's state, and no run can resume from it.
     """
     folder = run_folder / "checkpoints" / f"checkpoint-{progress.steps}"
@@ -92,7 +92,7 @@ def save(
         if dist.rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    dist.on_main(_prune, folder, keep, () if keep_optimizer else engine.optimizer_files)
+    dist.on_main(_prune, folder, keep, keep_optimizer, engine.optimizer_files)
     return folder
 
 
@@ -154,7 +154,7 @@ def _found(run_folder: Path) -> list[tuple[int, Path]]:
     return [(step, path) for step, _, path in sorted(found, reverse=True)]
 
 
-def _prune(newest: Path, keep: int, optimizer_files: Collection[str]) -> None:
+def _prune(newest: Path, keep: int, keep_optimizer: int, optimizer_files: Collection[str]) -> None:
     step_of_newest = int(newest.name.rpartition("-")[2])
     kept = 1
     for step, path in _found(newest.parent.parent):
@@ -167,7 +167,7 @@ def _prune(newest: Path, keep: int, optimizer_files: Collection[str]) -> None:
             _remove(path)
             continue
         kept += 1
-        if optimizer_files:
+        if 0 < keep_optimizer < kept:
             _strip(path, optimizer_files)
 
 
@@ -241,7 +241,7 @@ def verified(folder: Path) -> dict[str, Any]:
     state = _read(folder)
     if not state["optimizer"]:
         raise ResumeRefused(
-            f"resume: {folder} holds no optimizer state (--keep-optimizer false, --save-only-model); resume from another checkpoint"
+            f"resume: {folder} holds no optimizer state (--keep-optimizer, --save-only-model); resume from another checkpoint"
         )
     # `latest` and then `resume` look at the same folder: its files are read once
     _verify(folder, (folder / "state.json").stat().st_mtime_ns)

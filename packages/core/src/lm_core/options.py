@@ -66,6 +66,7 @@ class EngineOptions:
     kernels: Literal["auto", "reference", "cpu", "cuda"] = opt("auto", "Which implementation of the compiled operators runs.")
     num_processes: int = opt(1, "Processes on this machine; more than 1 without a launcher starts torchrun.", ge=1)
     micro_batch_size: int = opt(8, "Samples per process in one forward pass.", ge=1)
+    eval_micro_batch_size: int | None = opt(None, "The same in evaluations; default: --micro-batch-size.", ge=1)
     accumulate: int = opt(1, "Micro-batches per process in one update.", ge=1)
     nonfinite: Literal["stop", "drop"] = opt("stop", "What to do with a step whose loss or gradient is not finite.")
     deterministic: bool = opt(False, "Refuse operations without a deterministic implementation.")
@@ -90,12 +91,13 @@ class OutputOptions:
     overwrite: bool = opt(False, "Delete what the run folder holds and start again.")
     save_every: str = opt("1000", "Steps between checkpoints, a fraction of the budget, epoch, or never.")
     keep_checkpoints: int = opt(2, "How many of the newest checkpoints to keep; 0 keeps all.", ge=0)
-    keep_optimizer: bool = opt(True, "Keep optimizer state in older checkpoints.")
+    keep_optimizer: int = opt(0, "How many of the newest checkpoints keep their optimizer state; 0: all of them.", ge=0)
     save_only_model: bool = opt(False, "Checkpoints are model folders without what it takes to resume from them.")
     keep_best: bool = opt(False, "Keep the model with the lowest held-out loss in best/, a folder like final/.")
     eval_every: str = opt("0.1", "Steps between evaluations, a fraction of the budget, epoch, or never.")
     eval_tokens: Count = opt(0, "Held-out tokens per source and evaluation; 0 uses all.", ge=0)
     log_every: int = opt(10, "Steps between two log records.", ge=1)
+    log_first: bool = opt(True, "Log the first step, too.")
     tensorboard: bool = opt(True, "Write TensorBoard files into the run folder.")
     wandb: Literal["off", "offline", "online"] = opt("off", "Weights & Biases; online needs WANDB_API_KEY.")
     wandb_project: str = opt("lm-methods", "Project name in Weights & Biases.")
@@ -136,6 +138,10 @@ class RunConfig(ModelOptions, DataOptions, OptimOptions, EngineOptions, OutputOp
     def limits(self) -> Budget:
         """When the run ends."""
         return Budget.parse(self.budget)
+
+    def held_out_tokens_used(self) -> int:
+        """Held-out tokens of each source in one evaluation; 0 for all."""
+        return int(self.eval_tokens)
 
     def learning_rate(self, progress: Progress, size: Size, epoch_samples: int) -> float:
         """The rate of the step about to run: a pure function of progress, so a resumed run needs no saved schedule."""

@@ -288,7 +288,9 @@ class Run:
                 self.metrics.add(name if "/" in name else f"train/{name}", total, None if total.numel() == 2 else report.size.targets)
             if self.loss_below is not None:
                 self.loss_below.add(report.loss)
-        if progress.steps > self.before.steps and (progress.steps % self.config.log_every == 0 or progress.steps == 1):
+        if progress.steps > self.before.steps and (
+            progress.steps % self.config.log_every == 0 or (progress.steps == 1 and self.config.log_first)
+        ):
             values = {"optim/lr": report.lr, "optim/grad_norm": report.grad_norm, "memory/gib": peak_bytes(self.device) / 2**30}
             if len(self.loader.weights) > 1:
                 values |= {f"data/weight/{source}": weight for source, weight in self.loader.weights.items()}
@@ -299,7 +301,8 @@ class Run:
 
     def evaluate(self, engine: Engine, method: Method) -> Scores:
         """Held-out losses of every source."""
-        return evaluate(engine, method, self.data.valid, micro_batch=self.config.micro_batch_size, tokens=int(self.config.eval_tokens))
+        micro_batch = self.config.eval_micro_batch_size or self.config.micro_batch_size
+        return evaluate(engine, method, self.data.valid, micro_batch=micro_batch, tokens=self.config.held_out_tokens_used())
 
     def log_scores(self, progress: Progress, scores: Scores) -> None:
         self.scores, self.evaluated_at = scores, progress.steps

@@ -25,7 +25,7 @@ def run(config: InspectConfig) -> dict[str, Any]:
     """State tensors by parameter, their bytes, and for low-rank parameters side, refreshes and age of the basis."""
     checkpoint = saved.newest(config.checkpoint)
     if not (checkpoint / "optimizer.json").is_file():
-        raise InputError(f"checkpoint: {checkpoint} keeps no optimizer state (--keep-optimizer false); name a newer one")
+        raise InputError(f"checkpoint: {checkpoint} keeps no optimizer state (--keep-optimizer); name a newer one")
     info = json.loads((checkpoint / "optimizer.json").read_text())
     parameters: dict[str, dict[str, Any]] = {
         name: {"tensors": {}, "bytes": 0, **described(values)} for name, values in info["state"].items()

@@ -31,7 +31,7 @@ split() {
 # trained NAME MIXTURE OPTIONS OF TRAIN...
 trained() {
     once "$out/$1/run/final" moe-cpt train --model "$out/$2/moe" --dataset_dir "$sources" --block_size 256 --micro_batch_size 2 \
-        --max_steps "${STEPS:-40}" --warmup 0.1 --lr 3e-4 --final_lr_portion 0.1 --eval_tokens "${EVAL_TOKENS:-4096}" \
+        --max_steps "${STEPS:-40}" --warmup 0.1 --lr 3e-4 --final_lr_portion 0.1 --held_out_tokens "${EVAL_TOKENS:-4096}" \
         --log_every 1 --save_every 20 --resume auto "${@:3}" -o "$out/$1/run"
     # a finished run is not resumed
     [ ! -e "$out/$1/run/final" ] || rm -rf "$out/$1/run/checkpoints"

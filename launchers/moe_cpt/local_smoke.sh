@@ -26,7 +26,7 @@ step moe-cpt split activation --model_path "$model" --features "$work/act" --num
 step moe-cpt convert --model_path "$model" --split_file_path "$work/split.safetensors" --num_selects 2 --gate_network linear \
     --gate_init ridge --calibration_data "${data[1]}" --calibration_tokens 2048 -o "$work/moe"
 train=(moe-cpt train --model "$work/moe" "${data[@]}" --block_size "$length" --micro_batch_size 2 --warmup 1 --schedule constant
-    --eval_every 2 --eval_tokens 512 --no-tensorboard -o "$work/run")
+    --eval_every 2 --held_out_tokens 512 --no-tensorboard -o "$work/run")
 step "${train[@]}" --max_steps 2
 step "${train[@]}" --max_steps 4 --resume auto
 step moe-cpt eval --model "$work/run/final" --eval-data "${data[1]}" --block_size "$length" --eval_tokens 512

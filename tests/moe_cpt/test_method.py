@@ -12,6 +12,7 @@ from torch import nn
 
 from lm_core.config import build
 from lm_core.data.loader import Loader
+from lm_core.data.shards import Source
 from lm_core.data.vocab import byte_tokenizer
 from lm_core.engine import Engine
 from lm_core.errors import ConfigError, RunFailed
@@ -22,8 +23,10 @@ from lm_core.run import run
 from lm_core.testing import Conformance, spawn
 from lm_core.train import train_step
 from moe_cpt.config import TrainConfig
+from moe_cpt.convert import convert
 from moe_cpt.method import MoeCPT, StepSums
 from moe_cpt.routing import Routing, balance_loss
+from moe_cpt.split import split_ffn
 from tests.moe_cpt.small import dense_folder, mixture_folder
 
 TINY: dict[str, Any] = {
@@ -46,6 +49,7 @@ class TestMixture(Conformance):
     split_invariant = False
 
     def configure(self, **options: Any) -> RunConfig:
+        options["held_out_tokens"] = options.pop("eval_tokens", 0)
         return build(TrainConfig, {**TINY, "balance_scope": "global", **options})
 
     def method(self, config: RunConfig) -> Method:
@@ -104,6 +108,41 @@ def test_dead_experts_are_counted_and_estimates_are_not(tmp_path: Path) -> None:
     assert values["moe/layer_0/load"] == 8.0
     assert method._meter.last_load[1][3] == 4 * 64  # type: ignore[attr-defined]
     assert method.measured() == {}
+
+
+@pytest.mark.parametrize("from_dense", ["random", "none"])
+def test_debug_mode_tries_a_run_on_two_layers_and_one_file(from_dense: str, tmp_path: Path) -> None:
+    source = dense_folder(tmp_path / "dense", num_hidden_layers=4)
+    if from_dense == "none":
+        split = split_ffn(source, "random", num_experts=4, seed=3)
+        convert(source, split, tmp_path / "moe", num_selects=2, score_scale_factor=[1.0, 2.0, 3.0, 4.0], moe_layers=[1, 2, 3])
+    (tmp_path / "data" / "texts").mkdir(parents=True)
+    for name in "ab":
+        (tmp_path / "data" / "texts" / f"{name}.jsonl").write_text("".join(f'{{"text": "{name * 40} {n}"}}\n' for n in range(40)))
+    routing = {"from_dense": "random", "num_experts": 4, "num_selects": 2} if from_dense == "random" else {}
+    config = build(
+        TrainConfig,
+        {
+            "model": str(source if routing else tmp_path / "moe"), "debug_mode": True, "data": [str(tmp_path / "data")],
+            "prob_map": '{"texts": 1}', "max_length": 16, "micro_batch_size": 2, "max_steps": 2, "warmup": 0, "precision": "fp32",
+            "tensorboard": False, "output_dir": tmp_path / "run", "data_cache_dir": tmp_path / "cache", **routing,
+        },
+    )  # fmt: skip
+    method = MoeCPT(config)
+    run(config, method)
+    method.keep_split()
+    made = json.loads((tmp_path / "run" / "final" / "config.json").read_text())
+    assert made["num_hidden_layers"] == 2
+    assert made["score_scale_factor"] == (2.0 if routing else [1.0, 2.0])
+    assert (tmp_path / "run" / "final" / "split.safetensors").exists() == bool(routing)
+    (shards,) = (path for path in (tmp_path / "cache" / "shards").iterdir() if path.is_dir())
+    assert len(Source.open(shards)) == 40
+
+
+def test_the_type_of_a_model_is_compared_before_it_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="model_type: llama_moe, but llama_test is a llama"):
+        MoeCPT(build(TrainConfig, {**TINY, "model_type": "llama_moe"})).model_config()
+    assert MoeCPT(build(TrainConfig, {**TINY, "model_type": "llama"})).model_config().num_experts == 8
 
 
 def test_a_run_draws_its_routers(tmp_path: Path) -> None:
@@ -279,7 +318,7 @@ def test_a_real_model_learns_after_its_conversion(tmp_path: Path) -> None:
         "warmup": 0.2,
         "lr": 1e-3,
         "eval_every": "1.0",
-        "eval_tokens": 1024,
+        "held_out_tokens": 1024,
         "save_every": "never",
         "log_every": 1,
         "tensorboard": False,

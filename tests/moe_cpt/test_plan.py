@@ -47,6 +47,28 @@ def test_header_of_the_published_scripts(options: dict[str, Any], numbers: tuple
     assert header == "max_steps: {}\nglobal batch size: {}\n#tokens/batch: {}".format(*numbers)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        # the guide's evaluations and warm-up on 112 GPUs, and ones shorter than a step
+        ({"eval_tokens": "2.5*10^9", "warmup_tokens": "1.5*10^9"}, ("170", 102)),
+        ({"eval_tokens": 1, "warmup_tokens": 1}, ("1", 1)),
+        ({"budget": "10B tokens", "warmup_tokens": "1B"}, ("0.1", 10**9)),
+    ],
+)
+def test_intervals_in_tokens_are_whole_steps(options: dict[str, Any], expected: tuple[str, int]) -> None:
+    job = {"max_length": 4096, "micro_batch_size": 8, "accumulate": 4, "num_nodes": 14, "num_gpu_per_node": 8, **options}
+    made = train_config(**job, **TrainConfig.further_layers(job)[0])
+    assert (made.eval_every, made.warmup) == expected
+
+
+def test_intervals_in_tokens_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ConfigError, match="eval_tokens: 16384 means eval_every 1, but eval_every is 3; drop one"):
+        train_config(eval_tokens=16384, eval_every="3", max_steps=4, warmup=0)
+    with pytest.raises(ConfigError, match="warmup_tokens: 16384 has no measure in a run of 2 hours"):
+        train_config(warmup_tokens=16384, budget="2 hours", warmup=0.5)
+
+
 def test_lengths_that_disagree_are_refused() -> None:
     with pytest.raises(ConfigError, match="max_steps: 7, but --num-tokens 131072 makes 8 updates"):
         train_config(max_steps=7, num_tokens=131072, warmup=1)

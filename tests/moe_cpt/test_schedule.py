@@ -31,7 +31,7 @@ from tests.moe_cpt.test_commands import call
 def options(folder: Path, model: Path, **changes: Any) -> TrainConfig:
     shared = {
         "model": str(model), "data": ["synthetic:markov"], "tokenizer": "bytes", "max_length": 32, "warmup": 0.0, "precision": "fp32",
-        "schedule": "constant", "lr": 1e-3, "tensorboard": False, "output_dir": str(folder), "micro_batch_size": 2, "eval_tokens": 128, "eval_every": "2",
+        "schedule": "constant", "lr": 1e-3, "tensorboard": False, "output_dir": str(folder), "micro_batch_size": 2, "held_out_tokens": 128, "eval_every": "2",
         "log_every": 1,
     }  # fmt: skip
     return build(TrainConfig, {**shared, **changes})

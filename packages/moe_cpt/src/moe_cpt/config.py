@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from lm_core.config import Count, change, config, explicit, opt
 from lm_core.errors import ConfigError
-from lm_core.guide import Meaning, TrainerSpellings
+from lm_core.guide import Meaning, TrainerSpellings, right
 from lm_core.options import DataOptions, EngineOptions, ModelOptions, OptimOptions, OutputOptions, RunConfig
 from lm_core.progress import Budget, Every, Progress, Size
 from lm_core.schedule import learning_rate
@@ -31,6 +31,7 @@ CALCULATOR_TYPE = (
 CONVERSION = ("num_experts", "gate_network")
 ADAPTERS = ("lora_rank", "lora_alpha", "lora_dropout", "trainable", "modules_to_save", "peft_path")
 DYNAMIC = ("dynamic_eta", "dynamic_smoothing", "dynamic_min_weight", "dynamic_max_weight")
+SIZES_OF_STEP = ("micro_batch_size", "accumulate", "max_length", "num_nodes", "num_gpu_per_node", "num_processes")
 SAVE_PATH = "Folder to write; an existing one needs --overwrite."
 
 
@@ -429,6 +430,10 @@ class TrainConfig(RunConfig, TrainerSpellings):
         flags=("--moe_calculator_score_scale_factor",),
     )
     gate_network: GateNetwork = opt("mlp", "With --from-dense: shape of the router.", flags=("--gate_network_type",))
+    model_type: Literal["llama", "llama_moe"] | None = opt(
+        None, "What --model must be, looked up before it is loaded: llama_moe, or with --from-dense llama; default: not looked up."
+    )
+    debug_mode: bool = opt(False, "Try the run on the first two layers of --model and the first file of each folder of --data.")
     mode: Literal["fpt", "lora"] = opt("fpt", "Train all weights, or low-rank adapters and the routers.")
     lora_rank: int = opt(8, "With --mode lora: rank of the adapters.", ge=1)
     lora_alpha: float = opt(32.0, "Adapters are scaled by alpha / rank.", gt=0)
@@ -468,6 +473,7 @@ class TrainConfig(RunConfig, TrainerSpellings):
         help="Held-out data, written like --data, or a folder with one file per source; default: the held-out split of --data.",
         flags=("--validation_dir",),
     )
+    data_cache_dir: Path | None = opt(None, "Folder for tokenised data; default: $LM_CORE_CACHE, else ~/.cache/lm_core.")
     prob_map: str | None = opt(
         None,
         "Shares of the sources: llama, sheared_llama, uniform, a JSON or YAML file, or inline JSON; "
@@ -492,6 +498,7 @@ class TrainConfig(RunConfig, TrainerSpellings):
     )
     min_lr_ratio: float = change(OptimOptions, "min_lr_ratio", flags=("--final_lr_portion",))
     warmup: Count = change(OptimOptions, "warmup", default=100, flags=("--warmup_steps",))
+    warmup_tokens: Count | None = opt(None, "--warmup in tokens, as whole steps, at least one.", ge=1)
     weight_decay: float = change(
         OptimOptions, "weight_decay", default=0.1, help="Decoupled weight decay; not applied to biases, norms and router noise."
     )
@@ -501,6 +508,7 @@ class TrainConfig(RunConfig, TrainerSpellings):
     torch_dtype: Literal["auto", "bfloat16", "float16", "float32"] = opt("auto", "--precision in torch's words; auto leaves it.")
     deepspeed_config: Path | None = change(EngineOptions, "deepspeed_config", flags=("--deepspeed",))
     micro_batch_size: int = change(EngineOptions, "micro_batch_size", flags=("--per_device_train_batch_size",))
+    eval_micro_batch_size: int | None = change(EngineOptions, "eval_micro_batch_size", flags=("--per_device_eval_batch_size",))
     accumulate: int = change(EngineOptions, "accumulate", flags=("--gradient_accumulation_steps",))
     num_nodes: int | None = opt(None, "Machines of the run, for its plan; default: those of the launcher.", ge=1)
     num_gpu_per_node: int | None = opt(None, "Processes per machine, for its plan; default: those of the launcher.", ge=1)
@@ -516,15 +524,33 @@ class TrainConfig(RunConfig, TrainerSpellings):
     overwrite: bool = change(OutputOptions, "overwrite", flags=("--overwrite_output_dir",))
     save_every: str = change(OutputOptions, "save_every", flags=("--save_steps",))
     keep_checkpoints: int = change(OutputOptions, "keep_checkpoints", default=1, flags=("--save_total_limit",))
+    keep_optimizer: int = change(OutputOptions, "keep_optimizer", default=1, flags=("--save_optim_limit",))
     eval_every: str = change(OutputOptions, "eval_every", flags=("--eval_steps",))
+    eval_tokens: Count = change(
+        OutputOptions, "eval_tokens", help="--eval-every in tokens, as whole steps, at least one; 0 leaves it to --eval-every."
+    )
+    held_out_tokens: Count = opt(0, "Held-out tokens per source and evaluation; 0 uses all.", ge=0)
     log_every: int = change(OutputOptions, "log_every", default=5, flags=("--logging_steps",))
+    log_first: bool = change(OutputOptions, "log_first", flags=("--logging_first_step",))
     comment: str = opt("", "What the run is for; kept in its record.")
     require_checklist: bool = opt(False, "Print the checklist and stop, before anything is loaded, when an item fails.")
 
     @classmethod
     def meanings(cls, values: Mapping[str, Any]) -> dict[str, list[Meaning]]:
+        found = super().meanings(values)
         precision = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(str(values.get("torch_dtype")))
-        return super().meanings(values) | ({"torch_dtype": [Meaning("precision", precision)]} if precision else {})
+        if precision:
+            found["torch_dtype"] = [Meaning("precision", precision)]
+        if eval_tokens := right(Count, values.get("eval_tokens")):
+            found["eval_tokens"] = [Meaning("eval_every", str(max(1, int(eval_tokens) // tokens_of_step(cls, values))))]
+        if warmup_tokens := right(Count, values.get("warmup_tokens")):
+            budget = right(str, values.get("budget"))
+            unit = Budget.parse(budget).unit if budget else "steps"
+            # --warmup is given in the unit of the budget
+            if unit in ("steps", "tokens"):
+                size = tokens_of_step(cls, values) if unit == "steps" else 1
+                found["warmup_tokens"] = [Meaning("warmup", max(1, int(warmup_tokens) // size))]
+        return found
 
     def check(self) -> None:
         given = explicit(self)
@@ -543,6 +569,10 @@ class TrainConfig(RunConfig, TrainerSpellings):
             parse_k_schedule(self.k_schedule)
             if clash := given & {"num_selects", "score_scale_factor"}:
                 raise ConfigError(f"{min(clash)}: --k-schedule {self.k_schedule} sets it; drop one of them")
+        if self.warmup_tokens is not None and self.limits().unit not in ("steps", "tokens"):
+            raise ConfigError(
+                f"warmup_tokens: {self.warmup_tokens} has no measure in a run of {self.limits()}; give --warmup as a fraction"
+            )
         if self.document_mask and self.packing != "stream":
             raise ConfigError(f"document_mask: {self.packing} packing keeps documents apart already; leave it out")
         if self.max_steps is not None and "num_tokens" in given and self.max_steps != self.steps_of_tokens():
@@ -567,12 +597,13 @@ class TrainConfig(RunConfig, TrainerSpellings):
 
     def devices(self) -> int:
         """Processes of the run: those named, else those of the launcher."""
-        if self.num_nodes is None and self.num_gpu_per_node is None:
-            return int(os.environ.get("WORLD_SIZE", self.num_processes))
-        return (self.num_nodes or 1) * (self.num_gpu_per_node or 1)
+        return devices(self.num_nodes, self.num_gpu_per_node, self.num_processes)
 
     def tokens_per_batch(self) -> int:
         return self.micro_batch_size * self.accumulate * self.devices() * self.max_length
+
+    def held_out_tokens_used(self) -> int:
+        return int(self.held_out_tokens)
 
     def steps_of_tokens(self) -> int:
         """Whole updates in `num_tokens`. Raises ConfigError when there is none."""
@@ -613,6 +644,20 @@ class TrainConfig(RunConfig, TrainerSpellings):
         """core's shapes, and the clipped cosine."""
         clipped = self.schedule == "cosine" and self.lr_floor_style == "clipped"
         return learning_rate(self, self.limits(), progress, size, epoch_samples, clipped_cosine if clipped else None)
+
+
+def devices(num_nodes: int | None, num_gpu_per_node: int | None, num_processes: int) -> int:
+    """Processes of a run: those of its plan, else those that the launcher started or the command will start."""
+    if num_nodes is None and num_gpu_per_node is None:
+        return int(os.environ.get("WORLD_SIZE", num_processes))
+    return (num_nodes or 1) * (num_gpu_per_node or 1)
+
+
+def tokens_of_step(cls: type, values: Mapping[str, Any]) -> int:
+    """Tokens of one update by options as they were written, those of `cls` where there are none."""
+    size = {name: right(int | None, values[name]) if name in values else cls.__dataclass_fields__[name].default for name in SIZES_OF_STEP}  # type: ignore[attr-defined]
+    machines = devices(size["num_nodes"], size["num_gpu_per_node"], size["num_processes"] or 1)
+    return max(1, (size["micro_batch_size"] or 1) * (size["accumulate"] or 1) * machines * (size["max_length"] or 1))
 
 
 @dataclass(frozen=True)

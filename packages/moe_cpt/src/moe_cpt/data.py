@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm_core.cache import kept_in
 from lm_core.data import Data, build_data
-from lm_core.data.shards import is_shards
-from lm_core.data.sources import parse
+from lm_core.data.shards import Source, is_shards
+from lm_core.data.sources import Corpus, parse, resolve
+from lm_core.data.tokenize import open_corpus
 from lm_core.errors import InputError
 from moe_cpt.plan import comma_separated
 from moe_cpt.weights import normalised_shares, read_shares
@@ -49,6 +51,13 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name.endswith(TEXT))
 
 
+def first_file(corpus: Corpus) -> Corpus:
+    """A folder of text cut down to its first file; anything else as it is."""
+    path = Path(corpus.argument.source).expanduser()
+    files = _files(path) if corpus.folder is None and path.is_dir() else []
+    return resolve(replace(corpus.argument, source=str(files[0]))) if files else corpus
+
+
 def described(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, float]]:
     """Documents, tokens, samples and share of every source, and its held-out tokens."""
     data = weighted_sources(config, tokenizer)
@@ -68,7 +77,12 @@ def weighted_sources(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) ->
     """
     arguments = expanded(config.data)
     changed: Any = replace(config, data=arguments, eval_data=expanded(config.eval_data))
-    data = build_data(changed, tokenizer)
+
+    def opened(corpus: Corpus) -> Source:
+        return open_corpus(first_file(corpus) if config.debug_mode else corpus, tokenizer, text_column=config.text_column)
+
+    with kept_in(config.data_cache_dir):
+        data = build_data(changed, tokenizer, opened)
     prob_map = config.prob_map or ("llama" if any(is_root(argument) for argument in config.data) else None)
     if prob_map is not None:
         shares = normalised_shares(read_shares(prob_map), data.train)

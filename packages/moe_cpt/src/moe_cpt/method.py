@@ -25,7 +25,7 @@ from moe_cpt.convert import convert, moe_config
 from moe_cpt.data import weighted_sources
 from moe_cpt.hf.configuration_llama_moe import CALCULATORS, GATES, LlamaMoEConfig
 from moe_cpt.model import LlamaMoEForCausalLM
-from moe_cpt.models import PRESETS
+from moe_cpt.models import PRESETS, first_layers
 from moe_cpt.plan import parameter_counts
 from moe_cpt.report import Meter, RouterSink
 from moe_cpt.routing import Routing, balance_loss
@@ -34,7 +34,7 @@ from moe_cpt.tensors import read_config
 from moe_cpt.weights import read_reference, update_weights
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lm_core.data import Data
     from lm_core.data.loader import Loader
@@ -52,7 +52,19 @@ class MoeCPT(Method):
     config: TrainConfig
     # the budget in other words, the shape of the rest of the schedule, and what the plan only reports
     resumable = frozenset(
-        {"num_tokens", "max_steps", "lr_floor_style", "num_nodes", "num_gpu_per_node", "experts_backend", "max_train_samples", "report_to"}
+        {
+            "num_tokens",
+            "max_steps",
+            "lr_floor_style",
+            "num_nodes",
+            "num_gpu_per_node",
+            "experts_backend",
+            "max_train_samples",
+            "report_to",
+            "warmup_tokens",
+            "data_cache_dir",
+            "held_out_tokens",
+        }
     )
 
     def __init__(self, config: TrainConfig) -> None:
@@ -72,7 +84,7 @@ class MoeCPT(Method):
             model = LlamaMoEForCausalLM(self.model_config()).train()
         else:
             with self.initial_model() as name:
-                loaded = load_model(name, presets=PRESETS, seed=config.seed)
+                loaded = self.loaded(name)
             model = cast(LlamaMoEForCausalLM, self.require_mixture(loaded))
         self.override(model)
         self._mixture = model
@@ -82,6 +94,20 @@ class MoeCPT(Method):
         if config.gradient_checkpointing:
             checkpoint_activations(module)
         return module
+
+    def loaded(self, name: str) -> PreTrainedModel:
+        """The model of that name; under --debug-mode its first layers."""
+        model = load_model(name, presets=PRESETS, seed=self.config.seed)
+        if self.config.debug_mode:
+            inner, size = cast(Any, model.model), getattr(model.config, "stored_size", 0)
+            for field, value in first_layers(model.config.to_dict()).items():
+                setattr(model.config, field, value)
+            if getattr(model.config, "stored_size", 0) != size or getattr(model.config, "converted", [0]) == []:
+                raise ConfigError(
+                    f"debug_mode: the first layers of {name} are no smaller mixture of their own (dense, or with other sizes); leave it out"
+                )
+            inner.layers = inner.layers[: model.config.num_hidden_layers]
+        return model
 
     def adapted(self, model: LlamaMoEForCausalLM) -> nn.Module:
         """The mixture with the adapters that the options name."""
@@ -110,9 +136,13 @@ class MoeCPT(Method):
         """The mixture's config without its weights."""
         name = self.config.model
         stored = dict(PRESETS[name]) if name in PRESETS else read_config(model_folder(name))
-        if self.config.from_dense == "none":
+        config, kind = self.config, stored.get("model_type")
+        if config.model_type not in (None, kind):
+            raise ConfigError(f"model_type: {config.model_type}, but {config.model} is a {kind}; name the other type, or another model")
+        if config.debug_mode:
+            stored |= first_layers(stored)
+        if config.from_dense == "none":
             return LlamaMoEConfig(**{key: value for key, value in stored.items() if key != "model_type"})
-        config = self.config
         return moe_config(
             stored,
             num_experts=config.num_experts,
@@ -144,10 +174,10 @@ class MoeCPT(Method):
     def _convert(self, folder: Path) -> None:
         config = self.config
         with tempfile.TemporaryDirectory() as temporary:
-            if config.model in PRESETS:
+            if config.model in PRESETS or config.debug_mode:
                 source = Path(temporary)
                 with quiet():
-                    load_model(config.model, presets=PRESETS, seed=config.seed).save_pretrained(source)
+                    self.loaded(config.model).save_pretrained(source)
             else:
                 source = model_folder(config.model)
             split = split_ffn(source, config.from_dense, num_experts=config.num_experts, seed=config.seed)
@@ -167,7 +197,8 @@ class MoeCPT(Method):
         """Copy the split beside the trained weights, so that they can be put back into a dense model."""
         config = self.config
         source = Path(config.model) if config.from_dense == "none" else config.run_folder() / "init"
-        if dist.rank() == 0 and not config.dry_run and (source / FILE).is_file():
+        whole = config.from_dense != "none" or not config.debug_mode
+        if dist.rank() == 0 and not config.dry_run and whole and (source / FILE).is_file():
             shutil.copy2(source / FILE, config.run_folder() / "final" / FILE)
 
     def override(self, mixture: LlamaMoEForCausalLM) -> None:

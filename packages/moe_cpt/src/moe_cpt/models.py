@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,29 @@ PRESETS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     }
 }
+
+
+# layers of a run under --debug-mode
+DEBUG_LAYERS = 2
+
+
+def first_layers(stored: Mapping[str, Any], count: int = DEBUG_LAYERS) -> dict[str, Any]:
+    """The fields of a LLaMA or LlamaMoE config that change when only its first layers stay.
+
+    >>> first_layers({"num_hidden_layers": 30, "moe_layers": {"skip_first": 1, "skip_last": 0}, "score_scale_factor": 4.0})
+    {'num_hidden_layers': 2, 'moe_layers': [1]}
+    """
+    layers = min(count, stored["num_hidden_layers"])
+    cut: dict[str, Any] = {"num_hidden_layers": layers}
+    for name in ("size_experts", "score_scale_factor"):
+        if isinstance(stored.get(name), list):
+            cut[name] = stored[name][:layers]
+    if stored.get("moe_layers", "all") != "all":
+        # brings transformers along
+        from moe_cpt.hf.configuration_llama_moe import converted_layers
+
+        cut["moe_layers"] = [layer for layer in converted_layers(stored["moe_layers"], stored["num_hidden_layers"]) if layer < layers]
+    return cut
 
 
 def source_folder(name: str) -> Path:

@@ -19,7 +19,7 @@ from lm_core.data.sources import Row, parse, resolve
 from lm_core.errors import ConfigError, InputError
 from lm_core.method import IGNORE
 from moe_cpt.config import SFTConfig
-from moe_cpt.data import expanded
+from moe_cpt.data import expanded, first_file
 from moe_cpt.method import MoeCPT
 
 if TYPE_CHECKING:
@@ -140,6 +140,7 @@ def conversations(config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Data
 def _rows(argument: str, config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[bool, Columns]]:
     """Whether it is held out, and the columns, of every conversation; one token more than fits shows that it was cut."""
     corpus = resolve(parse(argument))
+    corpus = first_file(corpus) if config.debug_mode else corpus
     share = FIXED_HOLD_OUT if corpus.fixed else config.hold_out
     most = corpus.argument.samples
     for number, row in enumerate(corpus.rows()):

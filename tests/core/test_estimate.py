@@ -18,7 +18,7 @@ from lm_core.engine import Engine, make_engine
 from lm_core.estimate import Estimate, estimate, flops_per_token, parameters, peak_bytes, reset_peak
 from lm_core.memory import Live, current_bytes
 from lm_core.method import Batch, Loss, Method
-from lm_core.models import CausalLoss, checkpoint_activations, freeze_parameters, load_model, lora
+from lm_core.models import CausalLoss, checkpoint_activations, load_model, lora
 from lm_core.options import RunConfig
 from lm_core.progress import Budget
 from lm_core.run import make_loader
@@ -65,7 +65,7 @@ def test_recomputing_activations_adds_no_model_flops_and_the_mode_is_kept() -> N
 
 def test_what_is_frozen_costs_no_weight_gradient() -> None:
     frozen = model()
-    freeze_parameters(frozen, ["layers"])
+    frozen.base_model.layers.requires_grad_(False)
     head = 512 * 64
     assert flops_per_token(frozen, 128) == 4 * (matmul_elements("llama") - head) + 6 * head + 12 * 3 * 128 * 64
 

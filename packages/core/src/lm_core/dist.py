@@ -80,11 +80,6 @@ def all_sum(tensor: Tensor, engine: Engine | None = None) -> Tensor:
     return total
 
 
-def all_mean(tensor: Tensor, engine: Engine | None = None) -> Tensor:
-    """The mean of `tensor` over the data ranks; for quantities that every rank weighs alike (times, memory)."""
-    return all_sum(tensor, engine) / (world() if engine is None else engine.data_world)
-
-
 def barrier() -> None:
     """Return when every rank has arrived."""
     if world() > 1:

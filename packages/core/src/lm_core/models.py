@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -322,22 +321,6 @@ def checkpoint_activations(model: nn.Module) -> None:
     # the second name is deprecated where the first exists (transformers 5.2x)
     enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-
-
-def freeze_parameters(model: nn.Module, patterns: Iterable[str]) -> int:
-    """Stop training every parameter whose name a pattern matches (a regular expression, searched); returns how many elements.
-
-    Raises ConfigError for a pattern that matches nothing, since a typing error would otherwise train the whole model.
-    """
-    frozen = 0
-    for pattern in patterns:
-        found = [parameter for name, parameter in model.named_parameters() if re.search(pattern, name)]
-        if not found:
-            raise ConfigError(f"freeze: {pattern!r} matches no parameter; names look like {next(iter(dict(model.named_parameters())))}")
-        frozen += sum(parameter.numel() for parameter in found if parameter.requires_grad)
-        for parameter in found:
-            parameter.requires_grad_(False)
-    return frozen
 
 
 def lora(model: PreTrainedModel, **peft_config: Any) -> PeftModel:

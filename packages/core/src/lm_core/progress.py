@@ -78,7 +78,7 @@ _LIMIT = re.compile(r"\s*(?P<number>.*?[\d\s])\s*(?P<unit>[A-Za-z]+)\s*")
 class Reason:
     """Why a run ends: `kind` for machines, `text` for people."""
 
-    kind: Literal["budget", "loss", "early-stop", "killed", "interrupted"]
+    kind: Literal["budget", "loss", "killed", "interrupted"]
     text: str
 
     def __str__(self) -> str:
@@ -287,34 +287,6 @@ class LossBelow:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.losses.clear()
         self.losses.extend(state["losses"])
-
-
-class EarlyStop:
-    """Stop when `patience` evaluations in a row have not lowered the best held-out loss by more than `margin`."""
-
-    def __init__(self, patience: int, margin: float = 0.0) -> None:
-        self.patience = patience
-        self.margin = margin
-        self.best = math.inf
-        self.worse = 0
-
-    def add(self, loss: float) -> None:
-        """Called after each evaluation; a loss that is not a number counts as no improvement."""
-        if loss < self.best - self.margin:
-            self.best, self.worse = loss, 0
-        else:
-            self.worse += 1
-
-    def __call__(self, progress: Progress) -> Reason | None:
-        if self.worse < self.patience:
-            return None
-        return Reason("early-stop", f"held-out loss has not improved on {self.best:.4g} for {self.worse} evaluations")
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "worse": self.worse}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.best, self.worse = float(state["best"]), int(state["worse"])
 
 
 def kill_file(path: Path, every_seconds: float = 1.0) -> Rule:

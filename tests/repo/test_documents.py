@@ -5,11 +5,12 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from tests.repo.documents import Block, blocks
-from tests.repo.tree import ROOT, methods, packages
+from tests.repo.tree import ROOT, methods, packages, tracked
 
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *(package.folder / "README.md" for package in packages())]
 ALL = [block for path in DOCUMENTS for block in blocks(path.read_text(), str(path.relative_to(ROOT)))]
@@ -35,13 +36,20 @@ def test_every_method_has_a_readme_with_a_command() -> None:
         assert places, package.name
 
 
-def test_links_between_documents_lead_somewhere() -> None:
-    broken = [
-        f"{path.relative_to(ROOT)}: {target}"
-        for path in DOCUMENTS
-        for target in re.findall(r"\]\((?!\w+://|#)([^)#]+)", path.read_text())
-        if not (path.parent / target).exists()
-    ]
+def headings(path: Path) -> set[str]:
+    """The names by which links reach the headings of a document."""
+    return {
+        re.sub(r"[^\w -]", "", line).strip().lower().replace(" ", "-") for line in re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    }
+
+
+@pytest.mark.parametrize("path", [path for path in tracked() if path.suffix == ".md"], ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_and_pictures_lead_somewhere(path: Path) -> None:
+    broken = []
+    for target, anchor in re.findall(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)]*))?\)", path.read_text()):
+        found = path.parent / target if target else path
+        if not found.exists() or (anchor and anchor not in headings(found)):
+            broken.append(target + anchor)
     assert broken == []
 
 

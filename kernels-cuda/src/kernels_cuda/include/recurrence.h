@@ -6,6 +6,8 @@ namespace kernels {
 
 // A state is kept before every `chunk_tokens` tokens; backward computes those between again.
 constexpr int chunk_tokens = 32;
+// That of kernels which go by chunks of 16 tokens.
+constexpr int segment_tokens = 64;
 
 // Either `count` sequences of `length` tokens, or one row of `tokens` tokens in which sequence i starts at starts[i].
 struct Sequences {

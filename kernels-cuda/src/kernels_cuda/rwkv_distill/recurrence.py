@@ -15,7 +15,9 @@ from torch import Tensor
 from kernels_cuda import choice
 from kernels_cuda.rwkv_distill.sequences import contiguous
 
-CHUNK_TOKENS = 32  # as in recurrence.h
+# as in recurrence.h: tokens between two states that are kept for backward, and the same where kernels go by chunks of 16 tokens
+CHUNK_TOKENS = 32
+SEGMENT_TOKENS = 64
 
 
 def new_states(r: Tensor, starts: Tensor | None, wanted: bool) -> Tensor:
@@ -24,10 +26,10 @@ def new_states(r: Tensor, starts: Tensor | None, wanted: bool) -> Tensor:
     return r.new_empty((num_sequences(r, starts), heads, size, size) if wanted else 0, dtype=torch.float32)
 
 
-def new_kept(r: Tensor, starts: Tensor | None, wanted: bool, tokens: int = CHUNK_TOKENS) -> Tensor:
-    """Room for the states that backward starts from, one before every `tokens` tokens of a sequence; empty unless wanted."""
+def new_kept(r: Tensor, starts: Tensor | None, wanted: bool, chunked: bool) -> Tensor:
+    """Room for the states that backward starts from, one before every 32 or (`chunked`) 64 tokens of a sequence; empty unless wanted."""
     batch, time, heads, size = r.shape
-    chunks = batch * time // tokens + num_sequences(r, starts)
+    chunks = batch * time // (SEGMENT_TOKENS if chunked else CHUNK_TOKENS) + num_sequences(r, starts)
     return r.new_empty((chunks, heads, size, size) if wanted else 0, dtype=torch.float32)
 
 
@@ -38,14 +40,25 @@ def new_history(r: Tensor, starts: Tensor | None, library: str) -> Tensor:
     return r.new_empty((num_sequences(r, starts), heads, CHUNK_TOKENS + 1, size, size) if needed else 0, dtype=torch.float32)
 
 
+def new_segment_history(r: Tensor, starts: Tensor | None) -> Tensor:
+    """Room for the states before the chunks of one segment of each sequence."""
+    _, _, heads, size = r.shape
+    return r.new_empty(num_sequences(r, starts), heads, SEGMENT_TOKENS // 16, size, size)
+
+
+def aligned(*tensors: Tensor | None) -> list[Tensor | None]:
+    """As kernels by chunks want them: contiguous, at multiples of 16 bytes, where views into larger tensors need not lie."""
+    return [tensor if tensor is None or tensor.data_ptr() % 16 == 0 else tensor.clone() for tensor in contiguous(*tensors)]
+
+
 def num_sequences(r: Tensor, starts: Tensor | None) -> int:
     """Those of a batch, or packed ones."""
     return r.shape[0] if starts is None else starts.shape[0] - 1
 
 
 def save(op: str, num_inputs: int, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """setup_context of an op with inputs, initial state, mask, starts and two switches, which returns y, final states and more."""
-    *_, initial, mask, starts, ctx.output_final, gradient = inputs
+    """setup_context of an op with inputs, initial state, mask, starts and three switches, which returns y, final states and more."""
+    *_, initial, mask, starts, ctx.output_final, gradient, ctx.chunked = inputs
     if not gradient:
         raise RuntimeError(f"{op}: gradient=False is wrong because an input requires a gradient; call kernels_cuda.rwkv_distill.{op}")
     ctx.set_materialize_grads(False)

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from kernels_cuda.bench import Shape
+from kernels_cuda.rwkv_distill.recurrence_bench import on_tensor_cores
 from kernels_cuda.rwkv_distill.wkv6 import reference, wkv6
 from kernels_cuda.rwkv_distill.wkv6.cases import make
+
+FLA = importlib.util.find_spec("fla") is not None
 
 
 def _y(**arguments: Any) -> Tensor:
@@ -43,8 +46,18 @@ def shape(batch: int, time: int, heads: int, size: int, dtype: torch.dtype) -> S
         flops=2 * 11 * values * size,
         # four inputs read twice, y written, dy read, four gradients written
         bytes=14 * dtype.itemsize * values,
-        peers={"flash-linear-attention's naive recurrence": _fla_naive_y} if importlib.util.find_spec("fla") else {},
+        peers={"flash-linear-attention's naive recurrence": _fla_naive_y} if FLA else {},
     )
 
 
-SHAPES = [shape(1, 512, 14, 64, dtype) for dtype in (torch.float32, torch.bfloat16)]
+def _fla_y(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, **_: Any) -> Tensor:
+    """flash-linear-attention's kernels, which take the logarithm of the decay."""
+    chunk_rwkv6 = importlib.import_module("fla.ops.rwkv6").chunk_rwkv6
+    found: Tensor = chunk_rwkv6(r, k, v, -w.exp(), u, scale=1.0, output_final_state=False)[0]
+    return found
+
+
+SHAPES = [
+    *(shape(1, 512, 14, 64, dtype) for dtype in (torch.float32, torch.bfloat16)),
+    on_tensor_cores(shape(8, 4096, 64, 64, torch.bfloat16), {"flash-linear-attention's chunk_rwkv6": _fla_y} if FLA else {}),
+]

@@ -53,6 +53,25 @@ void step_op(const Tensor r, const Tensor k, const Tensor v, const Tensor w, con
   wkv6_step(inputs(r, k, v, w, u, {}, {}), pointer_to<float>(state), y.data_ptr(), stream.handle);
 }
 
+#if defined(KERNELS_CUDA_BUILD_CUDA) || defined(KERNELS_CUDA_BUILD_EMULATED)
+#define KERNELS_CHUNKED
+void chunked_forward_op(const Tensor r, const Tensor k, const Tensor v, const Tensor w, const Tensor u, const Optional initial,
+                        const Optional mask, const Optional starts, Tensor y, Tensor final, Tensor kept) {
+  const Stream stream(r);
+  wkv6_chunked_forward(inputs(r, k, v, w, u, mask, starts), pointer_to<float>(initial), y.data_ptr(), pointer_or_null(final),
+                       pointer_or_null(kept), stream.handle);
+}
+
+void chunked_backward_op(const Tensor r, const Tensor k, const Tensor v, const Tensor w, const Tensor u, const Optional mask,
+                         const Optional starts, const Tensor kept, const Tensor dy, const Optional dfinal, Tensor history, Tensor dr,
+                         Tensor dk, Tensor dv, Tensor dw, Tensor du, Tensor dinitial) {
+  const Stream stream(r);
+  const Wkv6Gradients out = {dr.data_ptr(), dk.data_ptr(), dv.data_ptr(), dw.data_ptr(), pointer_to<float>(du), pointer_or_null(dinitial)};
+  wkv6_chunked_backward(inputs(r, k, v, w, u, mask, starts), pointer_to<float>(kept), dy.data_ptr(), pointer_to<float>(dfinal),
+                        history.data_ptr(), out, stream.handle);
+}
+#endif
+
 }  // namespace
 }  // namespace kernels
 
@@ -60,4 +79,8 @@ KERNELS_LIBRARY(rwkv_distill, library) {
   library.impl("wkv6_forward_", TORCH_BOX(&kernels::forward_op));
   library.impl("wkv6_backward_", TORCH_BOX(&kernels::backward_op));
   library.impl("wkv6_step_", TORCH_BOX(&kernels::step_op));
+#ifdef KERNELS_CHUNKED
+  library.impl("wkv6_chunked_forward_", TORCH_BOX(&kernels::chunked_forward_op));
+  library.impl("wkv6_chunked_backward_", TORCH_BOX(&kernels::chunked_backward_op));
+#endif
 }

@@ -27,6 +27,12 @@ struct Wkv6Gradients {
 void wkv6_backward(const Wkv6& in, const float* kept, const void* dy, const float* dfinal, float* history, const Wkv6Gradients& out,
                    void* stream);
 
+// The same by chunks of 16 tokens on tensor cores (chunked.cu): bfloat16 inputs, all pointers at multiples of 16 bytes. A state is kept
+// before every `segment_tokens` tokens; `history` is room for [sequences][heads][segment_tokens / 16][size][size] bfloat16 numbers.
+void wkv6_chunked_forward(const Wkv6& in, const float* initial, void* y, float* final, float* kept, void* stream);
+void wkv6_chunked_backward(const Wkv6& in, const float* kept, const void* dy, const float* dfinal, void* history,
+                           const Wkv6Gradients& out, void* stream);
+
 // One token of every sequence: the state changes in place.
 void wkv6_step(const Wkv6& in, float* state, void* y, void* stream);
 

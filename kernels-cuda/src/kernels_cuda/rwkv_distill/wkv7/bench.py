@@ -5,16 +5,17 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels_cuda import testing
 from kernels_cuda.bench import Shape
+from kernels_cuda.rwkv_distill.recurrence_bench import on_tensor_cores
 from kernels_cuda.rwkv_distill.wkv7 import reference, wkv7
 from kernels_cuda.rwkv_distill.wkv7.cases import make
+
+FLA = importlib.util.find_spec("fla") is not None
 
 
 def _y(**arguments: Any) -> Tensor:
@@ -50,13 +51,8 @@ def shape(batch: int, time: int, heads: int, size: int, dtype: torch.dtype) -> S
         flops=2 * 19 * values * size,
         # six inputs read twice, y written, dy read, six gradients written
         bytes=20 * dtype.itemsize * values,
-        peers={"flash-linear-attention's naive recurrence": _fla_naive_y} if importlib.util.find_spec("fla") else {},
+        peers={"flash-linear-attention's naive recurrence": _fla_naive_y} if FLA else {},
     )
-
-
-def _chunked_y(**arguments: Any) -> Tensor:
-    with testing.using("cuda-chunked"):
-        return wkv7(**arguments)[0]
 
 
 def _fla_y(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, **_: Any) -> Tensor:
@@ -66,17 +62,7 @@ def _fla_y(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, **_
     return found
 
 
-def gpu_shape(batch: int, time: int, heads: int, size: int) -> Shape:
-    """Chunks on tensor cores against the recurrence in float32; the reference would not fit into memory."""
-    peers = {"flash-linear-attention's chunk_rwkv7": _fla_y} if importlib.util.find_spec("fla") else {}
-    return replace(
-        shape(batch, time, heads, size, torch.bfloat16),
-        function=_chunked_y,
-        baseline=_y,
-        baseline_name="the kernel that goes token by token",
-        peers=peers,
-        devices=("cuda",),
-    )
-
-
-SHAPES = [*(shape(1, 512, 14, 64, dtype) for dtype in (torch.float32, torch.bfloat16)), gpu_shape(8, 4096, 64, 64)]
+SHAPES = [
+    *(shape(1, 512, 14, 64, dtype) for dtype in (torch.float32, torch.bfloat16)),
+    on_tensor_cores(shape(8, 4096, 64, 64, torch.bfloat16), {"flash-linear-attention's chunk_rwkv7": _fla_y} if FLA else {}),
+]

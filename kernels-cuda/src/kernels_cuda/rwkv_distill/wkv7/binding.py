@@ -5,18 +5,17 @@ B batch, T time, H heads, N head size, Q sequences, C states kept for backward.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels_cuda import choice
-from kernels_cuda.rwkv_distill.recurrence import CHUNK_TOKENS, arriving, new_history, new_kept, new_states, num_sequences, save
+from kernels_cuda.rwkv_distill.recurrence import aligned, arriving, new_history, new_kept, new_segment_history, new_states, save
 from kernels_cuda.rwkv_distill.sequences import check_starts, contiguous
 
 OP = "rwkv_distill/wkv7"
-SEGMENT_TOKENS = 64  # as in op.h: tokens between two states that the chunked path keeps
-SEGMENT_CHUNKS = 4
 SHARED_BYTES = {32: 31_232, 64: 61_952, 128: 147_968}  # of a block in backward, by head size: Memory<N> in chunked.cu
 
 _INPUTS = "Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b"
@@ -65,43 +64,24 @@ def forward(
     check_starts(starts, r.shape[1])
     outputs = _forward_outputs(r, starts, output_final, gradient, chunked)
     kernels = getattr(torch.ops, choice.library(OP, r.device.type))
-    arguments = contiguous(r, w, k, v, a, b, initial, mask, starts)
+    arguments = (r, w, k, v, a, b, initial, mask, starts)
     if chunked:
-        kernels.wkv7_chunked_forward_(*_aligned(arguments), *outputs[:3])
+        kernels.wkv7_chunked_forward_(*aligned(*arguments), *outputs[:3])
     else:
-        kernels.wkv7_forward_(*arguments, *outputs)
+        kernels.wkv7_forward_(*contiguous(*arguments), *outputs)
     return outputs
 
 
 @forward.register_fake
-def _(
-    r: Tensor,
-    w: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    initial: Tensor | None,
-    mask: Tensor | None,
-    starts: Tensor | None,
-    output_final: bool,
-    gradient: bool,
-    chunked: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _forward_outputs(r, starts, output_final, gradient, chunked)
+def _(r: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _forward_outputs(r, *others[-4:])
 
 
 def _forward_outputs(
     r: Tensor, starts: Tensor | None, output_final: bool, gradient: bool, chunked: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     removed = r.new_empty(r.shape if gradient and not chunked else 0, dtype=torch.float32)
-    kept = new_kept(r, starts, gradient, SEGMENT_TOKENS if chunked else CHUNK_TOKENS)
-    return r.new_empty(r.shape), new_states(r, starts, output_final), kept, removed
-
-
-def _aligned(tensors: list[Tensor | None]) -> list[Tensor | None]:
-    """At multiples of 16 bytes, as the chunked path reads; a view into a larger tensor need not lie so."""
-    return [tensor if tensor is None or tensor.data_ptr() % 16 == 0 else tensor.clone() for tensor in tensors]
+    return r.new_empty(r.shape), new_states(r, starts, output_final), new_kept(r, starts, gradient, chunked), removed
 
 
 @torch.library.custom_op("rwkv_distill::wkv7_backward", mutates_args=())
@@ -126,10 +106,8 @@ def backward(
     library = choice.library(OP, r.device.type)
     kernels = getattr(torch.ops, library)
     if chunked:
-        _, _, heads, size = r.shape
-        history = r.new_empty(num_sequences(r, starts), heads, SEGMENT_CHUNKS, size, size)
-        arguments = contiguous(r, w, k, v, a, b, mask, starts, kept, dy, dfinal)
-        kernels.wkv7_chunked_backward_(*_aligned(arguments), history, *outputs)
+        arguments = aligned(r, w, k, v, a, b, mask, starts, kept, dy, dfinal)
+        kernels.wkv7_chunked_backward_(*arguments, new_segment_history(r, starts), *outputs)
     else:
         arguments = contiguous(r, w, k, v, a, b, mask, starts, kept, removed, dy, dfinal)
         kernels.wkv7_backward_(*arguments, new_history(r, starts, library), *outputs)
@@ -137,22 +115,8 @@ def backward(
 
 
 @backward.register_fake
-def _(
-    r: Tensor,
-    w: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    mask: Tensor | None,
-    starts: Tensor | None,
-    kept: Tensor,
-    removed: Tensor,
-    dy: Tensor,
-    dfinal: Tensor | None,
-    initial_gradient: bool,
-    chunked: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(r: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *_, starts, _, _, _, _, initial_gradient, _ = others
     return _backward_outputs(r, starts, initial_gradient)
 
 
@@ -173,9 +137,4 @@ def _backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, *_: Any) -> tu
     return *gradients, initial if ctx.initial else None, None, None, None, None, None
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.chunked = inputs[-1]
-    save("wkv7", 6, ctx, inputs[:-1], output)
-
-
-forward.register_autograd(_backward, setup_context=_save)
+forward.register_autograd(_backward, setup_context=partial(save, "wkv7", 6))

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from kernels_cuda.rwkv_distill import recurrence_cases
-from kernels_cuda.rwkv_distill.recurrence import CHUNK_TOKENS
+from kernels_cuda.rwkv_distill.recurrence import CHUNK_TOKENS, SEGMENT_TOKENS
 from kernels_cuda.rwkv_distill.recurrence_cases import Random, kept_of
-from kernels_cuda.rwkv_distill.wkv7.binding import SEGMENT_CHUNKS, SEGMENT_TOKENS
 from kernels_cuda.testing import Call
 
 
@@ -60,7 +59,7 @@ def _chunked_calls() -> list[Call]:
         initial, mask = arguments["initial_state"].detach(), arguments["mask"]
         y, final, kept = torch.zeros_like(inputs[0]), torch.zeros_like(initial), kept_of(2, 70, 2, size, 2, SEGMENT_TOKENS)
         gradients = [torch.zeros_like(value) for value in inputs]
-        history = torch.zeros(2, 2, SEGMENT_CHUNKS, size, size, dtype=torch.bfloat16)
+        history = torch.zeros(2, 2, SEGMENT_TOKENS // 16, size, size, dtype=torch.bfloat16)
         backward = (*inputs, mask, None, kept, inputs[0], initial, history, *gradients, torch.zeros_like(initial))
         found += [
             Call("wkv7_chunked_forward_", (*inputs, initial, mask, None, y, final, kept), ("emulated",)),

@@ -2,28 +2,16 @@
 // sequence, one warp for every 16 values (rows of the state). N head size.
 #include <cmath>
 
-#include "../../include/cuda_mma.h"
-#include "../../include/cuda_recurrence.h"
+#include "../../include/cuda_chunks.h"
 #include "op.h"
 
 namespace kernels {
 namespace {
 
-constexpr int chunk = 16, middle = chunk / 2 - 1, chunks_of_segment = segment_tokens / chunk;
-constexpr int square = chunk + 8;  // stride of matrices of 16 columns
-
-template <int N>
-constexpr int num_warps = N / 16;
-template <int N>
-constexpr int num_threads = 2 * N;
-template <int N>
-constexpr int stride = N + 8;
+constexpr int middle = chunk / 2 - 1;
 // Blocks of a processor that registers are to suffice for: what nvcc manages without spilling.
 template <int N>
 constexpr int resident = N == 64 ? 3 : 1;
-
-__device__ __forceinline__ int lane_of() { return int(threadIdx.x % 32); }
-__device__ __forceinline__ int warp_of() { return int(threadIdx.x / 32); }
 
 // The logarithm of the decay, and its derivative with respect to the logit.
 struct LogDecay {
@@ -34,28 +22,6 @@ __device__ __forceinline__ LogDecay log_decay_of(float logit) {
   const float small = expf(-fabsf(logit)), large_sigmoid = 1.0f / (1.0f + small), small_sigmoid = small * large_sigmoid;
   return {factor * (logit > 0 ? large_sigmoid : small_sigmoid), factor * large_sigmoid * small_sigmoid};
 }
-
-// Eight neighbours of one token: every thread of the block has its share of a chunk's vectors.
-struct Eight {
-  Pack<bfloat16> pack;
-  __device__ __forceinline__ float operator[](int i) const { return widen(pack.values[i]); }
-};
-template <int N>
-struct Share {
-  int token, column;  // in the chunk
-  __device__ __forceinline__ Share() : token(threadIdx.x / (N / 8)), column(threadIdx.x % (N / 8) * 8) {}
-  __device__ __forceinline__ Eight get(const void* from, const Head<N>& at, int64_t first, bool counts) const {
-    Eight eight;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) eight.pack.values[i] = narrow<bfloat16>(0);
-    if (counts)
-      eight.pack = *reinterpret_cast<const Pack<bfloat16>*>(static_cast<const bfloat16*>(from) + at.vector(first + token) + column);
-    return eight;
-  }
-  __device__ __forceinline__ void put(bfloat16* tile, const Eight& eight) const {
-    *reinterpret_cast<Pack<bfloat16>*>(tile + token * stride<N> + column) = eight.pack;
-  }
-};
 
 // What a thread reads of a chunk. Tokens that do not count are zeros without decay.
 struct Inputs {
@@ -145,14 +111,6 @@ __device__ __forceinline__ void invert(const float* below, bfloat16* inverse) {
   }
 }
 
-// Zero above the diagonal, which stays or goes.
-__device__ __forceinline__ Sum lower(Sum sum, bool diagonal) {
-#pragma unroll
-  for (int i = 0; i < 8; ++i)
-    if (Sum::column(i) >= Sum::row(i) + (diagonal ? 1 : 0)) sum.values[i] = 0;
-  return sum;
-}
-
 // The products of vectors, each by one warp; those with r only if `outputs`.
 template <int N>
 __device__ __forceinline__ void multiply_vectors(const Chunk& at, bool outputs) {
@@ -175,61 +133,12 @@ __device__ __forceinline__ void multiply_vectors(const Chunk& at, bool outputs) 
   }
 }
 
-// A warp's 16 rows of a state, whose columns are multiplied by numbers of the chunk.
-template <int N>
-struct Rows {
-  Sum sums[N / 16];
-
-  __device__ __forceinline__ void get(const float* states, const Head<N>& at, int64_t number) {
-    each([&](float& value, int row, int column) { value = states ? states[at.state(number) + int64_t(row) * N + column] : 0.0f; });
-  }
-  __device__ __forceinline__ void put(float* states, const Head<N>& at, int64_t number) {
-    each([&](float& value, int row, int column) { states[at.state(number) + int64_t(row) * N + column] = value; });
-  }
-  __device__ __forceinline__ void multiply(const float* columns) {
-    each([&](float& value, int, int column) { value *= columns[column]; });
-  }
-  template <class Visit>
-  __device__ __forceinline__ void each(Visit visit) {
-#pragma unroll
-    for (int part = 0; part < N / 16; ++part)
-#pragma unroll
-      for (int i = 0; i < 8; ++i) visit(sums[part].values[i], warp_of() * 16 + Sum::row(i), part * 16 + Sum::column(i));
-  }
-};
-
-// Writes a product [16 tokens][16 columns] of the warp to vectors of the tensors, by way of `stage`.
-template <int N>
-__device__ __forceinline__ void put_tokens(void* tensor, const Head<N>& at, int64_t first, int column, const bfloat16* stage) {
-  __syncwarp();
-  const int token = lane_of() / 2, half = lane_of() % 2 * 8;
-  if (first + token < at.end) {
-    bfloat16* to = static_cast<bfloat16*>(tensor) + at.vector(first + token) + column + half;
-    *reinterpret_cast<Pack<bfloat16>*>(to) = *reinterpret_cast<const Pack<bfloat16>*>(stage + token * square + half);
-  }
-  __syncwarp();
-}
-// The same of its transpose.
-template <int N>
-__device__ __forceinline__ void put_values(void* tensor, const Head<N>& at, int64_t first, const Sum& sum, bfloat16* stage) {
-#pragma unroll
-  for (int i = 0; i < 8; ++i) stage[Sum::column(i) * square + Sum::row(i)] = narrow<bfloat16>(sum.values[i]);
-  put_tokens(tensor, at, first, warp_of() * 16, stage);
-}
-
 // (S a)^T of the chunk's tokens for the warp's values, from what the state at its start gives.
 __device__ __forceinline__ Left removed_from(Sum sum, const Chunk& at, const Left& v) {
   add_product(sum, v, right_of_transposed(at.ak, square));
   Sum removed;
   add_product(removed, left_from(sum), right_of_transposed(at.inverse, square));
   return left_from(removed);
-}
-
-// The state after the chunk, before it is multiplied by `leave`.
-template <int N>
-__device__ __forceinline__ void add_tokens(Rows<N>& state, const Left& by, const bfloat16* vectors) {
-#pragma unroll
-  for (int part = 0; part < N / 16; ++part) add_product(state.sums[part], by, right_of(vectors + part * 16, stride<N>));
 }
 
 template <int N>
@@ -276,15 +185,12 @@ __global__ void __launch_bounds__(num_threads<N>, resident<N>) forward_kernel(Wk
     add_product(out, values, right_of_transposed(of.rk, square));
     add_product(out, gone, right_of_transposed(of.rb, square));
     put_values(y, at, first, out, stage);
-    add_tokens(state, values, of.k);
-    add_tokens(state, gone, of.b);
+    state.add_tokens(values, of.k);
+    state.add_tokens(gone, of.b);
     state.multiply(leave);
   }
   if (final) state.put(final, at, at.sequence);
-  if (kept) {
-    state.each([](float& value, int, int) { value = 0; });
-    for (const int64_t last = at.end / segment_tokens + at.sequence; segment <= last; ++segment) state.put(kept, at, segment);
-  }
+  if (kept) put_rest(kept, in.sequences, at, segment);
 }
 
 // Places in the dynamic shared memory of backward_kernel, in bytes.
@@ -306,7 +212,7 @@ static_assert(Memory<32>::bytes == 31232 && Memory<64>::bytes == 61952 && Memory
 // chunks are gone through backwards. `history` holds the states as left factors, each thread's own.
 template <int N>
 __global__ void __launch_bounds__(num_threads<N>, resident<N>)
-    backward_kernel(Wkv7 in, const float* kept, const void* dy_tokens, const float* dfinal, Left* history_of_blocks, Wkv7Gradients out) {
+    backward_kernel(Wkv7 in, const float* kept, const void* dy_tokens, const float* dfinal, void* history_of_blocks, Wkv7Gradients out) {
   using M = Memory<N>;
   constexpr int tile = chunk * stride<N>, parts = N / 16;
   DYNAMIC_PART(bfloat16, r, tile, M::r);
@@ -339,7 +245,7 @@ __global__ void __launch_bounds__(num_threads<N>, resident<N>)
   const int own_rows = warp_of() * 16;  // values of this warp, or keys where it sums over values
   bfloat16* stage = stages + warp_of() * chunk * square;
   const Head<N> at(in.sequences);
-  Left* history = history_of_blocks + int64_t(blockIdx.x) * chunks_of_segment * parts * num_threads<N> + threadIdx.x;
+  const History<N> history(history_of_blocks);
 
   Rows<N> dstate;
   dstate.get(dfinal, at, at.sequence);
@@ -359,15 +265,15 @@ __global__ void __launch_bounds__(num_threads<N>, resident<N>)
 #pragma unroll
         for (int part = 0; part < parts; ++part) {
           const Left rows = left_from(from.sums[part]);
-          history[(i * parts + part) * num_threads<N>] = rows;
+          history(i, part) = rows;
           add_product(sum, rows, right_of_transposed(a + part * 16, stride<N>));
         }
         if (i + 1 == chunks) break;
         multiply_vectors<N>(of, false);
         __syncthreads();
         const Left values = left_of_transposed(v + own_rows, stride<N>), gone = removed_from(sum, of, values);
-        add_tokens(from, values, k);
-        add_tokens(from, gone, b);
+        from.add_tokens(values, k);
+        from.add_tokens(gone, b);
         from.multiply(leave);
       }
     }
@@ -379,17 +285,10 @@ __global__ void __launch_bounds__(num_threads<N>, resident<N>)
       const Eight own_dy = share.get(dy_tokens, at, first, own.counts);
       scale_vectors<N>(of, own, [&] {
         share.put(dy, own_dy);
-#pragma unroll
-        for (int part = 0; part < parts; ++part) {
-          const Left rows = history[(i * parts + part) * num_threads<N>];
-#pragma unroll
-          for (int pair = 0; pair < 4; ++pair)
-            put_pair(state + (own_rows + Sum::row(2 * pair)) * stride<N> + part * 16 + Sum::column(2 * pair), rows.pairs[pair]);
-        }
+        history.get(i, state);
       });
       dstate.multiply(leave);
-#pragma unroll
-      for (int part = 0; part < parts; ++part) put(gradient + own_rows * stride<N> + part * 16, stride<N>, dstate.sums[part]);
+      dstate.round_to(gradient);
       multiply_vectors<N>(of, true);
       __syncthreads();
 
@@ -418,8 +317,8 @@ __global__ void __launch_bounds__(num_threads<N>, resident<N>)
           put_pair(dmoved + place, dgone.pairs[pair]);
         }
         put_values(out.v, at, first, dvalue, stage);
-        add_tokens(dstate, dout, r);
-        add_tokens(dstate, dgone, a);
+        dstate.add_tokens(dout, r);
+        dstate.add_tokens(dgone, a);
         dstate.multiply(enter);
       }
       __syncthreads();
@@ -440,21 +339,7 @@ __global__ void __launch_bounds__(num_threads<N>, resident<N>)
 
       // by keys: the other gradients, and what they tell of that of the decay
       {
-        // the state before the chunk as a part of that after it
-        float products[2] = {};
-        for (int value = lane_of() / 8; value < N; value += 4) {
-          const int place = value * stride<N> + own_rows + lane_of() % 8 * 2;
-          const uint32_t one = get_pair(state + place), other = get_pair(gradient + place);
-          products[0] += low_of(one) * low_of(other);
-          products[1] += high_of(one) * high_of(other);
-        }
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          products[i] += __shfl_xor_sync(whole_warp, products[i], 8);
-          products[i] += __shfl_xor_sync(whole_warp, products[i], 16);
-          if (lane_of() < 8) base[own_rows + lane_of() * 2 + i] = products[i];
-        }
-        __syncwarp();
+        sum_products<N>(state, gradient, base);  // the state before the chunk as a part of that after it
 
         const auto of_tile = [&](const bfloat16* vectors, int i) {
           return widen(vectors[Sum::row(i) * stride<N> + own_rows + Sum::column(i)]);
@@ -477,7 +362,7 @@ __global__ void __launch_bounds__(num_threads<N>, resident<N>)
             dk.values[i] /= scale_of(i, 1);
           }
           put(stage, square, dk);
-          put_tokens(out.k, at, first, own_rows, stage);
+          put_tokens(out.k, at, first, stage);
         }
         {
           Sum db;
@@ -495,7 +380,7 @@ __global__ void __launch_bounds__(num_threads<N>, resident<N>)
             db.values[i] /= scale_of(i, 1);
           }
           put(stage, square, db);
-          put_tokens(out.b, at, first, own_rows, stage);
+          put_tokens(out.b, at, first, stage);
         }
         {
           Sum dr;
@@ -511,7 +396,7 @@ __global__ void __launch_bounds__(num_threads<N>, resident<N>)
             dr.values[i] *= scale_of(i, 1);
           }
           put(stage, square, dr);
-          put_tokens(out.r, at, first, own_rows, stage);
+          put_tokens(out.r, at, first, stage);
         }
         {
           Sum da;
@@ -529,7 +414,7 @@ __global__ void __launch_bounds__(num_threads<N>, resident<N>)
             da.values[i] *= scale_of(i, 0);
           }
           put(stage, square, da);
-          put_tokens(out.a, at, first, own_rows, stage);
+          put_tokens(out.a, at, first, stage);
         }
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
@@ -555,15 +440,6 @@ __global__ void __launch_bounds__(num_threads<N>, resident<N>)
   if (out.initial) dstate.put(out.initial, at, at.sequence);
 }
 
-// Calls run(integral constant N).
-template <class Run>
-void with_size(const Wkv7& in, Run run) {
-  if (in.sequences.count * in.sequences.heads == 0) return;
-  if (in.size == 32) run(std::integral_constant<int, 32>{});
-  if (in.size == 64) run(std::integral_constant<int, 64>{});
-  if (in.size == 128) run(std::integral_constant<int, 128>{});
-}
-
 }  // namespace
 
 void wkv7_chunked_forward(const Wkv7& in, const float* initial, void* y, float* final, float* kept, void* stream) {
@@ -580,7 +456,7 @@ void wkv7_chunked_backward(const Wkv7& in, const float* kept, const void* dy, co
     constexpr int N = decltype(size)::value;
     const auto kernel = backward_kernel<N>;
     LAUNCH(kernel, blocks(in), dim3(num_threads<N>), Memory<N>::bytes, stream)
-    (in, kept, dy, dfinal, static_cast<Left*>(history), out);
+    (in, kept, dy, dfinal, history, out);
   });
 }
 

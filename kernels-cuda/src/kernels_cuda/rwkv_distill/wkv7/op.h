@@ -28,7 +28,6 @@ void wkv7_backward(const Wkv7& in, const float* kept, const float* removed, cons
 
 // The same by chunks of 16 tokens on tensor cores (chunked.cu): bfloat16 inputs, all pointers at multiples of 16 bytes. A state is kept
 // before every `segment_tokens` tokens; `history` is room for [sequences][heads][segment_tokens / 16][size][size] bfloat16 numbers.
-constexpr int segment_tokens = 64;
 void wkv7_chunked_forward(const Wkv7& in, const float* initial, void* y, float* final, float* kept, void* stream);
 void wkv7_chunked_backward(const Wkv7& in, const float* kept, const void* dy, const float* dfinal, void* history,
                            const Wkv7Gradients& out, void* stream);

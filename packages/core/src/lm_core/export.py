@@ -109,7 +109,7 @@ def _write(
 
 
 def _prove(partial: Path, model: PreTrainedModel, adapted: PeftModel | None, weights: dict[str, Tensor]) -> None:
-    if _sharded(model):
+    if _sharded(model if adapted is None else adapted, weights):
         saved = load_file(partial / "adapter_model.safetensors") if adapted else _read_back(partial, model, weights).state_dict()
         expected = _adapter_names(weights) if adapted else weights
         wrong = [name for name, tensor in expected.items() if name not in saved or not torch.equal(saved[name].cpu(), tensor.cpu())]
@@ -127,9 +127,11 @@ def _prove(partial: Path, model: PreTrainedModel, adapted: PeftModel | None, wei
         )
 
 
-def _sharded(model: nn.Module) -> bool:
-    """Whether this process holds only parts of the weights (DTensor of FSDP2, or partitioned by ZeRO-3)."""
-    return any(hasattr(parameter, "ds_id") or hasattr(parameter, "to_local") for parameter in model.parameters())
+def _sharded(model: nn.Module, weights: dict[str, Tensor]) -> bool:
+    """Whether this process holds only parts of the weights: of each tensor (DTensor, ZeRO-3), or some of the layers."""
+    return any(hasattr(parameter, "ds_id") or hasattr(parameter, "to_local") for parameter in model.parameters()) or bool(
+        weights.keys() - model.state_dict().keys()
+    )
 
 
 def _dtype(weights: dict[str, Tensor]) -> torch.dtype:

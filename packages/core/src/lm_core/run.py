@@ -23,7 +23,7 @@ from lm_core.data.loader import Loader
 from lm_core.engine import make_engine
 from lm_core.engine.state import write_json
 from lm_core.errors import DISK_ERRORS, ConfigError, Interrupted, RunFailed
-from lm_core.estimate import Estimate, estimate, peak_bytes, reset_peak
+from lm_core.estimate import Estimate, estimate, parameters, peak_bytes, reset_peak
 from lm_core.evaluate import Scores, evaluate
 from lm_core.export import export
 from lm_core.generate import continue_text
@@ -73,10 +73,10 @@ def run(config: RunConfig, method: Method) -> dict[str, Any]:
             return unbuilt.to_dict()
     torch.manual_seed(config.seed)
     model = method.build()
-    flops = method.flops_per_token(model)
+    flops, counts = method.flops_per_token(model), parameters(model)
     engine = make_engine(config, method, model, device)
     loader = make_loader(config, data, engine.data_rank, engine.data_world)
-    foreseen = estimate(engine, method, loader, config.limits(), flops)
+    foreseen = estimate(engine, method, loader, config.limits(), flops, counts)
     if dist.rank() == 0:
         print(foreseen)
     if config.dry_run:
@@ -349,7 +349,7 @@ class Run:
             self.keep_best(progress, engine, method)
         final = export(engine, method, self.folder / "final", tokenizer=self.tokenizer, card=self._card(progress))
         if self.config.sample_prompt is not None:
-            model = method.final_model(engine.model) if engine.kind == "replicated" else None
+            model = method.final_model(engine.model) if engine.alone else None
             dist.on_main(self._sample, model, final)
         self._result(reason.kind, reason.text, progress)
         dist.on_main(plot.plot_run, self.folder)

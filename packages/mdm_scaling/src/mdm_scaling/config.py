@@ -20,6 +20,8 @@ from lm_core.schedule import learning_rate
 from mdm_scaling import planner, sizes
 from mdm_scaling.sizes import Shape
 
+# how many processes hold one model together
+SHARED = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
 LENGTHS = ("budget", "train_samples", "train_tokens", "flops", "epochs")
 SHAPE_OPTIONS = ("num_layers", "hidden_size", "num_attention_heads", "kv_channels", "num_key_value_heads", "ffn_hidden_size")
 DIFFUSION_ONLY = (
@@ -151,6 +153,9 @@ class PretrainConfig(RunConfig, AdamSpellings, ShapeOptions, DiffusionOptions, E
     tensor_model_parallel_size: int = opt(
         1, "Processes that share one model, each with a part of the heads and feed-forward columns.", ge=1
     )
+    pipeline_model_parallel_size: int = opt(
+        1, "Processes that share one model, each with some of its layers; multiplies with the above.", ge=1
+    )
     precision: Literal["fp32", "bf16", "fp16"] = change(EngineOptions, "precision", default="bf16")
     bf16: bool = opt(False, "The same as --precision bf16.")
     fp16: bool = opt(False, "The same as --precision fp16.")
@@ -211,9 +216,14 @@ class PretrainConfig(RunConfig, AdamSpellings, ShapeOptions, DiffusionOptions, E
         _ = self.arithmetic
         if self.split is not None:
             planner.shares(self.split)
-        if self.tensor_model_parallel_size > 1 and engine_kind(self) != "replicated":
+        for name in SHARED:
+            if getattr(self, name) > 1 and engine_kind(self) != "replicated":
+                raise ConfigError(
+                    f"{name}: {getattr(self, name)} goes with the replicated engine alone; drop --engine, --zero-stage and --offload"
+                )
+        if self.shape and self.shape.layers < self.pipeline_model_parallel_size:
             raise ConfigError(
-                f"tensor_model_parallel_size: {self.tensor_model_parallel_size} goes with the replicated engine alone; drop --engine, --zero-stage and --offload"
+                f"pipeline_model_parallel_size: {self.pipeline_model_parallel_size} stages, but {self.shape.layers} layers; use at most that many"
             )
 
     @property
@@ -248,7 +258,17 @@ class PretrainConfig(RunConfig, AdamSpellings, ShapeOptions, DiffusionOptions, E
 
     def sequences(self, world: int) -> int:
         """Sequences of one update on so many processes."""
-        return self.micro_batch_size * self.accumulate * (world // self.tensor_model_parallel_size)
+        return self.micro_batch_size * self.accumulate * self.replicas(world)
+
+    def replicas(self, world: int) -> int:
+        """Copies of the model on so many processes; each one sees other data."""
+        one = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        if world % one:
+            name = next(name for name in SHARED if getattr(self, name) > 1)
+            raise ConfigError(
+                f"{name}: {one} processes share a model, which does not divide the {world} processes; start a multiple of {one}"
+            )
+        return world // one
 
     @property
     def num_orders(self) -> int:
@@ -322,10 +342,8 @@ class _Rates:
 
 def settled(options: PretrainConfig) -> PretrainConfig:
     """`options` with what follows from others: the accumulation, the length of an evaluation, where to resume."""
-    world, tensor = int(os.environ.get("WORLD_SIZE") or options.num_processes), options.tensor_model_parallel_size
-    if world % tensor:
-        raise ConfigError(f"tensor_model_parallel_size: {tensor} does not divide the {world} processes; start a multiple of {tensor}")
-    options = replace(_with_accumulation(options, world // tensor), precision=options.arithmetic)
+    world = int(os.environ.get("WORLD_SIZE") or options.num_processes)
+    options = replace(_with_accumulation(options, options.replicas(world)), precision=options.arithmetic)
     if not options.eval_tokens:
         options = replace(options, eval_tokens=options.eval_iters * options.global_batch_size * options.max_length)
     if options.resume not in ("auto", "none") and Path(options.resume).resolve() == options.run_folder().resolve():

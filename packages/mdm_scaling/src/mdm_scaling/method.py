@@ -14,7 +14,7 @@ from lm_core.errors import ConfigError
 from lm_core.method import IGNORE, Batch, Loss, Method
 from lm_core.models import checkpoint_activations, load_tokenizer
 from mdm_scaling import experiments, losses, sizes
-from mdm_scaling.config import PretrainConfig
+from mdm_scaling.config import SHARED, PretrainConfig
 from mdm_scaling.data import rows
 from mdm_scaling.model import Scorer, checkpoint_folder, fresh, load_network, warm
 from mdm_scaling.noise import Noise, lengths, levels, masks
@@ -33,7 +33,7 @@ class Pretrain(Method):
 
     config: PretrainConfig
     # where evaluations draw, how a model is spread over processes, and options that only say in other words how long the run is
-    resumable = frozenset({"tensor_model_parallel_size", "num_mc", "eval_seed", "eval_iters", "split"})
+    resumable = frozenset({*SHARED, "num_mc", "eval_seed", "eval_iters", "split"})
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         if self.config.tokenizer is None and self.config.shape is None:
@@ -87,6 +87,10 @@ class Pretrain(Method):
         return module
 
     def engine(self, model: nn.Module, device: torch.device) -> Engine | None:
+        if self.config.pipeline_model_parallel_size > 1:
+            from mdm_scaling.pipeline import Pipeline
+
+            return Pipeline(self, model, device)
         if self.config.tensor_model_parallel_size == 1:
             return None
         from mdm_scaling.tensor_parallel import TensorParallel

@@ -231,12 +231,30 @@ class Scorer(nn.Module):
         `attention_mask` (B x S, 0 = seen by nobody) is for sequences that end early; one of B x 1 x S x S (bool) says who sees
         whom, and must be given with positions that are out of order, which would be taken for packed documents.
         """
+        states_BSD = self.states(input_ids_BS, attention_mask, position_ids)
+        return self.score(states_BSD, targets_M, rows_M, weights_M, reduction)
+
+    def states(
+        self, input_ids_BS: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, entering: Tensor | None = None
+    ) -> Tensor:
+        """What the decoder makes of tokens (B x S x D); of a pipeline's later stage, of the states `entering` in their place."""
+        source = {"input_ids": input_ids_BS} if entering is None else {"inputs_embeds": entering}
         inner: Any = hf_model(self.model)
-        hidden = inner.model(
-            input_ids=input_ids_BS, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-        ).last_hidden_state.flatten(0, 1)
-        chosen = hidden if rows_M is None else hidden[rows_M]
-        return cast(Tensor, inner.lm_head(chosen, targets_M, weights_M, reduction))
+        states = inner.model(**source, attention_mask=attention_mask, position_ids=position_ids, use_cache=False).last_hidden_state
+        return cast(Tensor, states)
+
+    def score(
+        self,
+        states_BSD: Tensor,
+        targets_M: Tensor,
+        rows_M: Tensor | None = None,
+        weights_M: Tensor | None = None,
+        reduction: Literal["sum", "none"] = "sum",
+    ) -> Tensor:
+        """The losses of rows of the decoder's states."""
+        states = states_BSD.flatten(0, 1)
+        inner: Any = hf_model(self.model)
+        return cast(Tensor, inner.lm_head(states if rows_M is None else states[rows_M], targets_M, weights_M, reduction))
 
 
 class _Drop:

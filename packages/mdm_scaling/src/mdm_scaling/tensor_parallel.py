@@ -8,7 +8,7 @@ Checkpoints hold whole tensors in the replicated engine's files, so a run goes o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -41,22 +41,25 @@ _PLAN: dict[str, type[ColwiseParallel] | type[RowwiseParallel]] = {
 class TensorParallel(Replicated):
     """Consecutive ranks share one model; groups of them see different data."""
 
+    alone = False
+
     def __init__(self, method: Pretrain, model: nn.Module, device: torch.device) -> None:
-        self.size = method.config.tensor_model_parallel_size
-        if dist.world() % self.size:
-            raise ConfigError(
-                f"tensor_model_parallel_size: {self.size} does not divide the {dist.world()} processes; start a multiple of {self.size}"
-            )
+        config = method.config
+        self.size = config.tensor_model_parallel_size
+        # ranks of one tensor group are neighbours, stages of a pipeline are far apart: the first talk the most
+        sizes = (config.pipeline_model_parallel_size, config.replicas(dist.world()), self.size)
         dist.require_group(device)
-        mesh = init_device_mesh(device.type, (dist.world() // self.size, self.size), mesh_dim_names=("data", "tensor"))
-        self.mesh, self.data_mesh = mesh["tensor"], mesh["data"]
-        super().__init__(method.config, method, model, device)
+        mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("pipeline", "data", "tensor"))
+        self.mesh, self.data_mesh, self.pipeline_mesh = mesh["tensor"], mesh["data"], mesh["pipeline"]
+        super().__init__(config, method, model, device)
         self.data_rank, self.data_world = self.data_mesh.get_local_rank(), self.data_mesh.size()
         self.data_group = self.data_mesh.get_group()
 
     def _place(self, model: nn.Module) -> nn.Module:
         model = model.to(self.device)
         broadcast(model)
+        if self.size == 1:
+            return model
         config = self.method.hf_model(model).config
         for what, count in (
             ("attention heads", config.num_attention_heads),
@@ -95,13 +98,16 @@ class TensorParallel(Replicated):
             whole.grad = None
 
     def _norm(self, gradients: list[Tensor]) -> float:
+        return float(self._squares().sqrt())
+
+    def _squares(self, leave_out: Collection[str] = ()) -> Tensor:
         """Over split parameters the squares of all ranks of the group add up; replicated ones count once."""
         squares = torch.zeros(2, dtype=torch.float64, device=self.device)
         for name, parameter in self.trained.items():
-            if parameter.grad is not None:
+            if parameter.grad is not None and name not in leave_out:
                 squares[int(name in self.split)] += torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).double() ** 2
         torch_dist.all_reduce(squares[1:], group=self.mesh.get_group())
-        return float(squares.sum().sqrt())
+        return squares.sum()
 
     # --- checkpoints: whole tensors ---
 

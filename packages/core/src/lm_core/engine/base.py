@@ -39,6 +39,8 @@ class Engine:
     # files of a checkpoint (glob patterns) without which it can no longer be resumed, only read
     optimizer_files: tuple[str, ...] = ("optimizer*", "optimizer/*")
     model: nn.Module
+    # whether one process can run the model without the others
+    alone: bool = False
     optimizer: torch.optim.Optimizer
     device: torch.device
     seed: int = 0

@@ -53,6 +53,7 @@ class Replicated(Engine):
     """
 
     kind = "replicated"
+    alone = True
 
     def __init__(self, config: RunConfig, method: Method, model: nn.Module, device: torch.device) -> None:
         self.method, self.device, self.seed = method, device, config.seed
@@ -192,6 +193,14 @@ class Replicated(Engine):
         """Tensors of the optimizer, whole, and the rest of it; every rank calls it."""
         return state.optimizer_tensors(self.optimizer, self.trained)
 
+    def _held(self, name: str) -> bool:
+        """Whether this rank keeps a part of a parameter; of one that nobody knows it is True, since that is refused."""
+        return True
+
+    def _own_part(self, info: dict[str, Any]) -> dict[str, Any]:
+        """What this rank keeps of the rest of an optimizer."""
+        return info
+
     def _part(self, name: str, whole: Tensor) -> Tensor:
         """What this rank keeps of a parameter, or of a state tensor of its shape."""
         return whole
@@ -218,18 +227,21 @@ class Replicated(Engine):
         def saved() -> Iterator[tuple[str, Tensor]]:
             for file in ("model.safetensors", "outside.safetensors"):
                 if file == "model.safetensors" or (folder / file).exists():
-                    for name, tensor in state.read_tensors(folder / file):
-                        yield names.get(name, name), self._part(names.get(name, name), tensor)
+                    for saved_name, tensor in state.read_tensors(folder / file):
+                        name = names.get(saved_name, saved_name)
+                        if self._held(name):
+                            yield name, self._part(name, tensor)
 
         state.load_weights(self.model, saved(), {})
 
     def load(self, folder: Path) -> None:
-        info = json.loads((folder / "optimizer.json").read_text())
+        info = self._own_part(json.loads((folder / "optimizer.json").read_text()))
         state.check_optimizer(state.describe(self.optimizer, self.trained), info)
         self.load_weights(folder)
         tensors = {
             path: local(self._part(path.rpartition("/")[0], tensor))
             for path, tensor in state.read_tensors(folder / "optimizer.safetensors")
+            if self._held(path.rpartition("/")[0])
         }
         state.load_optimizer(self.optimizer, self.trained, tensors, info)
         if self.scaler is not None and info["scaler"] is not None:

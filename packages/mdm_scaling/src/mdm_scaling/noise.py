@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kernels_cuda.mdm import masked_tokens
 from lm_core import counter
 
 WHOLE = 2**31  # first word beyond those of positions
@@ -74,8 +75,8 @@ def masks(noise: Noise, t_B: Tensor, eligible_BS: Tensor, seed: int, stream: str
     fixed-count: exactly k = max(1, ceil(t n)) of the n eligible tokens are masked and weigh n/k.
     """
     size = eligible_BS.shape[1]
-    draws = words(seed, stream, index_B, 0, size)
     if noise.mode == "fixed-count":
+        draws = words(seed, stream, index_B, 0, size)
         num_B = eligible_BS.sum(1)
         k_B = torch.clamp(torch.ceil(t_B * num_B), min=1).long().minimum(num_B)
         # ineligible positions come last, ties go to the lower position
@@ -84,7 +85,9 @@ def masks(noise: Noise, t_B: Tensor, eligible_BS: Tensor, seed: int, stream: str
         masked, weight = rank < k_B[:, None], num_B.double() / k_B.clamp(min=1)
     else:
         p_B = (noise.eps + (1 - noise.eps) * t_B).float()
-        masked = eligible_BS & (unit(draws).float() < p_B[:, None])
+        # the halves of a key count, not its sign
+        key = seed if seed < 2**63 else seed - 2**64
+        masked = masked_tokens(p_B, key, counter.number(stream), index_B, size, eligible_BS)
         weight = 1 / p_B.double()
     if noise.weight == "uniform":
         weight = torch.ones_like(weight)

@@ -1,0 +1,5 @@
+"""Masked diffusion: which tokens are masked, as a function of their address."""
+
+from kernels_cuda.mdm.noise_tokens import masked_tokens, noise_tokens
+
+__all__ = ["masked_tokens", "noise_tokens"]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lm_core.config import build
+from lm_core.errors import ConfigError
 from lm_core.method import IGNORE, Batch
 from lm_core.options import RunConfig
 from lm_core.run import run
@@ -61,6 +63,52 @@ def test_resume_is_bitwise_with_dropout(objective: str, tmp_path: Path) -> None:
     suite = PretrainConformance()
     suite.objective, suite.changes = objective, {"attention_dropout": 0.2, "hidden_dropout": 0.2, "eval_every": "never"}
     suite.test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path)
+
+
+def test_small_updates_first_see_the_same_samples_in_any_split_and_after_a_restart(tmp_path: Path) -> None:
+    shared = {
+        **TINY, "objective": "mdm", "global_batch_size": 8, "rampup_batch_size": [2, 2, 12], "train_samples": 31, "micro_batch_size": 2,
+        "eval_every": "never", "log_every": 1, "save_every": "3", "precision": "fp32", "device": "cpu", "tensorboard": False,
+    }  # fmt: skip
+    curves = {}
+    for name, changes in (("whole", {}), ("split", {"micro_batch_size": 1}), ("resumed", {"resume": "auto"})):
+        folder = tmp_path / name
+        if name == "resumed":
+            shutil.copytree(tmp_path / "whole", folder)
+            shutil.rmtree(folder / "checkpoints" / "checkpoint-6")
+        config = settled(build(PretrainConfig, {**shared, **changes, "output_dir": folder}))
+        run(config, Pretrain(config))
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        curves[name] = [(record["samples"], record["train/loss"]) for record in records]
+    # the sizes grow 2, 2, 4, 6 over 12 samples; another 8 would go beyond the 31
+    assert [samples for samples, _ in curves["whole"]] == [2, 4, 8, 14, 22, 30]
+    assert curves["resumed"] == curves["whole"]
+    assert [loss for _, loss in curves["split"]] == pytest.approx([loss for _, loss in curves["whole"]], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("ramp", "micro", "message"),
+    [
+        ([8, 2, 12], 2, "8,2,12 does not grow from 8 to the 8"),
+        ([2, 4, 12], 2, "in steps of 4"),
+        ([2, 2, 12], 4, "2 is not a multiple of 4"),
+    ],
+)
+def test_a_ramp_that_does_not_fit_is_refused(ramp: list[int], micro: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        settled(
+            build(
+                PretrainConfig,
+                {
+                    **TINY,
+                    "objective": "ar",
+                    "global_batch_size": 8,
+                    "rampup_batch_size": ramp,
+                    "micro_batch_size": micro,
+                    "budget": "9 steps",
+                },
+            )
+        )
 
 
 def method(**options: Any) -> Pretrain:

@@ -61,6 +61,22 @@ def test_sample_n_is_on_rank_n_mod_world(data: Data) -> None:
             assert batches[0].index.item() % 4 == rank
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_ramp_cuts_the_first_steps_short_and_nothing_else(data: Data, workers: int) -> None:
+    whole = [row for step in steps(ranks(data, 2, 2, 2), 4) for row in step]
+    loaders = ranks(data, 2, 2, 2, ramp=[1, 1, 2, 1], num_workers=workers)
+    found = steps(loaders, 3)
+    state = loaders[0].state_dict()
+    found += steps(loaders, 2)
+    assert [len(step) for step in found] == [4, 4, 8, 4, 8]
+    assert [row for step in found for row in step] == whole[:28]
+    resumed = ranks(data, 4, 1, 2, ramp=[1, 1, 2, 1])
+    for loader in resumed:
+        loader.load_state_dict(state)
+    assert resumed[0].sample == 16
+    assert steps(resumed, 2) == found[3:]
+
+
 def test_batches_carry_their_step_and_have_equal_shapes(data: Data) -> None:
     loader = Loader(data, micro_batch=3, accumulate=2)
     for step in range(4):

@@ -7,6 +7,7 @@ historic spelling with `change(Base, "name", default=..., flags=(...))`.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -146,6 +147,10 @@ class RunConfig(ModelOptions, DataOptions, OptimOptions, EngineOptions, OutputOp
     def learning_rate(self, progress: Progress, size: Size, epoch_samples: int) -> float:
         """The rate of the step about to run: a pure function of progress, so a resumed run needs no saved schedule."""
         return learning_rate(self, self.limits(), progress, size, epoch_samples)
+
+    def ramp(self, world: int) -> Sequence[int]:
+        """Micro-batches per data rank of the first steps, where these take fewer than `accumulate`; `world` counts data ranks."""
+        return ()
 
     def run_folder(self) -> Path:
         """`output_dir`, or a folder under `runs/` named by the model and the package."""

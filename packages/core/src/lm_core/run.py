@@ -97,6 +97,7 @@ def make_loader(config: RunConfig, data: Data, rank: int, world: int) -> Loader:
         seed=config.seed,
         shuffle=config.shuffle,
         num_workers=config.num_workers,
+        ramp=config.ramp(world),
     )
 
 

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -128,6 +129,9 @@ class PretrainConfig(RunConfig, AdamSpellings, ShapeOptions, DiffusionOptions, E
     variable_length_ratio: float = opt(0.0, "Share of sequences that are cut to a random length.", ge=0, le=1)
 
     global_batch_size: int = opt(256, "Sequences per update, over all processes; --accumulate follows from it.", ge=1)
+    rampup_batch_size: tuple[int, int, int] | None = opt(
+        None, "Begin with smaller updates, as A,B,C: with A sequences, which grow by B until they are all of them after C samples."
+    )
     budget: str = change(OutputOptions, "budget", default="", help="When to stop, such as 10M tokens; or use one of the options below.")
     train_samples: Count | None = opt(None, "Sequences to train on.", ge=1)
     train_tokens: Count | None = opt(None, "Tokens to train on.", ge=1)
@@ -213,6 +217,14 @@ class PretrainConfig(RunConfig, AdamSpellings, ShapeOptions, DiffusionOptions, E
             raise ConfigError("train_data_path_file: --data is given, too; use one of them")
         if self.eval_data and self.valid_data_path_file:
             raise ConfigError("valid_data_path_file: --eval-data is given, too; use one of them")
+        if self.rampup_batch_size:
+            start, more, samples = self.rampup_batch_size
+            full = self.global_batch_size
+            if start < 1 or more < 1 or samples < 1 or start >= full or (full - start) % more:
+                raise ConfigError(
+                    f"rampup_batch_size: {start},{more},{samples} does not grow from {start} to the {full} of --global-batch-size in steps of {more}; "
+                    "give a start below it, and a step that divides the rest"
+                )
         _ = self.arithmetic
         if self.split is not None:
             planner.shares(self.split)
@@ -260,6 +272,21 @@ class PretrainConfig(RunConfig, AdamSpellings, ShapeOptions, DiffusionOptions, E
         """Sequences of one update on so many processes."""
         return self.micro_batch_size * self.accumulate * self.replicas(world)
 
+    @cached_property
+    def smaller_batches(self) -> list[int]:
+        """Sequences of each update before the batch is full."""
+        return planner.batches(*self.rampup_batch_size, self.global_batch_size) if self.rampup_batch_size else []
+
+    def ramp(self, world: int) -> list[int]:
+        return [size // (self.micro_batch_size * world) for size in self.smaller_batches]
+
+    def update(self, step: int, world: int) -> tuple[int, int]:
+        """(number of the first sequence, sequences) of an update on so many processes."""
+        smaller, full = self.smaller_batches, self.sequences(world)
+        if step < len(smaller):
+            return sum(smaller[:step]), smaller[step]
+        return sum(smaller) + (step - len(smaller)) * full, full
+
     def replicas(self, world: int) -> int:
         """Copies of the model on so many processes; each one sees other data."""
         one = self.tensor_model_parallel_size * self.pipeline_model_parallel_size
@@ -305,7 +332,10 @@ class PretrainConfig(RunConfig, AdamSpellings, ShapeOptions, DiffusionOptions, E
         if samples is None:
             return Budget.parse(self.budget)
         # whole updates only
-        whole = samples // self.global_batch_size * self.global_batch_size
+        whole = 0
+        for size in self.smaller_batches:
+            whole += size if whole + size <= samples else 0
+        whole += (samples - whole) // self.global_batch_size * self.global_batch_size
         if whole == 0:
             raise ConfigError(f"budget: {samples} samples are less than one update of {self.global_batch_size}; lower --global-batch-size")
         return Budget({"samples": whole})
@@ -344,6 +374,12 @@ def settled(options: PretrainConfig) -> PretrainConfig:
     """`options` with what follows from others: the accumulation, the length of an evaluation, where to resume."""
     world = int(os.environ.get("WORLD_SIZE") or options.num_processes)
     options = replace(_with_accumulation(options, options.replicas(world)), precision=options.arithmetic)
+    one = options.micro_batch_size * options.replicas(world)
+    if wrong := [number for number in (options.rampup_batch_size or ())[:2] if number % one]:
+        raise ConfigError(
+            f"rampup_batch_size: {wrong[0]} is not a multiple of {one} ({options.micro_batch_size} sequences on each copy of the model); "
+            "change --micro-batch-size"
+        )
     if not options.eval_tokens:
         options = replace(options, eval_tokens=options.eval_iters * options.global_batch_size * options.max_length)
     if options.resume not in ("auto", "none") and Path(options.resume).resolve() == options.run_folder().resolve():

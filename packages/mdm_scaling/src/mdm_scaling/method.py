@@ -178,8 +178,8 @@ class Pretrain(Method):
                 plain = Noise(eps=config.mask_eps)
                 yield *masks(plain, batch["t"][:, draw], eligible_BS, config.eval_seed, "eval", slot), 1 / count
             return
-        size = config.sequences(dist.world())
-        t_B = levels(config.t_sampling, config.seed, "noise", batch.step, batch.index % size, batch.index, size)
+        first, size = config.update(batch.step, dist.world())
+        t_B = levels(config.t_sampling, config.seed, "noise", batch.step, (batch.index - first) % size, batch.index, size)
         if config.low_noise_start and batch.step < config.low_noise_iter:
             t_B = t_B * config.low_noise_ratio
         yield *masks(noise, t_B, eligible_BS, config.seed, "noise", batch.index), 1.0

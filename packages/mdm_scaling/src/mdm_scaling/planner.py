@@ -28,6 +28,20 @@ def warmup(samples: int) -> int:
     return min(max(round(samples / 100), 100), samples // 2)
 
 
+def batches(start: int, increment: int, samples: int, full: int) -> list[int]:
+    """Sequences of the updates before the batch is full: it grows by `increment`, each size for an equal share of `samples`.
+
+    >>> batches(2, 2, 12, 8)
+    [2, 2, 4, 6]
+    """
+    growths = (full - start) // increment
+    sizes, done = [], 0
+    while (size := start + increment * (done * growths // samples)) < full:
+        sizes.append(size)
+        done += size
+    return sizes
+
+
 def shares(split: str) -> tuple[float, float, float]:
     """The three shares of `--split`, which sum to 1.
 

@@ -7,6 +7,7 @@ every rank, so a run may go on with another number of ranks, workers or micro-ba
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate as accumulate_sums
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -76,12 +77,12 @@ class Loader:
     """Endless batches of the training data. `next` gives one step: this rank's `accumulate` micro-batches.
 
     Every batch has the tensors of its rows; with several sources also `source` (B), the position of each row's source
-    in `data.train`.
+    in `data.train`. `ramp` gives the first steps fewer micro-batches: their numbers, step by step.
     """
 
     def __init__(
         self, data: Data, *, micro_batch: int, accumulate: int = 1, rank: int = 0, world: int = 1, seed: int = 0,
-        shuffle: bool = True, num_workers: int = 0,
+        shuffle: bool = True, num_workers: int = 0, ramp: Sequence[int] = (),
     ) -> None:  # fmt: skip
         self.names = list(data.train)
         self._rows = list(data.train.values())
@@ -91,13 +92,15 @@ class Loader:
         self._seed, self._shuffle, self._num_workers = seed, shuffle and not data.ordered, num_workers
         self._mix = Mix([data.weights[name] for name in self.names], seed=seed, draw=data.draw)
         self._reader = _Reader(self._rows)
+        # first sample of every step of the ramp, and of the step behind it
+        self._ramp, self._starts = list(ramp), list(accumulate_sums((count * micro_batch * world for count in ramp), initial=0))
         self._workers: DataLoader[Any] | None = None
         self._ahead: Iterator[Any] | None = None
         self._step = 0
 
     @property
     def global_batch(self) -> int:
-        """Samples of one step, over all ranks."""
+        """Samples of one step, over all ranks; behind the ramp, where there is one."""
         return self._micro_batch * self._accumulate * self._world
 
     @property
@@ -108,7 +111,7 @@ class Loader:
     @property
     def sample(self) -> int:
         """Global number of the next sample."""
-        return self._step * self.global_batch
+        return self._first(self._step)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -129,7 +132,7 @@ class Loader:
         if self._ahead is None:
             self._ahead = self._start()
         batches = []
-        for _ in range(self._accumulate):
+        for _ in range(self._count(self._step)):
             tensors, index, step = next(self._ahead)
             batches.append(Batch(tensors, index=index, step=step))
         self._step += 1
@@ -166,13 +169,23 @@ class Loader:
             )
         return iter(self._workers)
 
+    def _count(self, step: int) -> int:
+        """Micro-batches of this rank in a step."""
+        return self._ramp[step] if step < len(self._ramp) else self._accumulate
+
+    def _first(self, step: int) -> int:
+        """Global number of the first sample of a step."""
+        return self._starts[min(step, len(self._ramp))] + max(0, step - len(self._ramp)) * self.global_batch
+
     def _items(self) -> Iterator[_Item]:
         """Micro-batches of this rank from the current step on, planned several steps at once."""
-        step, mine = self._step, self._micro_batch * self._accumulate
+        step = self._step
         while True:
-            steps = max(_PLANNED // mine, 1)
-            source, before = self._mix.span(step * self.global_batch, (step + steps) * self.global_batch)
-            index = np.arange(step * self.global_batch + self._rank, (step + steps) * self.global_batch, self._world)
+            mine = self._micro_batch * self._count(step)
+            steps = 1 if step < len(self._ramp) else max(_PLANNED // mine, 1)
+            begin, end = self._first(step), self._first(step + steps)
+            source, before = self._mix.span(begin, end)
+            index = np.arange(begin + self._rank, end, self._world)
             source, before = source[self._rank :: self._world], before[self._rank :: self._world]
             epoch, row = self._places(source, before)
             for first in range(0, len(index), self._micro_batch):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.mdm_scaling.test_method import TINY, PretrainConformance, batch, method
+from transformers import AutoModelForCausalLM
 
 from lm_core.config import build
 from lm_core.errors import ConfigError
@@ -129,8 +130,9 @@ def test_predefined_orders_move_away_step_by_step() -> None:
 def test_positions_follow_tokens() -> None:
     tokens = torch.arange(100, 133)[None].repeat(6, 1)
     table = experiments.orders(4, 32, False, 5)
-    inputs, labels, positions = experiments.reordered(tokens[:, :-1], tokens[:, 1:], table, 5, torch.arange(6))
+    inputs, labels, positions, of_labels = experiments.reordered(tokens[:, :-1], tokens[:, 1:], table, 5, torch.arange(6))
     assert torch.equal(inputs, 100 + positions)
+    assert torch.equal(labels, 100 + of_labels)
     assert torch.equal(inputs[:, 1:], labels[:, :-1])
     assert inputs[:, 0].tolist() == [100] * 6
     for row, last in zip(inputs.tolist(), labels[:, -1].tolist()):
@@ -150,6 +152,47 @@ def test_a_permuted_sequence_is_no_packed_one() -> None:
     last, rows = ids[0, :1], torch.tensor([31])
     losses = [model(given, last, rows, attention_mask=mask, position_ids=positions) for given in (ids, other)]
     assert not torch.equal(losses[0], losses[1])
+
+
+def told() -> Any:
+    """A network whose projection of the target's position is not zero any more."""
+    model: Any = method(objective="ar", num_order_list=4, order_target_position="embedding").build().eval()
+    with torch.no_grad():
+        model.model.model.target_position.weight.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+def test_a_model_that_is_told_nothing_yet_is_the_plain_one() -> None:
+    plain, changed = step(num_order_list=4), step(num_order_list=4, order_target_position="embedding")
+    assert plain[0] == changed[0]
+    assert bool(changed[1].pop("model.model.target_position.weight").any())
+    assert plain[1].keys() == changed[1].keys()
+
+
+def test_a_told_model_predicts_another_token_at_another_position_and_the_next_one_by_default() -> None:
+    model, ids = told(), batch()["input_ids"][:1]
+    positions = torch.arange(32)[None]
+    mask = experiments.causal(1, 32, ids.device)
+
+    def losses(**changes: Any) -> torch.Tensor:
+        return model(ids, ids.flatten(), attention_mask=mask, position_ids=positions, reduction="none", **changes)
+
+    by_default = losses()
+    assert torch.equal(by_default, losses(target_positions=positions + 1))
+    moved = positions + 1
+    moved[0, 20] = 5
+    assert torch.equal(losses(target_positions=moved)[:20], by_default[:20])
+    assert not torch.equal(losses(target_positions=moved)[20], by_default[20])
+
+
+def test_a_told_model_is_read_back_and_writes_alike_with_and_without_a_cache(tmp_path: Path) -> None:
+    model, ids = told().model, batch()["input_ids"][:1, :8]
+    model.save_pretrained(tmp_path)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(read).__name__ == "OrderedForCausalLM"
+    assert torch.equal(read(ids).logits, model(ids).logits)
+    found = [read.generate(ids, max_new_tokens=12, do_sample=False, use_cache=cache, pad_token_id=0) for cache in (True, False)]
+    assert torch.equal(*found)
 
 
 # --- neutral values, and what does not go together ---
@@ -204,6 +247,7 @@ def test_every_knob_ignores_how_a_batch_is_split() -> None:
         ({"objective": "ar", "ar_ratio": 0.5}, "ar_ratio: replaces masks"),
         ({"objective": "mdm", "randmask_ratio": 0.5}, "randmask_ratio: perturbs next-token prediction"),
         ({"objective": "mdm", "num_order_list": 2}, "num_order_list: perturbs next-token prediction"),
+        ({"objective": "mdm", "order_target_position": "embedding"}, "order_target_position: perturbs next-token prediction"),
         ({"objective": "ar", "num_order_list": 2, "randmask_ratio": 0.5}, "num_order_list: goes with neither"),
         ({"objective": "mdm", "ar_ratio": 1.5}, "ar_ratio"),
     ],
@@ -216,12 +260,13 @@ def test_knobs_of_the_other_objective_are_refused(options: dict[str, Any], messa
 def test_the_grids_are_complete() -> None:
     entries = sweep.grid("experiment", {**TINY, "global_batch_size": 4}, flops=[1e9])
     objectives = [entry["config"]["objective"] for entry in entries]
-    assert (objectives.count("mdm"), objectives.count("ar")) == (12, 34)
+    assert (objectives.count("mdm"), objectives.count("ar")) == (12, 44)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("objective", "changes"), [("mdm", {"ar_ratio": 0.5}), ("ar", {"randmask_ratio": 0.3}), ("ar", {"num_order_list": 2})]
+    ("objective", "changes"),
+    [("mdm", {"ar_ratio": 0.5}), ("ar", {"randmask_ratio": 0.3}), ("ar", {"num_order_list": 2, "order_target_position": "embedding"})],
 )
 def test_experiments_train_and_resume_bit_for_bit(objective: str, changes: dict[str, Any], tmp_path: Path) -> None:
     suite = PretrainConformance()

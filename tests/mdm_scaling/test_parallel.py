@@ -156,7 +156,8 @@ def assert_the_same_run(folder: Path, one: Path) -> None:
     found, expected = weights(folder), weights(one)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=2e-5)
+        # an update by Adam divides by what may be next to nothing
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=2e-4)
 
 
 @pytest.mark.slow

@@ -88,6 +88,9 @@ class ExperimentOptions:
     )
     num_order_list: int = opt(0, "Number of orders, of which each sequence draws one; the first is from left to right; only ar.", ge=0)
     use_predefined_order: bool = opt(False, "Orders that move further away from left to right one by one, instead of uniform ones.")
+    order_target_position: Literal["none", "embedding"] = opt(
+        "none", "Whether a model is told the position of the token to predict, without which other orders are ambiguous; only ar."
+    )
 
 
 @config
@@ -196,8 +199,9 @@ class PretrainConfig(RunConfig, AdamSpellings, ShapeOptions, DiffusionOptions, E
             raise ConfigError(f"{wrong[0]}: only --objective mdm masks tokens; drop --{wrong[0].replace('_', '-')}")
         if self.objective == "ar" and self.ar_ratio:
             raise ConfigError("ar_ratio: replaces masks, which --objective ar has none of; use --objective mdm")
-        if self.objective == "mdm" and (self.randmask_ratio or self.num_orders > 1):
-            name = "randmask_ratio" if self.randmask_ratio else "num_order_list"
+        ordered = self.order_target_position != "none"
+        if self.objective == "mdm" and (self.randmask_ratio or self.num_orders > 1 or ordered):
+            name = "randmask_ratio" if self.randmask_ratio else "num_order_list" if self.num_orders > 1 else "order_target_position"
             raise ConfigError(f"{name}: perturbs next-token prediction; use --objective ar")
         if self.num_orders > 1 and (self.eod_mask_loss or self.variable_length_ratio or self.randmask_ratio):
             raise ConfigError(

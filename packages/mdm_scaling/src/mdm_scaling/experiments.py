@@ -67,14 +67,17 @@ def orders(count: int, size: int, predefined: bool, seed: int) -> Tensor:
     return torch.stack([place, *drawn])
 
 
-def reordered(ids_BS: Tensor, labels_BS: Tensor, table: Tensor, seed: int, index_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(inputs, labels, positions) of next-token prediction in another order: the first token stays, each sequence draws one order."""
+def reordered(ids_BS: Tensor, labels_BS: Tensor, table: Tensor, seed: int, index_B: Tensor) -> tuple[Tensor, ...]:
+    """Next-token prediction in another order: (inputs, labels, positions of the inputs, positions of the labels), B x S each.
+
+    Of the S + 1 tokens of a sequence the first stays; each sequence draws one order.
+    """
     draw = at(seed, "order", index_B, torch.full_like(index_B, ORDER), WHOLE)
     order_BS = table.to(ids_BS.device)[draw * len(table) >> 32]
     targets = labels_BS.gather(1, order_BS)
     inputs = torch.cat([ids_BS[:, :1], targets[:, :-1]], dim=1)
     positions = torch.cat([torch.zeros_like(order_BS[:, :1]), order_BS[:, :-1] + 1], dim=1)
-    return inputs, targets, positions
+    return inputs, targets, positions, order_BS + 1
 
 
 def causal(batch: int, size: int, device: torch.device) -> Tensor:

@@ -55,6 +55,7 @@ class Pretrain(Method):
         """The model to train: fresh by its sizes, or with the weights of another."""
         config, shape = self.config, self.config.shape
         divisible_by, restrict = config.make_vocab_size_divisible_by, config.restrict_logits
+        ordered = config.order_target_position == "embedding"
         if shape is None:
             source = load_network(config.model)
             positions = int(source.config.max_position_embeddings)
@@ -63,14 +64,20 @@ class Pretrain(Method):
                     f"max_length: {config.max_length} is beyond the {positions} positions of {config.model}; use at most {positions}"
                 )
             model = warm(
-                config.objective, source, std=config.init_std, divisible_by=divisible_by, restrict_logits=restrict, seed=config.seed
+                config.objective,
+                source,
+                std=config.init_std,
+                divisible_by=divisible_by,
+                restrict_logits=restrict,
+                seed=config.seed,
+                ordered=ordered,
             )
         else:
             model = fresh(
                 config.objective, shape, self.vocabulary, tied=not config.untie_embeddings,
                 positions=config.max_position_embeddings or config.max_length, theta=config.rotary_theta, eps=config.norm_eps,
                 std=config.init_std, divisible_by=divisible_by, restrict_logits=restrict, seed=config.seed,
-                bias=not config.disable_bias_linear,
+                bias=not config.disable_bias_linear, ordered=ordered,
             )  # fmt: skip
         if self.vocabulary > model.config.real_vocab_size:
             raise ConfigError(
@@ -120,10 +127,11 @@ class Pretrain(Method):
         inputs: dict[str, Any] = {"input_ids_BS": ids, "attention_mask": attention}
         if config.num_orders > 1:
             table = experiments.orders(config.num_orders, size, config.use_predefined_order, config.seed)
-            given, targets, positions = experiments.reordered(ids, labels, table, config.seed, batch.index)
+            given, targets, positions, of_targets = experiments.reordered(ids, labels, table, config.seed, batch.index)
+            told = {"target_positions": of_targets} if config.order_target_position == "embedding" else {}
             # positions out of order are no packed documents
             mask = experiments.causal(len(ids), size, ids.device)
-            return {"input_ids_BS": given, "targets_M": targets.flatten(), "position_ids": positions, "attention_mask": mask}
+            return {"input_ids_BS": given, "targets_M": targets.flatten(), "position_ids": positions, "attention_mask": mask, **told}
         if config.randmask_ratio and config.randmask_mode == "input":
             inputs["input_ids_BS"] = experiments.replaced(ids, config.randmask_ratio, self.mask_id, config.seed, batch.index)
         elif config.randmask_ratio and config.randmask_mode != "input":

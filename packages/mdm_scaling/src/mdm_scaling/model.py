@@ -21,16 +21,22 @@ from lm_core.counter import normal
 from lm_core.errors import ConfigError, InputError
 from lm_core.models import hf_model, load_model
 from mdm_scaling.hf.modeling_mdm import MdmConfig, MdmForMaskedLM
+from mdm_scaling.hf.modeling_ordered import OrderedConfig, OrderedForCausalLM
 from mdm_scaling.sizes import Shape, padded
 
-AutoConfig.register("mdm", MdmConfig, exist_ok=True)
-AutoModelForCausalLM.register(MdmConfig, MdmForMaskedLM, exist_ok=True)
-# the modelling code travels with a saved model
-MdmConfig.register_for_auto_class()  # type: ignore[no-untyped-call]
-MdmForMaskedLM.register_for_auto_class("AutoModelForCausalLM")  # type: ignore[no-untyped-call]
+for _config, _class in ((MdmConfig, MdmForMaskedLM), (OrderedConfig, OrderedForCausalLM)):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModelForCausalLM.register(_config, _class, exist_ok=True)
+    # the modelling code travels with a saved model
+    _config.register_for_auto_class()  # type: ignore[no-untyped-call]
+    _class.register_for_auto_class("AutoModelForCausalLM")  # type: ignore[no-untyped-call]
 
 Objective = Literal["ar", "mdm"]
-_CLASSES: Mapping[Objective, tuple[Any, Any]] = {"ar": (LlamaConfig, LlamaForCausalLM), "mdm": (MdmConfig, MdmForMaskedLM)}
+_CLASSES: Mapping[str, tuple[Any, Any]] = {
+    "ar": (LlamaConfig, LlamaForCausalLM),
+    "mdm": (MdmConfig, MdmForMaskedLM),
+    "ordered": (OrderedConfig, OrderedForCausalLM),
+}
 
 
 def objective_of(model: PreTrainedModel) -> Objective:
@@ -41,7 +47,7 @@ def objective_of(model: PreTrainedModel) -> Objective:
 def llama_shaped(model: PreTrainedModel) -> bool:
     """Whether a model is one of the two networks of this package."""
     plain = model.config.model_type == "mistral" and model.config.sliding_window is None
-    return plain or model.config.model_type in ("llama", "mdm")
+    return plain or model.config.model_type in ("llama", "mdm", "ordered-llama")
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
@@ -56,9 +62,9 @@ def limit_of(model: PreTrainedModel) -> int:
 
 def fresh(
     objective: Objective, shape: Shape, vocabulary: int, *, tied: bool, positions: int, theta: float, eps: float, std: float,
-    divisible_by: int, restrict_logits: bool, seed: int, bias: bool = False,
+    divisible_by: int, restrict_logits: bool, seed: int, bias: bool = False, ordered: bool = False,
 ) -> PreTrainedModel:  # fmt: skip
-    """Random weights N(0, std), output projections N(0, std / sqrt(2 L)), norms 1, biases 0."""
+    """Random weights N(0, std), output projections N(0, std / sqrt(2 L)), norms 1, biases 0; ordered: told what to predict, by weights of 0."""
     if shape.heads * shape.head_size % 2 or shape.head_size % 2:
         raise ConfigError(f"kv_channels: {shape.head_size} is odd, and rotary positions come in pairs; use an even number")
     # transformers' Llama wants a width that is a multiple of the heads, which 20M has not; its Mistral is the same network
@@ -66,6 +72,10 @@ def fresh(
     if bias and objective == "ar" and stock == "mistral":
         raise ConfigError(
             f"disable_bias_linear: biases need a hidden size ({shape.hidden}) that is a multiple of the heads ({shape.heads}); choose another preset"
+        )
+    if ordered and stock == "mistral":
+        raise ConfigError(
+            f"order_target_position: needs a hidden size ({shape.hidden}) that is a multiple of the heads ({shape.heads}); choose another preset"
         )
     values = {
         "model_type": {"ar": stock, "mdm": "mdm"}[objective],
@@ -91,17 +101,24 @@ def fresh(
         for name, parameter in model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 parameter.mul_(1 / math.sqrt(2 * shape.layers))
-    return _marked(model, vocabulary, restrict_logits)
+    model = _marked(model, vocabulary, restrict_logits)
+    if ordered:
+        return warm(objective, model, std=std, divisible_by=divisible_by, restrict_logits=restrict_logits, seed=seed, ordered=True)
+    return model
 
 
 def warm(
-    objective: Objective, source: PreTrainedModel, *, std: float, divisible_by: int, restrict_logits: bool, seed: int
+    objective: Objective, source: PreTrainedModel, *, std: float, divisible_by: int, restrict_logits: bool, seed: int, ordered: bool = False
 ) -> PreTrainedModel:
-    """The weights of a Llama-shaped model under `objective`, its embedding padded; new rows are N(0, std), the mask's their mean."""
+    """The weights of a Llama-shaped model under `objective`, its embedding padded; new rows are N(0, std), the mask's their mean.
+
+    An autoregressive model that is told what to predict stays one.
+    """
     if not llama_shaped(source):
         raise ConfigError(f"model: {source.config.model_type} is not Llama-shaped; name a model of type llama or mdm")
     vocabulary = vocabulary_of(source)
-    config_class, model_class = _CLASSES[objective]
+    ordered = ordered or (objective == "ar" and source.config.model_type == "ordered-llama")
+    config_class, model_class = _CLASSES["ordered" if ordered else objective]
     values = {name: value for name, value in source.config.to_dict().items() if name not in _OWN}
     rows = max(padded(vocabulary, divisible_by), int(source.config.vocab_size))
     config = config_class(**{**values, "vocab_size": rows})
@@ -109,6 +126,10 @@ def warm(
     with torch.device("meta"):
         model: PreTrainedModel = model_class(config)
     weights = {name: _extended(tensor, rows, vocabulary, std, seed, name) for name, tensor in source.state_dict().items()}
+    projection, width = "model.target_position.weight", config.hidden_size
+    told = weights.pop(projection, None)
+    if ordered:
+        weights[projection] = torch.zeros(width, width, device=source.device) if told is None else told
     # buffers that are no part of the state (rotary angles) come from the source, everything else by name
     model.load_state_dict(weights, assign=True)
     model.model.rotary_emb = source.model.rotary_emb
@@ -225,20 +246,28 @@ class Scorer(nn.Module):
         attention_mask: Tensor | None = None,
         reduction: Literal["sum", "none"] = "sum",
         position_ids: Tensor | None = None,
+        target_positions: Tensor | None = None,
     ) -> Tensor:
         """Sum of weights x -log p(target) over the rows (positions counted through the batch; all of them by default), or each one.
 
         `attention_mask` (B x S, 0 = seen by nobody) is for sequences that end early; one of B x 1 x S x S (bool) says who sees
         whom, and must be given with positions that are out of order, which would be taken for packed documents.
         """
-        states_BSD = self.states(input_ids_BS, attention_mask, position_ids)
+        states_BSD = self.states(input_ids_BS, attention_mask, position_ids, target_positions)
         return self.score(states_BSD, targets_M, rows_M, weights_M, reduction)
 
     def states(
-        self, input_ids_BS: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, entering: Tensor | None = None
+        self,
+        input_ids_BS: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        target_positions: Tensor | None = None,
+        entering: Tensor | None = None,
     ) -> Tensor:
         """What the decoder makes of tokens (B x S x D); of a pipeline's later stage, of the states `entering` in their place."""
         source = {"input_ids": input_ids_BS} if entering is None else {"inputs_embeds": entering}
+        if target_positions is not None:
+            source["target_positions"] = target_positions
         inner: Any = hf_model(self.model)
         states = inner.model(**source, attention_mask=attention_mask, position_ids=position_ids, use_cache=False).last_hidden_state
         return cast(Tensor, states)

@@ -70,6 +70,8 @@ class Pipeline(TensorParallel):
             inner.model.norm, inner.lm_head = _Elsewhere(), _Elsewhere()
         if not self.first and not (self.last and self.tied):
             inner.model.embed_tokens = _Elsewhere()
+        if not self.first and hasattr(inner.model, "target_position"):
+            inner.model.target_position = _Elsewhere()
         self.here = state.weights(model).keys()
         model.forward = self._forward  # type: ignore[method-assign]
         return model
@@ -83,13 +85,14 @@ class Pipeline(TensorParallel):
         attention_mask: Tensor | None = None,
         reduction: Literal["sum", "none"] = "sum",
         position_ids: Tensor | None = None,
+        target_positions: Tensor | None = None,
     ) -> Tensor:
         """`Scorer.forward` of the whole pipeline; in a turn, which is one stage's, the loss of stages before the last is 0."""
         model = cast(Scorer, self.model)
         like = next(model.parameters()).new_zeros
         nowhere = like(() if reduction == "sum" else len(targets_M))
         if self.turn is not None:
-            states = model.states(input_ids_BS, attention_mask, position_ids, self.turn.entering)
+            states = model.states(input_ids_BS, attention_mask, position_ids, target_positions, self.turn.entering)
             if self.last:
                 return model.score(states, targets_M, rows_M, weights_M, reduction)
             self.turn.leaving = states
@@ -100,7 +103,7 @@ class Pipeline(TensorParallel):
         if not self.first:
             entering = like((*input_ids_BS.shape, self.width))
             torch_dist.recv(entering, group=self.pipe, group_src=self.stage - 1)
-        states = model.states(input_ids_BS, attention_mask, position_ids, entering)
+        states = model.states(input_ids_BS, attention_mask, position_ids, target_positions, entering)
         if self.last:
             nowhere = model.score(states, targets_M, rows_M, weights_M, reduction).to(nowhere.dtype)
         else:

@@ -22,7 +22,7 @@ from lm_core.cache import key_of
 from lm_core.config import build, leaves, load, to_dict
 from lm_core.errors import ConfigError, InputError, UserError
 from mdm_scaling import planner, sizes
-from mdm_scaling.config import LENGTHS, PretrainConfig
+from mdm_scaling.config import LENGTHS, SHARED, PretrainConfig
 from mdm_scaling.fit.points import write_table
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,12 @@ KNOBS: dict[str, list[dict[str, Any]]] = {
             for mode in ("attention", "column", "input")
             for ratio in (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
         ),
-        *({"num_order_list": count, "use_predefined_order": how} for how in (False, True) for count in (1, 2, 4, 8, 16)),
+        *(
+            {"num_order_list": count, "use_predefined_order": how, "order_target_position": told}
+            for told in ("none", "embedding")
+            for how in (False, True)
+            for count in (1, 2, 4, 8, 16)
+        ),
     ],
 }
 # options that say where a run is written or how it is watched, not what it is
@@ -56,6 +61,7 @@ _ELSEWHERE = (
     "tensorboard",
     "dry_run",
     "num_processes",
+    *SHARED,
     "accumulate",
     "keep_best",
     "micro_batch_size",

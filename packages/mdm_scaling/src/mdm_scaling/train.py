@@ -16,16 +16,25 @@ from mdm_scaling.method import Pretrain, describe
 from mdm_scaling.sweep import run_id
 
 logger = logging.getLogger(__name__)
-KNOBS = ("attention_dropout", "ar_ratio", "randmask_ratio", "randmask_mode", "num_order_list", "use_predefined_order")
+KNOBS = (
+    "attention_dropout",
+    "ar_ratio",
+    "randmask_ratio",
+    "randmask_mode",
+    "num_order_list",
+    "use_predefined_order",
+    "order_target_position",
+)
 STATUS = {"budget": "done", "loss": "done", "killed": "killed", "interrupted": "preempted", "failed": "failed"}
 
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Train, and write beside core's entries of `result.json` what tables and fits need."""
     logger.info(describe(config))
-    if config.num_orders > 1:
+    if config.num_orders > 1 and config.order_target_position == "none":
         logger.warning(
-            "num_order_list: a model is not told which position comes next, so what it should predict in other orders is ambiguous"
+            "num_order_list: a model is not told which position comes next, so what it should predict in other orders is ambiguous; "
+            "add --order-target-position embedding"
         )
     if config.kill_file is not None and config.kill_file.exists():
         logger.warning("kill_file: %s exists, so nothing is trained", config.kill_file)

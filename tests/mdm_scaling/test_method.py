@@ -179,6 +179,25 @@ def test_end_tokens_may_be_left_unpredicted(tmp_path: Path) -> None:
         assert any(tokenizer.eos_token_id in rows[k]["labels"] for k in range(8)) == found
 
 
+@pytest.mark.parametrize("objective", ["ar", "mdm"])
+def test_documents_that_are_kept_apart_score_as_if_they_were_alone(objective: str) -> None:
+    made = method(objective=objective, reset_attention_mask=True, reset_position_ids=True)
+    made.end = 7
+    model = made.build().eval()
+    ids = batch(size=1)["input_ids"]
+    ids[ids == 7] = 8
+    ids[0, [9, 20]] = 7
+    whole = model(ids, ids.flatten(), reduction="none", **made.seen(ids, None))
+    alone = [model(part[None], part, reduction="none") for part in (ids[0, :10], ids[0, 10:21], ids[0, 21:])]
+    torch.testing.assert_close(whole, torch.cat(alone))
+    # positions alone: everything before (or around) is seen as ever, at other places
+    made = method(objective=objective, reset_position_ids=True)
+    made.end = 7
+    seen = made.seen(ids, None)
+    assert seen["position_ids"][0].tolist() == [*range(10), *range(11), *range(11)]
+    assert int(seen["attention_mask"].sum()) == (32 * 33 // 2 if objective == "ar" else 32 * 32)
+
+
 def test_ar_predicts_the_next_token_and_mdm_the_same_one() -> None:
     tokenizer = method().tokenizer()
     ar, mdm = (method(objective=objective).data(tokenizer).train["train"][5] for objective in ("ar", "mdm"))

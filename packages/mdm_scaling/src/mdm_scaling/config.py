@@ -127,6 +127,8 @@ class PretrainConfig(RunConfig, AdamSpellings, ShapeOptions, DiffusionOptions, E
         "stream", "Join documents in a new order in each epoch, or cut the same samples every time."
     )
     shuffle: Literal[False] = opt(False, "Core's own permutation stays off: samples come in Megatron's order, which is shuffled.")
+    reset_attention_mask: bool = opt(False, "Let no token see another document; a document ends with the end-of-document token.")
+    reset_position_ids: bool = opt(False, "Count the positions of every document from 0.")
     eod_mask_loss: bool = opt(False, "Do not predict end-of-document tokens.")
     num_workers: int = change(DataOptions, "num_workers", default=2)
     variable_length_ratio: float = opt(0.0, "Share of sequences that are cut to a random length.", ge=0, le=1)
@@ -209,6 +211,13 @@ class PretrainConfig(RunConfig, AdamSpellings, ShapeOptions, DiffusionOptions, E
             )
         if self.randmask_ratio and self.randmask_mode != "input" and self.variable_length_ratio:
             raise ConfigError("randmask_ratio: of this mode does not go with --variable-length-ratio; drop one of the two")
+        if apart := [name for name in ("reset_attention_mask", "reset_position_ids") if getattr(self, name)]:
+            hidden = self.randmask_ratio and self.randmask_mode != "input"
+            if self.num_orders > 1 or self.variable_length_ratio or hidden or ordered:
+                raise ConfigError(
+                    f"{apart[0]}: goes with neither --num-order-list, --order-target-position, --variable-length-ratio nor --randmask-ratio of keys; "
+                    "drop one of the two"
+                )
         if self.mask_mode == "fixed-count" and self.t_sampling == "shift":
             raise ConfigError("t_sampling: shift gives every step the same counts under --mask-mode fixed-count; use stratified or iid")
         if self.min_lr is not None and self.min_lr > self.lr:

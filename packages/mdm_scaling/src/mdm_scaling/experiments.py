@@ -80,6 +80,23 @@ def reordered(ids_BS: Tensor, labels_BS: Tensor, table: Tensor, seed: int, index
     return inputs, targets, positions, order_BS + 1
 
 
+def documents(ids_BS: Tensor, end: int, causal: bool, own_mask: bool, own_positions: bool) -> dict[str, Tensor]:
+    """What keeps the documents of a sequence apart; each ends with the token `end`.
+
+    own_mask: nobody sees another document; own_positions: each one counts from 0. Positions never come without a mask, since
+    those that start again would be taken for packed documents.
+    """
+    place, ends_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device), ids_BS == end
+    # an end token belongs to the document that it ends
+    number_BS = ends_BS.cumsum(1) - ends_BS.long()
+    sees = number_BS[:, :, None] == number_BS[:, None, :] if own_mask else torch.ones_like(ids_BS[:, :, None] == ids_BS[:, None, :])
+    found = {"attention_mask": (sees & (place <= place[:, None]) if causal else sees)[:, None]}
+    if own_positions:
+        begins = torch.cat([torch.ones_like(ends_BS[:, :1]), ends_BS[:, :-1]], dim=1)
+        found["position_ids"] = place - torch.where(begins, place, 0).cummax(1).values
+    return found
+
+
 def causal(batch: int, size: int, device: torch.device) -> Tensor:
     """The past and oneself (B x 1 x S x S, bool), for calls whose positions are out of order."""
     return torch.ones(size, size, dtype=torch.bool, device=device).tril().expand(batch, 1, size, size)

@@ -47,6 +47,14 @@ class Pretrain(Method):
         """Entries of the tokenizer."""
         return len(self.tokenizer())
 
+    @cached_property
+    def end(self) -> int:
+        """The end-of-document token."""
+        end = self.tokenizer().eos_token_id
+        if end is None:
+            raise ConfigError("reset_attention_mask: the tokenizer has no end-of-document token; use another --tokenizer")
+        return int(end)
+
     def data(self, tokenizer: PreTrainedTokenizerBase) -> Data:
         self.vocabulary = len(tokenizer)
         return rows.build(self.config, tokenizer)
@@ -109,7 +117,7 @@ class Pretrain(Method):
     def losses(self, model: nn.Module, batch: Batch) -> Iterator[Loss]:
         ids, labels, attention = self.cut(batch)
         if self.config.objective == "ar":
-            inputs = self.perturbed(batch, ids, labels, attention) if model.training else {"input_ids_BS": ids, "attention_mask": attention}
+            inputs = self.perturbed(batch, ids, labels, attention) if model.training else {"input_ids_BS": ids, **self.seen(ids, attention)}
             yield Loss(total=model(**{"targets_M": labels.flatten(), **inputs}))
             return
         eligible = labels != IGNORE
@@ -118,13 +126,13 @@ class Pretrain(Method):
             if self.config.ar_ratio and "t" not in batch:
                 yield self.compared(model, batch, masked, eligible, weight, counts)
                 continue
-            total = losses.masked_total(model, ids, masked, weight * share, self.mask_id, attention_mask=attention)
+            total = losses.masked_total(model, ids, masked, weight * share, self.mask_id, **self.seen(ids, attention))
             yield Loss(total=total, metrics=self.measures(batch, total, counts))
 
     def perturbed(self, batch: Batch, ids: Tensor, labels: Tensor, attention: Tensor | None) -> dict[str, Any]:
         """What the network gets of an AR batch in training, with the experiments that are on."""
         config, size = self.config, ids.shape[1]
-        inputs: dict[str, Any] = {"input_ids_BS": ids, "attention_mask": attention}
+        inputs: dict[str, Any] = {"input_ids_BS": ids, **self.seen(ids, attention)}
         if config.num_orders > 1:
             table = experiments.orders(config.num_orders, size, config.use_predefined_order, config.seed)
             given, targets, positions, of_targets = experiments.reordered(ids, labels, table, config.seed, batch.index)
@@ -139,11 +147,18 @@ class Pretrain(Method):
             inputs["attention_mask"] = experiments.seen(mode, size, ratio, config.mask_eps, config.seed, batch.index)
         return inputs
 
+    def seen(self, ids: Tensor, attention: Tensor | None) -> dict[str, Any]:
+        """Who sees whom, and where: documents by themselves where they are kept apart."""
+        config = self.config
+        if not (config.reset_attention_mask or config.reset_position_ids):
+            return {"attention_mask": attention}
+        return experiments.documents(ids, self.end, config.objective == "ar", config.reset_attention_mask, config.reset_position_ids)
+
     def compared(self, model: nn.Module, batch: Batch, masked: Tensor, eligible: Tensor, weight: Tensor, counts: Tensor) -> Loss:
         """The loss with some masks turned into suffixes, and separately those of both kinds of sequences."""
         ids, _, attention = self.cut(batch)
         masked, chosen = experiments.suffixes(masked, eligible, self.config.ar_ratio, self.config.seed, batch.index)
-        each = losses.masked_each(model, ids, masked, weight, self.mask_id, attention_mask=attention)
+        each = losses.masked_each(model, ids, masked, weight, self.mask_id, **self.seen(ids, attention))
         metrics = {"mask_ratio": counts}
         for name, group in (("suffix_mask_loss", chosen), ("random_mask_loss", ~chosen)):
             metrics[name] = torch.stack([each.detach()[group].sum().double(), eligible[group].sum().double()])

@@ -14,7 +14,7 @@ from lm_core.errors import InputError
 from mdm_scaling.fit import chinchilla, constrained, crossover
 from mdm_scaling.fit.laws import BUILT_IN, Law, published_critical_flops, read_law
 from mdm_scaling.fit.points import Point, read_points, write_table
-from mdm_scaling.fit.solver import DELTA, huber, minimise
+from mdm_scaling.fit.solver import DELTA, Dense, huber, minimise, numeric
 
 CHINCHILLA, C4 = BUILT_IN["chinchilla"], BUILT_IN["datablations-c4"]
 
@@ -156,6 +156,18 @@ def test_huber_is_its_definition() -> None:
     residual = np.array([-2e-3, -1e-3, 0.0, 5e-4, 3e-3])
     expected = [0.5 * r * r if abs(r) <= DELTA else DELTA * (abs(r) - DELTA / 2) for r in residual]
     assert huber(residual).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("free", [chinchilla.Free.of(), chinchilla.Free.of(tie=True), chinchilla.Free.of(fix={"e": 0.5})])
+def test_derivatives_and_their_sums_are_those_of_the_law(free: chinchilla.Free) -> None:
+    points, random = single(CHINCHILLA), np.random.default_rng(0)
+    predict, theta = chinchilla.model(points, free), free.starts(chinchilla.STARTS)[100:140:5]
+    value, slopes = predict(theta)
+    by_difference = numeric(lambda each: predict(each)[0])(theta)[1].dense()
+    np.testing.assert_allclose(slopes.dense(), by_difference, atol=1e-6)
+    weight, residual = random.random(value.shape), random.standard_normal(value.shape)
+    for found, expected in zip(slopes.normal(weight, residual), Dense(slopes.dense()).normal(weight, residual)):
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_starts_are_solved_independently() -> None:

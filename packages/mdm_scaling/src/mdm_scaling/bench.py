@@ -139,7 +139,7 @@ def fit(config: BenchConfig) -> Iterator[Figure]:
     def value(theta: Any) -> tuple[float, Any]:
         log_loss, slopes = predict(theta[None])
         residual = log_loss[0] - target
-        return float(huber(residual).sum()), np.clip(residual, -1e-3, 1e-3) @ slopes[0]
+        return float(huber(residual).sum()), np.clip(residual, -1e-3, 1e-3) @ slopes.dense()[0]
 
     def ours() -> None:
         lowest["ours"] = float(minimise(predict, starts, target).objective.min())

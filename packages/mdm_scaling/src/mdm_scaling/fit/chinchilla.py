@@ -16,7 +16,7 @@ from lm_core.errors import InputError
 from lm_core.sinks import read
 from mdm_scaling.fit.laws import Law
 from mdm_scaling.fit.points import Point
-from mdm_scaling.fit.solver import Floats, Model, huber, minimise, newton
+from mdm_scaling.fit.solver import Floats, Model, Slopes, huber, minimise, newton
 
 NAMES = ("a", "b", "e", "alpha", "beta")
 STARTS: Floats = np.array(
@@ -61,14 +61,64 @@ class Free:
 
 def model(points: Sequence[Point], free: Free) -> Model:
     """log L of the points under parameters, and its derivatives."""
-    terms = _terms(points)
+    log_N, log_D = np.log([point.N for point in points]), np.log([point.D for point in points])
 
-    def predict(theta: Floats) -> tuple[Floats, Floats]:
-        share, log_loss = _softmax(free.whole(theta), terms)
-        slopes = np.einsum("snj,njk->snk", share, terms)
-        return log_loss, slopes @ free.columns
+    def predict(theta: Floats) -> tuple[Floats, Slopes]:
+        a, b, e, alpha, beta = free.whole(theta).T[:, :, None]
+        exponents = np.stack([a - alpha * log_N, b - beta * log_D, np.broadcast_to(e, (len(theta), len(points)))])
+        top = exponents.max(0)
+        exponents -= top
+        shares = np.exp(exponents, out=exponents)
+        total = shares.sum(0)
+        shares /= total
+        return top + np.log(total), _Shares(shares, log_N, log_D, free.columns)
 
     return predict
+
+
+class _Shares:
+    """The derivatives of log L (S x n x k) as the shares of its three terms (3 x S x n), from which their sums follow by products of matrices.
+
+    d log L / d(a, b, e, alpha, beta) = (s1, s2, s3, -s1 ln N, -s2 ln D).
+    """
+
+    def __init__(self, shares: Floats, log_N: Floats, log_D: Floats, columns: Floats) -> None:
+        self.shares, self.log_N, self.log_D, self.columns = shares, log_N, log_D, columns
+
+    def __getitem__(self, rows: Any) -> _Shares:
+        return _Shares(self.shares[:, rows], self.log_N, self.log_D, self.columns)
+
+    def put(self, rows: Any, other: Any) -> None:
+        self.shares[:, rows] = other.shares
+
+    def dense(self) -> Floats:
+        s1, s2, s3 = self.shares
+        found: Floats = np.stack([s1, s2, s3, -s1 * self.log_N, -s2 * self.log_D], axis=-1) @ self.columns
+        return found
+
+    def normal(self, weight: Floats, residual: Floats) -> tuple[Floats, Floats]:
+        (s1, s2, s3), x, y = self.shares, self.log_N, self.log_D
+        one = np.ones_like(x)
+        w1, w2, w3 = weight * s1, weight * s2, weight * s3
+        curvature, gradient = np.empty((len(weight), 5, 5)), np.empty((len(weight), 5))
+        # parameters of one term, with the factor that each has beside the term's share
+        both = ((0, one), (3, -x)), ((1, one), (4, -y)), ((2, one),)
+        for first, second, product in (
+            (0, 0, w1 * s1),
+            (0, 1, w1 * s2),
+            (0, 2, w1 * s3),
+            (1, 1, w2 * s2),
+            (1, 2, w2 * s3),
+            (2, 2, w3 * s3),
+        ):
+            pairs = [(i, j, f * g) for i, f in both[first] for j, g in both[second]]
+            sums = product @ np.stack([factor for _, _, factor in pairs], axis=1)
+            for (i, j, _), value in zip(pairs, sums.T):
+                curvature[:, i, j] = curvature[:, j, i] = value
+        for term, part in enumerate((w1, w2, w3)):
+            sums = (part * residual) @ np.stack([factor for _, factor in both[term]], axis=1)
+            gradient[:, [i for i, _ in both[term]]] = sums
+        return self.columns.T @ curvature @ self.columns, gradient @ self.columns
 
 
 def _terms(points: Sequence[Point]) -> Floats:
@@ -130,7 +180,7 @@ def parametric(
         "starts": len(solved.objective),
         "share_of_starts_at_best": float((solved.objective <= limit).mean()),
         "other_minima": rivals(solved.parameters, solved.objective, free, limit),
-        "condition_number": float(np.linalg.cond(predict(theta[None])[1][0])),
+        "condition_number": float(np.linalg.cond(predict(theta[None])[1].dense()[0])),
         "r2": r2(predict(theta[None])[0][0], target),
         "intervals": {},
     }

@@ -7,13 +7,50 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-# parameters (S x k) -> predictions (S x n) and their derivatives (S x n x k)
-Model = Callable[[Floats], tuple[Floats, Floats]]
+
+
+class Slopes(Protocol):
+    """Derivatives of predictions (S x n x k), in whatever form a model has them."""
+
+    def __getitem__(self, rows: Any) -> Slopes: ...
+
+    def put(self, rows: Any, other: Any) -> None:
+        """Replace those of some starts."""
+
+    def dense(self) -> Floats: ...
+
+    def normal(self, weight: Floats, residual: Floats) -> tuple[Floats, Floats]:
+        """Sums over the points of weight x slope x slope (S x k x k) and of weight x slope x residual (S x k)."""
+
+
+class Dense:
+    """Derivatives as they are."""
+
+    def __init__(self, values: Floats) -> None:
+        self.values = values
+
+    def __getitem__(self, rows: Any) -> Dense:
+        return Dense(self.values[rows])
+
+    def put(self, rows: Any, other: Any) -> None:
+        self.values[rows] = other.values
+
+    def dense(self) -> Floats:
+        return self.values
+
+    def normal(self, weight: Floats, residual: Floats) -> tuple[Floats, Floats]:
+        weighted = (self.values * weight[:, :, None]).transpose(0, 2, 1)
+        return np.matmul(weighted, self.values), np.matmul(weighted, residual[:, :, None])[:, :, 0]
+
+
+# parameters (S x k) -> predictions (S x n) and their derivatives
+Model = Callable[[Floats], tuple[Floats, Slopes]]
 DELTA = 1e-3
 
 
@@ -67,10 +104,7 @@ def _minimise(model: Model, starts: Floats, target: Floats, counts: Floats | Non
     for _ in range(steps):
         residual = prediction[active] - target
         robust = weight[active] * np.where(np.abs(residual) <= delta, 1.0, delta / np.maximum(np.abs(residual), 1e-300))
-        slopes = jacobian[active]
-        weighted = slopes * robust[:, :, None]
-        normal = np.matmul(weighted.transpose(0, 2, 1), slopes)
-        gradient = np.matmul(weighted.transpose(0, 2, 1), residual[:, :, None])[:, :, 0]
+        normal, gradient = jacobian[active].normal(robust, residual)
         scale = np.maximum(np.einsum("sii->si", normal), 1e-12)
         curvature = normal + damping[active, None, None] * scale[:, :, None] * eye
         sound = np.isfinite(curvature).all((1, 2)) & np.isfinite(gradient).all(1)
@@ -83,8 +117,8 @@ def _minimise(model: Model, starts: Floats, target: Floats, counts: Floats | Non
         moved = active[better]
         gained = objective[moved] - value[better]
         small = gained <= tolerance * np.maximum(objective[moved], 1e-300)
-        theta[moved], prediction[moved], jacobian[moved] = tried[better], found[better], derivatives[better]
-        objective[moved] = value[better]
+        theta[moved], prediction[moved], objective[moved] = tried[better], found[better], value[better]
+        jacobian.put(moved, derivatives[better])
         damping[active] = np.where(better, np.maximum(damping[active] / 5, 1e-14), np.minimum(damping[active] * 4, 1e12))
         calm[moved] = np.where(small, calm[moved] + 1, 0)
         # three steps without gain, or no step small enough to gain anything
@@ -116,7 +150,7 @@ def newton(
 def numeric(function: Callable[[Floats], Floats], step: float = 1e-6) -> Model:
     """Predictions with central differences as derivatives."""
 
-    def model(theta: Floats) -> tuple[Floats, Floats]:
+    def model(theta: Floats) -> tuple[Floats, Slopes]:
         value = function(theta)
         slopes = np.empty((*value.shape, theta.shape[1]))
         for at in range(theta.shape[1]):
@@ -124,6 +158,6 @@ def numeric(function: Callable[[Floats], Floats], step: float = 1e-6) -> Model:
             ahead[:, at] += step
             behind[:, at] -= step
             slopes[:, :, at] = (function(ahead) - function(behind)) / (2 * step)
-        return value, slopes
+        return value, Dense(slopes)
 
     return model

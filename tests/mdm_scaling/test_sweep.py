@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from lm_core.config import build
-from lm_core.errors import ConfigError, InputError
+from lm_core.errors import ConfigError, InputError, Interrupted
 from mdm_scaling import commands, plots, sizes, study, sweep
-from mdm_scaling.analysis import AdviseConfig, ChinchillaConfig, CrossoverConfig, PlanConfig, PlotConfig, StudyConfig
+from mdm_scaling.analysis import AdviseConfig, ChinchillaConfig, CrossoverConfig, PlanConfig, PlotConfig, StartConfig, StudyConfig
 from mdm_scaling.config import PretrainConfig
 from mdm_scaling.fit.laws import BUILT_IN
 from mdm_scaling.fit.points import write_table
@@ -61,6 +61,24 @@ def test_a_manifest_reads_back_and_its_damage_is_named(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text('{"id": 1}\n')
     with pytest.raises(InputError, match=r"m\.jsonl:1 is no run"):
         sweep.read(tmp_path / "m.jsonl")
+
+
+def test_parts_of_a_manifest_are_disjoint_and_all_of_it() -> None:
+    entries = list(range(10))
+    shares = [entries[StartConfig(part=f"{number}/4").share()] for number in range(4)]
+    assert shares[1] == [1, 5, 9]
+    assert sorted(entry for share in shares for entry in share) == entries
+    with pytest.raises(ConfigError, match="part: '4/4' is no share"):
+        StartConfig(part="4/4")
+
+
+def test_a_run_that_is_stopped_ends_the_manifest_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    values = {**BASE, "objective": "ar", "model": "20k", "budget": "2 steps", "eval_every": "never", "stop_every": 1, "tensorboard": False}
+    entries = [{"id": f"{number}", "config": values} for number in range(2)]
+    with pytest.raises(Interrupted, match="was stopped and saved"):
+        sweep.start(entries, tmp_path)
+    assert [sweep.status(tmp_path / entry["id"]) for entry in entries] == ["preempted", ""]
+    assert sweep.start(entries[:1], tmp_path) == {"0": "done"}
 
 
 @pytest.mark.slow

@@ -28,7 +28,9 @@ def dry_run(*command: str, **environment: str) -> list[list[str]]:
     return [words for line in run.stdout.splitlines() if (words := shlex.split(line, comments=True))]
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("launchers/**/*.sh")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted(path for path in ROOT.glob("launchers/**/*") if path.suffix in (".sh", ".sbatch")), ids=lambda path: path.name
+)
 def test_scripts_are_sound(path: Path) -> None:
     subprocess.run(["bash", "-n", str(path)], check=True)
     if shutil.which("shellcheck"):
@@ -58,6 +60,15 @@ def test_several_machines_come_from_the_environment(script: Path) -> None:
 def test_slurm_runs_a_script_once_per_machine_and_resumes() -> None:
     (words,) = dry_run("launchers/slurm.sh", "launchers/x.sh", "--seed", "1", SLURM_JOB_ID="7")
     assert words == ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "bash", "launchers/x.sh", "--seed", "1", "--resume", "auto"]
+
+
+def test_a_job_of_an_array_makes_its_share_of_a_manifest() -> None:
+    script, place = "launchers/mdm_scaling/mdm_sweep_array.sbatch", {"SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_COUNT": "16"}
+    (words,) = dry_run(script, "sweep 1.jsonl", "--out", "runs", SLURM_JOB_ID="7", SLURM_ARRAY_TASK_ID="7", **place)
+    assert words[:2] == ["srun", "--ntasks=1"]
+    at = words.index("mdm-scaling")
+    assert words[at:] == ["mdm-scaling", "runs", "start", "sweep 1.jsonl", "--part", "3/16", "--out", "runs"]
+    group(SCRIPTS["mdm-scaling"]).main([*words[at + 1 :], "--print-config"], standalone_mode=False)
 
 
 def test_scripts_of_lowrank_opt_take_size_task_and_optimizer_by_place() -> None:

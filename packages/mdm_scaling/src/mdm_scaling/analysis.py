@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -59,6 +60,17 @@ class StartConfig:
 
     out: Path = opt(Path("runs/sweep"), "Folder of the runs, each in one named by its id.")
     jobs: int = opt(1, "Runs at a time, each in a process of its own.", ge=1)
+    part: str = opt("0/1", "Which share of the runs to make, as I/N: every Nth one, from the Ith on, counted from 0.")
+
+    def share(self) -> slice:
+        """The runs of this part."""
+        match = re.fullmatch(r"(\d+)/(\d+)", self.part)
+        if match is None or int(match[1]) >= int(match[2]):
+            raise ConfigError(f"part: {self.part!r} is no share; write for example 0/4, which is the first of four")
+        return slice(int(match[1]), None, int(match[2]))
+
+    def check(self) -> None:
+        self.share()
 
 
 @config

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from lm_core.cache import key_of
 from lm_core.config import build, leaves, load, to_dict
-from lm_core.errors import ConfigError, InputError, UserError
+from lm_core.errors import ConfigError, InputError, Interrupted, UserError
 from mdm_scaling import planner, sizes
 from mdm_scaling.config import LENGTHS, SHARED, PretrainConfig
 from mdm_scaling.fit.points import write_table
@@ -169,6 +169,9 @@ def start(entries: Sequence[Mapping[str, Any]], folder: Path, *, jobs: int = 1) 
         for number, entry in enumerate(waiting, 1):
             states[entry["id"]] = _execute(dict(entry), folder)
             _tell(entry, states[entry["id"]], number, len(waiting), began)
+            if states[entry["id"]] == "preempted":
+                # whoever stopped this run did not ask for the next one
+                raise Interrupted(f"runs: {folder / entry['id']} was stopped and saved; the same command goes on")
         return states
     with ThreadPoolExecutor(jobs) as pool:
         workers = queue.SimpleQueue[_Worker]()

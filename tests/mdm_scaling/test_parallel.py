@@ -88,9 +88,9 @@ def gradients(**changes: Any) -> dict[str, Tensor]:
     return {**found, "norm": torch.tensor(engine.step())}
 
 
-def dropped(**changes: Any) -> tuple[float, float]:
-    """The loss with dropout, as this process knows it; and that of a second call at the same address."""
-    engine, method = engine_of(**changes, **DROPOUT)
+def losses_twice(**changes: Any) -> tuple[float, float]:
+    """The loss of one batch, as this process knows it, and that of a second call at the same address."""
+    engine, method = engine_of(**changes)
     losses = []
     for _ in range(2):
         engine.start(0.0)
@@ -112,7 +112,8 @@ def on_two(folder: Path) -> dict[str, Any]:
     for name, objective in OBJECTIVES.items():
         for layout, changes in (("tensor", TENSOR), ("pipeline", PIPELINE)):
             train(folder / name / layout, **objective, **changes)
-            found[name, layout] = gradients(**objective, **changes), dropped(**objective, **changes)
+            both = {**objective, **changes}
+            found[name, layout] = gradients(**both), losses_twice(**both, **DROPOUT), losses_twice(**both, precision="bf16")
     train(folder / "ar" / "one_then_pipeline", **OBJECTIVES["ar"], **PIPELINE, resume="auto")
     train(folder / "mdm" / "one_then_tensor", **OBJECTIVES["mdm"], **TENSOR, resume="auto")
     dropping = {**OBJECTIVES["mdm"], **PIPELINE, **DROPOUT}
@@ -177,9 +178,10 @@ def test_two_processes_that_share_a_model_equal_one(runs: Path) -> None:
                         continue
                     torch.testing.assert_close(gradient, expected[key], rtol=1e-4, atol=1e-6)
             # dropout: an address gives the same draws, and all processes learn one loss
-            (_, first), (_, second) = (found[name, layout] for found in results)
+            (_, first, halves), (_, second, _) = (found[name, layout] for found in results)
             assert first == second
             assert first[0] == first[1]
+            assert halves == pytest.approx(losses_twice(**objective, precision="bf16"), rel=1e-2)
     assert_the_same_run(runs / "ar" / "one_then_pipeline", runs / "ar" / "one")
     assert_the_same_run(runs / "mdm" / "one_then_tensor", runs / "mdm" / "one")
 

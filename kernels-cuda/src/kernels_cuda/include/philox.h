@@ -10,7 +10,7 @@ struct Random {
   uint32_t key[2], index[2], stream;
 
   Random() = default;
-  Random(int64_t seed, int64_t number, uint32_t stream)
+  KERNELS_FN Random(int64_t seed, int64_t number, uint32_t stream)
       : key{uint32_t(seed), uint32_t(uint64_t(seed) >> 32)}, index{uint32_t(number), uint32_t(uint64_t(number) >> 32)}, stream(stream) {}
 
   // The words of elements 4 block to 4 block + 3.

@@ -13,7 +13,8 @@ from lm_core.errors import ConfigError
 from lm_core.models import load_model
 from lm_core.run import run
 from moe_cpt.adapters import adapted, targets_of
-from moe_cpt.config import TrainConfig
+from moe_cpt.config import ExportConfig, TrainConfig
+from moe_cpt.export import export
 from moe_cpt.inspection import load_mixture
 from moe_cpt.method import MoeCPT
 from tests.moe_cpt.small import mixture_folder, tokens
@@ -75,6 +76,12 @@ def test_adapters_are_resumed_bit_for_bit_and_loaded(tmp_path: Path) -> None:
     # the folder of an adapter is a model, and can be trained on
     merged = load_model(str(tmp_path / "whole" / "final")).train(False)
     assert (merged(tokens()).logits - load_mixture(str(model))(tokens()).logits).abs().max() > 1e-3
+    exported = build(
+        ExportConfig,
+        {"model": str(model), "peft_path": tmp_path / "whole" / "final", "format": "llama_moe", "save_path": tmp_path / "out"},
+    )
+    assert export(exported)["difference"] < 1e-4
+    assert torch.allclose(load_mixture(str(tmp_path / "out"))(tokens()).logits, merged(tokens()).logits, atol=1e-4)
     changes = {"trainable": "q_proj,v_proj", "lora_dropout": 0.1}
     on = {"trainable": None, "lora_dropout": None, "peft_path": tmp_path / "whole" / "final"}
     for name, options in (("other", changes), ("on", on)):

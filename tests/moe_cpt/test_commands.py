@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 from lm_core.data.shards import Source
 from moe_cpt.cli import cli
@@ -185,6 +187,22 @@ def test_split_and_convert_from_the_command(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "moe" / "config.json").read_text())["score_scale_factor"] == 4.0
     assert "num_selects: 9 of 8 experts; use 1 to 8" in call(*words, "--num_selects", 9, "--overwrite", code=2)
     assert math.isfinite(call("eval", "--model", tmp_path / "moe", "--eval-data", "synthetic:copy[3]", "--block_size", 32)["copy"]["loss"])
+
+
+@pytest.mark.slow
+def test_a_dense_model_becomes_a_stock_mixture_in_one_command(tmp_path: Path) -> None:
+    source = dense_folder(tmp_path / "dense")
+    call("split", "random", "--model_path", source, "--num_experts", 8, "--save_path", tmp_path / "s.safetensors")
+    words = ("convert", "--model_path", source, "--split_file_path", tmp_path / "s.safetensors", "-o", tmp_path / "moe", "--num_selects", 2)
+    assert "format: mixtral has a linear router; add --gate_network linear" in call(*words, "--format", "mixtral", code=2)
+    call(*words, "--gate_network", "linear", "--format", "mixtral")
+    written = json.loads((tmp_path / "moe" / "config.json").read_text())
+    assert (written["model_type"], written["num_experts_per_tok"]) == ("mixtral", 2)
+    assert "exists; add --overwrite" in call(*words, "--gate_network", "linear", "--format", "mixtral", code=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "moe", "s.safetensors"]
+    call(*words, "--dtype", "bfloat16", "--overwrite")
+    assert json.loads((tmp_path / "moe" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert {tensor.dtype for tensor in load_file(tmp_path / "moe" / "model.safetensors").values()} == {torch.bfloat16}
 
 
 @pytest.mark.slow

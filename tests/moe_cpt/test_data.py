@@ -10,8 +10,10 @@ from lm_core.config import build
 from lm_core.data.loader import Loader
 from lm_core.data.vocab import byte_tokenizer
 from lm_core.errors import ConfigError, InputError
+from lm_core.run import run
 from moe_cpt.config import TrainConfig
 from moe_cpt.data import expanded, weighted_sources
+from moe_cpt.method import MoeCPT
 from moe_cpt.split.features import token_rows
 
 TEXT = "one two three four five six seven eight nine ten " * 20
@@ -53,6 +55,16 @@ def test_a_validation_folder_holds_one_file_per_source(tmp_path: Path) -> None:
         (tmp_path / "val" / f"{name}.jsonl").write_text((root / name / "x.jsonl").read_text())
     data = weighted_sources(config(data=[str(root)], eval_data=[str(tmp_path / "val")]), byte_tokenizer())
     assert sorted(data.valid) == sorted(data.train) == ["en_cc", "github"]
+
+
+def test_a_run_ends_with_its_smallest_source_where_asked(tmp_path: Path) -> None:
+    made = config(
+        data=["synthetic:markov,synthetic:copy[2]"], tokenizer="bytes", on_exhausted="stop", max_steps=500, warmup=0, num_experts=8, num_selects=2,
+        precision="fp32", eval_every="never", save_every="never", tensorboard=False, output_dir=tmp_path / "run",
+    )  # fmt: skip
+    result = run(made, MoeCPT(made))
+    assert result["reason"] == {"kind": "data", "text": "every sample of copy was read"}
+    assert 0 < result["progress"]["steps"] < 500
 
 
 def test_an_empty_source_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -51,6 +52,27 @@ def test_every_split_of_the_global_batch_sees_the_same_samples(data: Data, draw,
     found = [steps(ranks(data, *split, seed=5, shuffle=shuffle), 40) for split in SPLITS]
     assert all(other == found[0] for other in found)
     assert [row[0] for step in found[0] for row in step] == list(range(320))
+
+
+@pytest.mark.parametrize("draw", ["deficit", "keyed"])
+def test_a_source_that_ends_is_read_again_ends_the_run_or_leaves_its_part(data: Data, draw, caplog: pytest.LogCaptureFixture) -> None:
+    lengths = {name: len(rows) for name, rows in data.train.items()}
+    found = {}
+    for policy in ("repeat", "stop", "renormalize"):
+        loaders = ranks(replace(data, draw=draw, on_exhausted=policy), 2, 1, 1)
+        rows: list[Any] = []
+        while len(rows) < 40 and [loader.before_step() for loader in loaders] == [None, None]:
+            rows += steps(loaders, 1)[0]
+        found[policy] = Counter(source for _, source, _ in rows), len({row[1:] for row in rows}), len(rows)
+    assert found["repeat"][2] == 40
+    assert "source c: pass 2 over its samples begins" in caplog.text
+    # nothing twice, and in the end nothing but what does not fill a step
+    for policy in ("stop", "renormalize"):
+        counts, different, read = found[policy]
+        assert different == read
+        assert all(counts[number] <= length for number, length in enumerate(lengths.values()))
+    assert found["stop"][2] < found["renormalize"][2]
+    assert found["renormalize"][2] >= sum(lengths.values()) - len(lengths)
 
 
 def test_sample_n_is_on_rank_n_mod_world(data: Data) -> None:

@@ -78,7 +78,7 @@ _LIMIT = re.compile(r"\s*(?P<number>.*?[\d\s])\s*(?P<unit>[A-Za-z]+)\s*")
 class Reason:
     """Why a run ends: `kind` for machines, `text` for people."""
 
-    kind: Literal["budget", "loss", "killed", "interrupted"]
+    kind: Literal["budget", "data", "loss", "killed", "interrupted"]
     text: str
 
     def __str__(self) -> str:

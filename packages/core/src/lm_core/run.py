@@ -259,7 +259,10 @@ class Run:
         """Why to end here, or None; every rank gets the same answer."""
         self.before = progress
         self.clock = time.monotonic()
-        return self.rule(progress)
+        reason = self.rule(progress)
+        if reason is None and (source := self.loader.before_step()) is not None:
+            return Reason("data", f"every sample of {source} was read")
+        return reason
 
     def schedule(self, progress: Progress) -> Callable[[Size], float]:
         """The learning rate as a function of the size of the step about to run."""

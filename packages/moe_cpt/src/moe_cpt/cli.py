@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -244,9 +245,12 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
 
     Example: moe-cpt convert --model_path smollm2-135m --split_file_path split.safetensors --num_selects 4 --save_path moe-4of16
     """
+    import torch
+
     from lm_core.models import load_tokenizer
     from moe_cpt.calibrate import read_scales
     from moe_cpt.convert import convert as write
+    from moe_cpt.export import export as write_stock
     from moe_cpt.models import source_folder
     from moe_cpt.plan import parameter_counts
     from moe_cpt.split import Split
@@ -260,15 +264,19 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
         chosen = read_legacy(path, ModelTensors(source), stored["num_hidden_layers"], stored["intermediate_size"])
     else:
         chosen = Split.load(path)
+    if config.format != "llama_moe" and config.save_path.exists() and not config.overwrite:
+        raise ConfigError(f"save_path: {config.save_path} exists; add --overwrite, or choose another folder")
     file = config.score_scale_factor_file_path
     rows = []
     if config.gate_init == "ridge" and config.calibration_data:
         tokenizer, tokens = load_tokenizer(str(source)), int(config.calibration_tokens)
         rows = token_rows(config.calibration_data, tokenizer, text_column=config.text_column, length=512, tokens=tokens)
+    # a mixture of another format is exported from one of ours
+    own = config.save_path if config.format == "llama_moe" else config.save_path.with_name(config.save_path.name + ".llama_moe")
     made = write(
         source,
         chosen,
-        config.save_path,
+        own,
         num_selects=config.num_selects,
         score_scale_factor=config.score_scale_factor if file is None else read_scales(file, len(chosen.indices)),
         gate_network=config.gate_network,
@@ -282,9 +290,15 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
         moe_layers=config.chosen_layers(),
         use_softmax=config.use_softmax,
         multiply_gate_scores=config.multiply_gate_scores,
+        dtype=None if config.dtype == "source" else getattr(torch, config.dtype),
         seed=config.seed,
-        overwrite=config.overwrite,
+        overwrite=config.overwrite or config.format != "llama_moe",
     )
+    if config.format != "llama_moe":
+        try:
+            write_stock(ExportConfig(model=str(own), save_path=config.save_path, format=config.format, overwrite=config.overwrite))
+        finally:
+            shutil.rmtree(own)
     counts = parameter_counts(made.to_dict())
     print(f"{config.save_path}: {made.num_selects} of {made.num_experts} experts, scale factor {made.score_scale_factor}")
     print(f"parameters  dense {counts.dense:,}  total {counts.total:,}  active {counts.active:,}")
@@ -551,15 +565,16 @@ def check(config: TrainConfig) -> dict[str, Any]:
 
 
 @cli.command()
+@click.argument("measurements", nargs=-1)
 @configured(BenchConfig)
-def bench(config: BenchConfig) -> dict[str, Any]:
+def bench(config: BenchConfig, measurements: tuple[str, ...]) -> dict[str, Any]:
     """Measure speed, memory and quality on the CPU, each figure beside its target.
 
-    Example: moe-cpt bench --only layer
+    Example: moe-cpt bench layer
     """
-    from moe_cpt import bench as measurements
+    from moe_cpt import bench
 
-    return measurements.run(config)
+    return bench.run(replace(config, only=[*config.only, *measurements]))
 
 
 def _counted(counts: Mapping[str, Any]) -> dict[str, Any]:

@@ -210,6 +210,7 @@ class ExportConfig:
     format: Literal["llama_moe", "mixtral", "granitemoeshared", "llama"] = opt(
         help="llama_moe brings its own code; mixtral and granitemoeshared need a linear router, the second one shared experts; llama is the dense model."
     )
+    peft_path: Path | None = opt(None, "Adapter of a run with --mode lora, to be merged into --model first.")
     keep_noise: bool = opt(False, "With llama_moe: keep the weights of routing noise.")
     overwrite: bool = opt(False, "Replace what is at --save-path.")
 
@@ -250,6 +251,10 @@ class ConvertConfig:
     add_weight_norm: bool = opt(False, "Learn the factor of the routed experts' output, one number per layer.")
     use_softmax: bool = opt(True, "Scores are a softmax over the selected logits, not the logits.")
     multiply_gate_scores: bool = opt(True, "Multiply expert outputs by their scores; without it every selected expert has weight 1.")
+    dtype: Literal["source", "float32", "bfloat16", "float16"] = opt("source", "Type of the weights that are written.")
+    format: Literal["llama_moe", "mixtral", "granitemoeshared"] = opt(
+        "llama_moe", "A mixture to train here, or one that stock transformers load: mixtral, or granitemoeshared where experts are shared."
+    )
     seed: int = opt(1227, "Address of all randomness.", ge=0)
     overwrite: bool = opt(False, "Replace what is at --save-path.")
 
@@ -258,6 +263,8 @@ class ConvertConfig:
             raise ConfigError(f"score_scale_factor: {self.score_scale_factor} and a file of factors are both given; drop one of them")
         if (self.gate_init == "trained") != (self.select_file_path is not None):
             raise ConfigError(f"select_file_path: {self.select_file_path} does not go with --gate_init {self.gate_init}; trained needs one")
+        if self.format != "llama_moe" and self.gate_network != "linear":
+            raise ConfigError(f"format: {self.format} has a linear router; add --gate_network linear")
         self.chosen_layers()
 
     def chosen_layers(self) -> str | list[int] | dict[str, int]:
@@ -478,6 +485,9 @@ class TrainConfig(RunConfig, TrainerSpellings):
         None,
         "Shares of the sources: llama, sheared_llama, uniform, a JSON or YAML file, or inline JSON; "
         "default: llama for a folder of sources, else the weights of --data, else equal.",
+    )
+    on_exhausted: Literal["repeat", "stop", "renormalize"] = opt(
+        "repeat", "When all samples of a source were read: read them again, end the run, or leave its share to the others."
     )
     dynamic_data_selection: Literal["none", "sheared_llama", "sheared_llama_paper"] = opt(
         "none", "After each evaluation, move the shares towards sources whose loss exceeds its reference most."

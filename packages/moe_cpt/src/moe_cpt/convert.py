@@ -44,6 +44,7 @@ def convert(
     calculator_type: str = "UniversalCalculator",
     add_weight_norm: bool = False,
     moe_layers: str | list[int] | dict[str, int] = "all",
+    dtype: torch.dtype | None = None,
     calibration: Sequence[Tensor] = (),
     trained_gate: Path | None = None,
     seed: int = 1227,
@@ -51,7 +52,7 @@ def convert(
 ) -> LlamaMoEConfig:
     """Write the mixture of the dense model in `model_path` into `save_path`; its config.
 
-    Tensors outside the converted feed-forward layers are copied bit for bit and keep their type. At most one output file and two layers
+    Tensors outside the converted feed-forward layers are copied bit for bit and keep their type, unless there is a `dtype`. At most one output file and two layers
     are in memory. `score_scale_factor` defaults to N / K; `calibration` are rows of token ids for a ridge router, which loads the
     dense model; `trained_gate` is a file of `moe-cpt train-gate`. An interrupted conversion leaves nothing under `save_path`.
     """
@@ -96,8 +97,9 @@ def convert(
     else:
         router = initial_router(config, "zeros" if gate_init == "zeros" else "normal", seed)
     for name, tensor in converted(source, split, config, router):
-        writer.add(name, tensor)
+        writer.add(name, tensor if dtype is None else tensor.to(dtype))
     writer.close()
+    config.dtype = dtype or config.dtype
     config.save_pretrained(partial)
     split.save(partial / FILE)
     copy_tokenizer(model_path, partial)

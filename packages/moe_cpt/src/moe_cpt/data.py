@@ -90,4 +90,4 @@ def weighted_sources(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) ->
         shares = dict(data.weights)
     else:
         shares = dict.fromkeys(data.train, 1 / len(data.train))
-    return replace(data, weights=shares, draw="keyed")
+    return replace(data, weights=shares, draw="keyed", on_exhausted=config.on_exhausted)

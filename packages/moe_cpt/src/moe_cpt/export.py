@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,7 +26,9 @@ from transformers import (
 
 from lm_core.errors import ConfigError, InputError, RunFailed
 from lm_core.export import PROBE_TOKENS, TOLERANCE
+from lm_core.models import merged as merged_adapter
 from lm_core.models import model_folder, quiet
+from moe_cpt.adapters import from_adapter
 from moe_cpt.config import ExportConfig
 from moe_cpt.convert import copy_tokenizer
 from moe_cpt.hf.configuration_llama_moe import LlamaMoEConfig
@@ -64,6 +66,9 @@ def export(config: ExportConfig) -> dict[str, Any]:
         raise ConfigError(f"save_path: {target} exists; add --overwrite, or choose another folder")
     source = model_folder(config.model)
     model = load_mixture(config.model)
+    if config.peft_path is not None:
+        with_adapter = from_adapter(model, config.peft_path)
+        model = cast(LlamaMoEForCausalLM, merged_adapter(with_adapter)).train(False)
     # load_mixture reads in float32; what is written has the type of the checkpoint
     stored = getattr(torch, str(json.loads((source / "config.json").read_text()).get("dtype") or "float32"))
     model = model.to(stored)

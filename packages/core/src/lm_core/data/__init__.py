@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from lm_core.data.sources import Argument, Corpus
 
     Open = Callable[[Corpus], Source]
+
+OnExhausted = Literal["repeat", "stop", "renormalize"]
 
 # Built-in sources hold out the same documents whatever the options say
 FIXED_HOLD_OUT = 0.05
@@ -42,6 +44,7 @@ class Rows(Protocol):
 class Data:
     """Rows to train on and rows held out, by source name. `draw` says how the weights choose a sample's source.
 
+    `on_exhausted`: a source of which every sample was read is read again, ends the run, or leaves its part to the others.
     `ordered` rows keep the order that their `epoch(number)` gives them, whatever the options say of shuffling.
     """
 
@@ -50,6 +53,7 @@ class Data:
     weights: Mapping[str, float]
     draw: Draw = "deficit"
     ordered: bool = False
+    on_exhausted: OnExhausted = "repeat"
 
 
 def build_data(config: Any, tokenizer: PreTrainedTokenizerBase, open_source: Open | None = None) -> Data:

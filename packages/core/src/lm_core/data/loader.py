@@ -6,6 +6,7 @@ every rank, so a run may go on with another number of ranks, workers or micro-ba
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate as accumulate_sums
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +23,8 @@ from lm_core.method import IGNORE, Batch
 
 if TYPE_CHECKING:
     from lm_core.data import Data, Rows
+
+log = logging.getLogger(__name__)
 
 # Samples of this rank that are planned at once: one call of numpy then costs little per sample
 _PLANNED = 256
@@ -89,6 +92,7 @@ class Loader:
         self._lengths = [len(rows) for rows in self._rows]
         assert min(self._lengths) > 0
         self._micro_batch, self._accumulate, self._rank, self._world = micro_batch, accumulate, rank, world
+        self._on_exhausted = data.on_exhausted
         self._seed, self._shuffle, self._num_workers = seed, shuffle and not data.ordered, num_workers
         self._mix = Mix([data.weights[name] for name in self.names], seed=seed, draw=data.draw)
         self._reader = _Reader(self._rows)
@@ -124,6 +128,30 @@ class Loader:
         self._mix.set_weights([weights[name] for name in self.names], self.sample)
         # what workers have read ahead was chosen by the old weights
         self._ahead = None
+
+    def before_step(self) -> str | None:
+        """Which source ends the run here, if one does; otherwise what `on_exhausted` asks is done for the next step.
+
+        No step is made that would read a sample again, except under "repeat", which warns of every further pass.
+        """
+        counts = zip(self._mix.taken(self.sample), self._mix.taken(self.sample + self.global_batch), self._lengths, strict=True)
+        passes = {name: ((had - 1) // length, (has - 1) // length) for name, (had, has, length) in zip(self.names, counts)}
+        again = [name for name, (then, now) in passes.items() if now > max(then, 0)]
+        if self._on_exhausted == "repeat":
+            # one source alone is counted in epochs anyway
+            for name in again if self._rank == 0 and len(self.names) > 1 else ():
+                log.warning("source %s: pass %d over its samples begins", name, passes[name][1] + 1)
+            return None
+        if not again:
+            return None
+        left = {name: 0.0 if name in again else share for name, share in self.weights.items()}
+        if self._on_exhausted == "stop" or not any(left.values()):
+            return again[0]
+        if self._rank == 0:
+            log.warning("source %s: every sample was read; the others share its part", ", ".join(again))
+        self.set_weights(left)
+        # larger shares may bring another source to its end
+        return self.before_step()
 
     def __iter__(self) -> Iterator[list[Batch]]:
         return self

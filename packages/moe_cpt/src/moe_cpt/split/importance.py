@@ -25,7 +25,6 @@ from moe_cpt.tensors import require_swiglu
 Kernel = Literal["plain", "l1_norm", "l2_norm"]
 Level = Literal["sample", "total"]
 Kind = Literal["feature_grad", "feature_change"]
-PROJECTIONS = ("up_proj", "gate_proj")
 KERNELS: dict[str, Callable[[Tensor], Tensor]] = {"plain": lambda g: g, "l1_norm": torch.abs, "l2_norm": torch.square}
 
 

@@ -1,6 +1,6 @@
 // Philox4x32-10: four random words for a counter of four and a key of two (Salmon et al., SC 2011). The layout is that of every
 // random number here: key = the halves of the seed, low first; counter = (index low, index high, element / 4, stream number);
-// element e is word e % 4. Where 16 bits are enough, eight elements share a block: element e has half e % 2 of word e / 2 % 4.
+// element e is word e % 4.
 #pragma once
 #include "floats.h"
 
@@ -35,9 +35,9 @@ struct Random {
 // A float as one of its two bfloat16 neighbours, the upper one with the probability of the distance from the lower: 16 random bits are
 // added to those that go. Infinite and NaN stay.
 KERNELS_FN uint16_t rounded_at_random(float value, uint16_t random) {
-  const uint32_t bits = bits_of(value);
-  if ((bits & 0x7f800000u) == 0x7f800000u) return bfloat16_bits(value);
-  return uint16_t((bits + random) >> 16);
+  const uint32_t bits = bits_of(value), size = bits & 0x7fffffffu;
+  const uint32_t up = size < 0x7f800000u ? random : 0u, quiet = size > 0x7f800000u ? 0x400000u : 0u;
+  return uint16_t(((bits + up) | quiet) >> 16);
 }
 
 }  // namespace kernels

@@ -31,7 +31,8 @@ def adam_step_(
     becomes N; where out is a weight, decay = 1 - lr * weight decay and alpha = lr make it AdamW. With decay 0, what out held
     before is not read.
 
-    All tensors are float32 and of one shape; m, v and out are contiguous and overlap neither each other nor L.
+    L and out are float32 or bfloat16, the moments float32, and so is the arithmetic; a bfloat16 out is rounded to nearest. All are of
+    one shape; m, v and out are contiguous and overlap neither each other nor L, but a bfloat16 L may be out itself.
 
     Raises ValueError for shapes, dtypes, devices or settings that do not fit.
 
@@ -40,7 +41,9 @@ def adam_step_(
     >>> round(out.item(), 5)
     1.0
     """
-    for name, tensor in (("L", L), ("m", m), ("v", v), ("out", out)):
+    for name, tensor in (("L", L), ("out", out)):
+        check.dtype(name, tensor, (torch.float32, torch.bfloat16))
+    for name, tensor in (("m", m), ("v", v)):
         check.dtype(name, tensor, (torch.float32,))
     check_like("L", L, m=m, v=v, out=out)
     check_adam(b1, b2, eps, step)

@@ -23,6 +23,13 @@ def make(dtype: torch.dtype, *shape: int, step: int = 3, eps: float = 1e-8, deca
 
 
 FLOAT = (torch.float32,)
+
+
+def _halves(dtype: torch.dtype, *shape: int, decay: float = 0.0) -> Arguments:
+    arguments = make(torch.float32, *shape, decay=decay)
+    return arguments | {name: arguments[name].to(dtype) for name in ("L", "out")}
+
+
 CASES = [
     Case("ordinary", lambda dtype: make(dtype, 5, 300), FLOAT),
     Case("first step of a weight", lambda dtype: make(dtype, 500, step=1, decay=0.99, alpha=1e-3), FLOAT),
@@ -31,6 +38,8 @@ CASES = [
     Case("one", lambda dtype: make(dtype, 1), FLOAT),
     Case("empty", lambda dtype: make(dtype, 3, 0), FLOAT),
     Case("strided gradient", lambda dtype: {**make(dtype, 20, 30), "L": numbers(30, 20).to(dtype).t()}, FLOAT),
+    Case("bfloat16", lambda dtype: _halves(dtype, 7, 611), (torch.bfloat16,)),
+    Case("bfloat16 weight", lambda dtype: _halves(dtype, 300, decay=0.99), (torch.bfloat16,)),
     Case("out that holds NaN", lambda dtype: {**make(dtype, 20), "out": torch.full((20,), torch.nan, dtype=dtype)}, FLOAT),
 ]
 
@@ -40,7 +49,7 @@ def _changed(**changes: Any) -> Arguments:
 
 
 REFUSED = [
-    Refused("half", lambda: _changed(L=torch.ones(4, 3).half()), "L: torch.float16 is not supported; use float32"),
+    Refused("half", lambda: _changed(L=torch.ones(4, 3).half()), "L: torch.float16 is not supported; use float32 or bfloat16"),
     Refused(
         "other shape", lambda: _changed(m=torch.ones(3, 4)), r"m: shape \(3, 4\) differs from L, which has \(4, 3\); make them the same"
     ),
@@ -59,6 +68,8 @@ def kernel_calls() -> list[Call]:
     for count, decay, alpha in ((20003, 0.0, -1.0), (37, 0.99, 1e-3)):
         arguments = make(torch.float32, count, decay=decay, alpha=alpha)
         found.append(Call("adam_step_", tuple(arguments.values())))
+        halves = _halves(torch.bfloat16, count, decay=decay)
+        found.append(Call("adam_step_", tuple({**arguments, "L": halves["L"], "out": halves["out"]}.values())))
     return found
 
 

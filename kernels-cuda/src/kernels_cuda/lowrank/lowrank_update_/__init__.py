@@ -25,14 +25,15 @@ def lowrank_update_(
 ) -> None:
     """W <- decay W - alpha back(N), with back(N) = P^T N for side "left" and N^T P for side "right".
 
-    W: [m, n], float32 or bfloat16, changed in place. P: [r, m] (left) or [r, n] (right), float32 or bfloat16; N: [r, n] or
-    [r, m], float32. The product is one of bfloat16 numbers if W and P are, else of float32 ones; what follows is float32. A bfloat16
+    W: [m, n], float32 or bfloat16, changed in place. P: [r, m] (left) or [r, n] (right), and N: [r, n] or [r, m], each float32 or
+    bfloat16. The product is one of bfloat16 numbers if P is and W or N is, else of float32 ones; what follows is float32. A bfloat16
     W is rounded to nearest, or, with a seed of 0 or more, to one of its neighbours at random, the nearer the likelier: an update
-    below half a step is then not lost but rare. Element e = row n + column draws 16 bits, half e % 2 (0 the lower) of word e // 2 % 4
-    of Philox4x32-10 with the key `seed` and the counter (offset, e // 8, stream 13): the same on every device, for any number of threads.
-    (They need the same products, whose last bits differ between libraries.)
+    below half a step is then not lost but rare. Element e = row n + column draws 16 bits, half e % 2 (0 the lower) of word
+    e // 2 % 512 that op.h mixes from Philox4x32-10 with the key `seed` and the counter (offset, e // 1024, stream 13): the same on every
+    device, for any number of threads. (They need the same products, whose last bits differ between libraries.)
 
-    Memory beyond the arguments: a copy of N and some rows of back(N) for a bfloat16 W, none for a contiguous float32 one.
+    Memory beyond the arguments: some rows of back(N) after a product of bfloat16 numbers or for a bfloat16 W, none otherwise; a copy
+    of N and P where they have another type than the product.
 
     Raises ValueError for shapes, dtypes, devices or settings that do not fit.
 
@@ -46,7 +47,7 @@ def lowrank_update_(
     check.shapes(W=(W, "mn"), P=(P, of_P), N=(N, of_N))
     check.dtype("W", W, (torch.float32, torch.bfloat16))
     check.dtype("P", P, (torch.float32, torch.bfloat16))
-    check.dtype("N", N, (torch.float32,))
+    check.dtype("N", N, (torch.float32, torch.bfloat16))
     check.same("device", W=W, P=P, N=N)
     if offset < 0:
         check.fail("offset", offset, "is negative", "use for example the number of the step")
@@ -54,7 +55,8 @@ def lowrank_update_(
     if not library:
         reference.lowrank_update_(W, P, N, side, alpha, decay, seed, offset)
         return
-    product = torch.bfloat16 if W.dtype == P.dtype == torch.bfloat16 else torch.float32
+    halves = P.dtype == torch.bfloat16 and torch.bfloat16 in (W.dtype, N.dtype)
+    product = torch.bfloat16 if halves else torch.float32
     first, low = P.to(product), N.to(product)
     factors = (first.t(), low) if side == "left" else (low.t(), first)
     weight = W.contiguous()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 OP = "lowrank/lowrank_update_"
 
-# Size of back(N) on its way into a bfloat16 weight, so that it stays in a cache.
+# Size of back(N) on its way into a weight, so that it stays in a cache.
 SLICE_BYTES = {"cpu": 2**21, "cuda": 2**26}
 
 # emulated: the same function from the CUDA sources run on the CPU
@@ -22,7 +22,7 @@ for _library in ("lowrank", "lowrank_emulated"):
 
 def update(kernels: Any, W_mn: Tensor, left_mr: Tensor, right_rn: Tensor, alpha: float, decay: float, seed: int, offset: int) -> None:
     """A contiguous W <- decay W - alpha left right."""
-    if W_mn.dtype != torch.bfloat16:
+    if W_mn.dtype == left_mr.dtype == torch.float32:
         W_mn.addmm_(left_mr, right_rn, beta=decay, alpha=-alpha)
         return
     rows, columns = W_mn.shape

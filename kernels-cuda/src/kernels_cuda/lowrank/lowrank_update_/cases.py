@@ -40,6 +40,11 @@ def _fresh(dtype: torch.dtype) -> Arguments:
     return {**arguments, "W": torch.full_like(arguments["W"], torch.nan)}
 
 
+def _half_step(dtype: torch.dtype) -> Arguments:
+    arguments = make(dtype, 12, 31, 5, seed=1)
+    return {**arguments, "N": arguments["N"].to(dtype)}
+
+
 CASES = [
     Case("left", partial(make, m=12, n=31, r=5)),
     Case("right", partial(make, m=31, n=12, r=5, side="right")),
@@ -47,6 +52,7 @@ CASES = [
     Case("at random, right", partial(make, m=9, n=7, r=3, side="right", seed=2**62 + 1, offset=2**40 + 1)),
     Case("basis in float32", partial(make, m=12, n=31, r=5, basis=torch.float32, seed=0), (torch.bfloat16,)),
     Case("basis in bfloat16", partial(make, m=12, n=31, r=5, basis=torch.bfloat16), (torch.float32,)),
+    Case("step in bfloat16", partial(_half_step), (torch.bfloat16,)),
     Case("without decay", _fresh),
     Case("one of each", partial(make, m=1, n=1, r=1)),
     Case("no rows", partial(make, m=0, n=4, r=2, seed=1)),
@@ -64,7 +70,7 @@ REFUSED = [
     Refused("other side", lambda: _changed(side="right"), "P: shape .* has n = 4 where W has 6"),
     Refused("no side", lambda: _changed(side="full"), "side: 'full' is not known; use 'left' or 'right'"),
     Refused("half", lambda: _changed(W=torch.ones(4, 6).half()), "W: torch.float16 is not supported; use float32 or bfloat16"),
-    Refused("narrow step", lambda: _changed(N=torch.ones(2, 6).bfloat16()), "N: torch.bfloat16 is not supported; use float32"),
+    Refused("half step", lambda: _changed(N=torch.ones(2, 6).half()), "N: torch.float16 is not supported; use float32 or bfloat16"),
     Refused("negative offset", lambda: _changed(offset=-1), "offset: -1 is negative"),
 ]
 
@@ -77,6 +83,7 @@ def kernel_calls() -> list[Call]:
         Call("lowrank_write_", (weight, back, 0.9, 0.1, 5, 3, 0)),
         Call("lowrank_write_", (weight, back.bfloat16(), 0.9, 0.1, 5, 3, 541 * 3)),
         Call("lowrank_write_", (weight, back, 0.0, 0.1, -1, 0, 7)),
+        Call("lowrank_write_", (weight.float(), back.bfloat16(), 0.9, 0.1, -1, 0, 0)),
     ]
 
 

@@ -9,37 +9,44 @@
 namespace kernels {
 namespace {
 
-constexpr int64_t group = 128;  // elements whose random bits are found together
-
-// 16 bits for each of the elements 8 block to 8 block + 127.
-void group_bits(const Random& random, uint32_t block, uint16_t* found) {
-  constexpr int blocks = group / 8;
-  uint32_t words[blocks][4];
+// 16 bits for each element of a group.
+void group_bits(const Random& random, uint32_t number, uint16_t* found) {
+  uint32_t keys[4], words[group / 2];
+  random.words(number, keys);
   // independent of one another: the compiler puts them into vectors
-  for (int i = 0; i < blocks; ++i) random.words(block + uint32_t(i), words[i]);
+  for (uint32_t w = 0; w < group / 2; ++w) words[w] = mixed(keys, w);
   // little-endian: the lower half of a word comes first
   memcpy(found, words, sizeof words);
 }
 
-inline float widened(const float* from) { return *from; }
-inline float widened(const uint16_t* from) { return float_of(uint32_t(*from) << 16); }
+template <class W, class T>
+void write_nearest(const Write& by, W* weight, const T* back, int64_t begin, int64_t end) {
+  const Write in = by;
+  for (int64_t i = begin; i < end; ++i) weight[i] = narrow<W>(in.value(widen(weight[i]), widen(back[i])));
+}
 
 template <class T>
-void write_range(const Write& by, const T* back, int64_t begin, int64_t end) {
+void write_at_random(const Write& by, bfloat16* weight, const T* back, int64_t begin, int64_t end) {
   const Write in = by;
   alignas(64) uint16_t bits[group];
   while (begin < end) {
     const int64_t element = in.first + begin, start = element / group * group;
     const int64_t stop = std::min(end, begin + group - (element - start));
-    if (in.at_random) {
-      group_bits(in.random, uint32_t(start / 8), bits);
-      const uint16_t* own = bits + (element - start) - begin;
-      for (int64_t i = begin; i < stop; ++i) in.weight[i] = rounded_at_random(in.value(in.weight[i], widened(back + i)), own[i]);
-    } else {
-      for (int64_t i = begin; i < stop; ++i) in.weight[i] = bfloat16_bits(in.value(in.weight[i], widened(back + i)));
-    }
+    group_bits(in.random, uint32_t(start / group), bits);
+    const uint16_t* own = bits + (element - start) - begin;
+    for (int64_t i = begin; i < stop; ++i) weight[i].bits = rounded_at_random(in.value(widen(weight[i]), widen(back[i])), own[i]);
     begin = stop;
   }
+}
+
+template <class T>
+void write_range(const Write& in, const T* back, int64_t begin, int64_t end) {
+  if (in.weight_type == Float::float32)
+    write_nearest(in, static_cast<float*>(in.weight), back, begin, end);
+  else if (in.at_random)
+    write_at_random(in, static_cast<bfloat16*>(in.weight), back, begin, end);
+  else
+    write_nearest(in, static_cast<bfloat16*>(in.weight), back, begin, end);
 }
 
 }  // namespace
@@ -49,7 +56,7 @@ void lowrank_write(const Write& in, void*) {
     if (in.type == Float::float32)
       write_range(in, static_cast<const float*>(in.back), begin, end);
     else
-      write_range(in, static_cast<const uint16_t*>(in.back), begin, end);
+      write_range(in, static_cast<const bfloat16*>(in.back), begin, end);
   });
 }
 
@@ -61,8 +68,8 @@ namespace {
 
 void lowrank_write_op(Tensor weight, const Tensor back, double decay, double alpha, int64_t seed, int64_t offset, int64_t first) {
   const Stream stream(weight);
-  lowrank_write({pointer_to<uint16_t>(weight), back.data_ptr(), float_type(back), first, weight.numel(), float(decay), float(alpha), seed >= 0,
-                 Random(seed, offset, rounding_stream)},
+  lowrank_write({weight.data_ptr(), back.data_ptr(), float_type(weight), float_type(back), first, weight.numel(), float(decay), float(alpha),
+                 seed >= 0, Random(seed, offset, rounding_stream)},
                 stream.handle);
 }
 

@@ -13,25 +13,48 @@ from kernels_cuda.lowrank.lowrank_update_.cases import make
 each_implementation = pytest.mark.parametrize("implementation", ["reference", *testing.implementations()])
 
 
-def test_random_words_are_the_published_ones() -> None:
+PUBLISHED = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+def test_keys_are_the_published_words(monkeypatch: pytest.MonkeyPatch) -> None:
     """Known answers of Philox4x32-10: zeros, ones, and digits of pi (Random123)."""
-    words = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
-    original = reference.ROUNDING
-    try:
-        reference.ROUNDING = 0
-        assert reference.random_words(0, 0, 4, torch.device("cpu")).tolist() == words
-    finally:
-        reference.ROUNDING = original
+    monkeypatch.setattr(reference, "ROUNDING", 0)
+    assert reference.philox(0, 0, 1, torch.device("cpu")).tolist() == [PUBLISHED]
 
 
-def test_an_element_is_rounded_by_its_half_of_the_published_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def mixed(keys: list[int], word: int) -> int:
+    """The definition once more, in Python's whole numbers."""
+    x = word * 0x9E3779B9 % 2**32 ^ keys[0]
+    x = (x ^ x >> 16) * 0x7FEB352D % 2**32
+    x = ((x ^ x >> 15) + keys[1]) * 0x846CA68B % 2**32
+    return x ^ x >> 16 ^ keys[2]
+
+
+def test_an_element_is_rounded_by_its_half_of_its_word(monkeypatch: pytest.MonkeyPatch) -> None:
     """One bit below the step up to which its 16 bits reach, it stays; at the step it goes up."""
     monkeypatch.setattr(reference, "ROUNDING", 0)
-    halves = [0xE8D5, 0x6627, 0xC58D, 0xE169, 0xAC4C, 0xBC57, 0xDBD8, 0x9B00]
+    halves = [half for word in range(512) for half in (mixed(PUBLISHED, word) & 0xFFFF, mixed(PUBLISHED, word) >> 16)]
     reached = torch.tensor([0x3F800000 + 0x10000 - half for half in halves], dtype=torch.int32)
     up, one = (reference.round_at_random(bits.view(torch.float32), 0, 0) for bits in (reached, reached - 1))
-    assert torch.equal(one, torch.ones(8, dtype=torch.bfloat16))
-    assert torch.equal(up, torch.full((8,), 1 + 2.0**-7, dtype=torch.bfloat16))
+    assert torch.equal(one, torch.ones(1024, dtype=torch.bfloat16))
+    assert torch.equal(up, torch.full((1024,), 1 + 2.0**-7, dtype=torch.bfloat16))
+
+
+def test_random_halves_are_uniform_and_unrelated() -> None:
+    """Within five standard errors: each bit, and the correlation of an element with its neighbours, with the same place in the
+    next group, and with itself in the next step."""
+    words = reference.random_words(7, 3, 2**19, torch.device("cpu"))
+    halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten()
+    later = reference.random_words(7, 4, 2**19, torch.device("cpu"))
+    error = 5 / halves.numel() ** 0.5
+    for bit in range(16):
+        assert abs(float((halves >> bit & 1).double().mean()) - 0.5) < error / 2, bit
+    values = halves.double() / 2**16 - 0.5
+    pairs = [(values[:-apart], values[apart:]) for apart in (1, 2, 3, 4, 8, 16, 64, 512, 1023, 1024, 2048)]
+    pairs.append((values[::2], (later & 0xFFFF).double() / 2**16 - 0.5))
+    for one, other in pairs:
+        # products of two such numbers have the deviation 1 / 12
+        assert abs(float((one * other).mean())) < 5 / 12 / len(one) ** 0.5
 
 
 @each_implementation
@@ -71,6 +94,17 @@ def test_infinite_and_nan_stay_what_they_are(implementation: str) -> None:
     assert W[0, :2].tolist() == [torch.inf, -torch.inf]
     assert W[0, 2].isnan()
     assert W[0, 3].isfinite()
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "emulated"])
+def test_a_float32_weight_takes_a_product_of_bfloat16_numbers(implementation: str) -> None:
+    """Which is rounded to bfloat16 before it is added."""
+    arguments = make(torch.float32, 12, 31, 5, basis=torch.bfloat16)
+    arguments["N"] = arguments["N"].bfloat16()
+    back = (arguments["P"].double().t() @ arguments["N"].double()).float()
+    with testing.using(implementation):
+        found = testing.results(lowrank_update_, arguments)["W"]
+    torch.testing.assert_close(found, 0.99 * arguments["W"] - 0.1 * back, rtol=0, atol=2.0**-8 * 0.1 * float(back.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

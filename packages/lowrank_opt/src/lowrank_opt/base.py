@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, overload
 
@@ -89,10 +89,16 @@ def _state_type(name: str, group: Group, parameter: Tensor) -> torch.dtype:
     return work_dtype(parameter.dtype)
 
 
+@lru_cache(maxsize=4)
+def seed_of_step(seed: int, step: int) -> int:
+    """64 bits that rounding in one step starts from; shared by all parameters, which take turns."""
+    return counter.derive(seed, "rounding", step)
+
+
 class Rounding:
     """Random bits that round one bfloat16 weight in one step, a chunk at a time.
 
-    They depend on (seed, place of the parameter, step) alone, so a resumed run and every replica on the same
+    They depend on (seed, step, place of the parameter) alone, so a resumed run and every replica on the same
     kind of device draw the same ones. Drawing a number per element would cost more than the update: instead a
     tile of random numbers is shared by all chunks of a step, and each chunk flips its bits by a constant of its
     own. Any two elements are rounded independently of each other. Operators that draw words themselves take `key`
@@ -101,18 +107,22 @@ class Rounding:
 
     def __init__(self, tile: Callable[[], Tensor], seed: int, position: int, step: int) -> None:
         self.tile = tile
-        self.seed = counter.derive(seed, "rounding", position, step)
-        self.flips = random.Random(self.seed)
+        self.seed = seed_of_step(seed, step)
+        self.position = position
 
     @property
-    def key(self) -> int:
-        """The address as a seed for an operator: 63 bits, since negative ones mean rounding to nearest."""
-        return self.seed >> 1
+    def key(self) -> tuple[int, int]:
+        """The address as seed and offset for an operator: 63 bits, since a negative seed means rounding to nearest."""
+        return self.seed >> 1, self.position
+
+    @cached_property
+    def flips(self) -> random.Random:
+        return random.Random(self.seed << 64 | self.position)
 
     @staticmethod
     def draw_tile(seed: int, step: int, device: torch.device) -> Tensor:
         """CHUNK numbers of 16 random bits (int32) for one step."""
-        generator = torch.Generator(device).manual_seed(counter.derive(seed, "rounding", step) & 0xFFFFFFFF)
+        generator = torch.Generator(device).manual_seed(seed_of_step(seed, step) & 0xFFFFFFFF)
         words = torch.empty(CHUNK // 4, dtype=torch.int64, device=device).random_(-(2**63), None, generator=generator)
         return words.view(torch.int16).to(torch.int32) & 0xFFFF
 
@@ -150,6 +160,9 @@ class BaseOptimizer(torch.optim.Optimizer):
     grad_norm: float
     grad_norm_kind: str
     _layers: PerLayer | None = None
+    # Parameters whose state is kept in this process, where an engine has dealt them out; and how often the others were refreshed.
+    owned: frozenset[Tensor] | None = None
+    refreshes_elsewhere = 0
     _addresses: dict[Tensor, Address]
     # Random numbers of the present step by device, with their seed and step.
     _tiles: dict[torch.device, tuple[int, int, Tensor]]
@@ -278,12 +291,14 @@ class BaseOptimizer(torch.optim.Optimizer):
 
     def predicted_state_bytes(self) -> int:
         """What `state_bytes` gives once every parameter was updated; core's memory estimate asks for it."""
-        return sum(
-            math.prod(shape) * _state_type(name, group, parameter).itemsize
-            for group in self.param_groups
-            for parameter in group["params"]
-            for name, shape in self._layout(group, parameter).items()
-        )
+        known = [p for group in self.param_groups for p in group["params"]]
+        return sum(self.predicted_bytes_of(p) for p in known if self.owned is None or p in self.owned)
+
+    def predicted_bytes_of(self, parameter: Tensor) -> int:
+        """The same for one parameter."""
+        group = next(group for group in self.param_groups if any(p is parameter for p in group["params"]))
+        layout = self._layout(group, parameter).items()
+        return sum(math.prod(shape) * _state_type(name, group, parameter).itemsize for name, shape in layout)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state dict of the same optimizer over the same parameters.

@@ -22,7 +22,18 @@ from lowrank_opt.matrix import (
     normalised_step,
     reaches_full_rank,
 )
-from lowrank_opt.projector import PROJ_METHODS, PROJ_TYPES, basis, gaussian, low_shape, project, rank_of, side_of, transfer
+from lowrank_opt.projector import (
+    PROJ_METHODS,
+    PROJ_TYPES,
+    basis,
+    gaussian,
+    low_shape,
+    project,
+    project_in_halves,
+    rank_of,
+    side_of,
+    transfer,
+)
 from lowrank_opt.quant import Piece, moment_layout, zero_moments
 
 MOMENT_TRANSFERS = ("none", "project", "reset")
@@ -38,7 +49,7 @@ class GaLoreAdamW(MatrixOptimizer):
 
     rank: whole number, or a fraction of the smaller side. scale: factor of a low-rank update. The basis comes
     from the gradient every `update_proj_gap` steps by `proj_method`; with `stagger` the matrices take turns, so
-    that no step pays for all refreshes. `moment_transfer` says what happens to the moments at a refresh.
+    that no step pays for all refreshes. `proj_dtype` is that of the basis; products with one in bfloat16 are taken in bfloat16. `moment_transfer` says what happens to the moments at a refresh.
     `adaptive` doubles the gap of a matrix (up to `max_gap`, default 16 gaps) whose leading direction stays.
     compat="galore_torch" reproduces that library, for comparison.
     """
@@ -167,7 +178,12 @@ class GaLoreAdamW(MatrixOptimizer):
 
     def _update_matrix(self, group: Group, parameter: Tensor, gradient: Tensor) -> None:
         self._begin(group, parameter, gradient)
-        self._apply(group, parameter, self._low(group, parameter, gradient))
+        bases = self._bases(group, parameter)
+        if bases[0].dtype == torch.bfloat16 and gradient.dtype in (torch.bfloat16, torch.float32):
+            low = project_in_halves(gradient, bases, self.state[parameter]["side"])
+        else:
+            low = self._low(group, parameter, gradient)
+        self._apply(group, parameter, low)
 
     def _matrix_state(self, group: Group, parameter: Tensor) -> State:
         state: State = self.state[parameter]
@@ -188,6 +204,15 @@ class GaLoreAdamW(MatrixOptimizer):
         if first:
             self._begin(group, parameter, gradient)
         return self._low(group, parameter, gradient)
+
+    def _low_shape(self, group: Group, parameter: Tensor) -> tuple[int, int]:
+        shape = matrix_shape(parameter)
+        return low_shape(shape, side_of(shape, group["proj_type"]), rank_of(group["rank"], shape))
+
+    def refresh_is_due(self, parameter: Tensor) -> bool:
+        """Whether the coming step computes a new basis for `parameter`."""
+        state = self.state.get(parameter)
+        return not state or state["step"] + 1 >= state["next_refresh"]
 
     def _begin(self, group: Group, parameter: Tensor, gradient: Tensor) -> None:
         """Count the step, and refresh the basis from `gradient` (m x n) if that is due."""

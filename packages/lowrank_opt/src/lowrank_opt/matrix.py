@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kernels_cuda.lowrank import lowrank_update_
+from kernels_cuda.lowrank import adam_step_, lowrank_update_
 from lm_core.errors import ConfigError
 from lowrank_opt.adamw import AdamW, normalised
 from lowrank_opt.base import CHUNK, Group, Rounding, State, UnsupportedDistributedError
@@ -89,7 +89,11 @@ def check_full_rank(group: Group) -> None:
 
 
 def normalised_step(low: Tensor, state: State, step: int, group: Group) -> Tensor:
-    """Update the moments with L and return minus Adam's normalised step, r x d."""
+    """Update the moments with L and return minus Adam's normalised step, r x d, in the type of L; one in bfloat16 is written over."""
+    if "exp_avg" in state and low.dtype == torch.bfloat16:
+        beta1, beta2 = group["betas"]
+        adam_step_(low, state["exp_avg"], state["exp_avg_sq"], low, beta1, beta2, group["eps"], step, alpha=1.0)
+        return low
     if "exp_avg" in state:
         return normalised(low, state["exp_avg"], state["exp_avg_sq"], step, group)
     out = torch.empty_like(low, dtype=torch.float32, memory_format=torch.contiguous_format)
@@ -136,12 +140,12 @@ class Change:
         shape = matrix_shape(parameter)
         # a weight that is not contiguous goes through a copy
         weight = parameter.detach().contiguous().view(shape)
-        if self.low is not None and self.scaled is None and weight.dtype == torch.bfloat16:
+        if self.low is not None and self.scaled is None and torch.bfloat16 in (weight.dtype, self.low[0].dtype):
             low, bases, alpha = self.low
             if self.side == "full":
                 low = torch.mm(low, bases[1].to(low.dtype))
             side: Literal["left", "right"] = "right" if self.side == "right" else "left"
-            lowrank_update_(weight, bases[0], low, side, -alpha * after, decay, rounding.key if rounding else -1)
+            lowrank_update_(weight, bases[0], low, side, -alpha * after, decay, *(rounding.key if rounding else (-1, 0)))
         else:
             self._write_in_passes(weight, decay, after, rounding)
         if not parameter.is_contiguous():

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lm_core import counter
 from lm_core.errors import ConfigError
+from lowrank_opt.base import CHUNK
 
 log = logging.getLogger("lowrank_opt")
 
@@ -67,6 +68,19 @@ def project(gradient: Tensor, bases: tuple[Tensor, ...], side: Side) -> Tensor:
     if side == "full":
         low = torch.mm(low, bases[1].to(dtype).t())
     return low.to(torch.promote_types(dtype, torch.float32))
+
+
+def project_in_halves(gradient: Tensor, bases: tuple[Tensor, ...], side: Side) -> Tensor:
+    """L in bfloat16 by products of bfloat16 numbers; a float32 gradient is rounded a part at a time, so no copy of it exists."""
+    matrix = gradient.t() if side == "right" else gradient
+    if matrix.dtype == torch.bfloat16:
+        low = torch.mm(bases[0], matrix)
+    else:
+        low = bases[0].new_empty(len(bases[0]), matrix.shape[1])
+        columns = max(1, CHUNK // max(1, len(matrix)))
+        for start in range(0, matrix.shape[1], columns):
+            low[:, start : start + columns] = torch.mm(bases[0], matrix[:, start : start + columns].bfloat16())
+    return torch.mm(low, bases[1].t()) if side == "full" else low
 
 
 def factors(low: Tensor, bases: tuple[Tensor, ...], side: Side) -> tuple[Tensor, Tensor]:

@@ -158,13 +158,17 @@ class Replicated(Engine):
             return
         bucket: list[nn.Parameter] = []
         size = 0
-        parameters = list(self.trained.values())
+        parameters = self._summed_whole()
         for position, parameter in enumerate(parameters):
             bucket.append(parameter)
             size += parameter.numel()
             if size >= _BUCKET or position == len(parameters) - 1:
                 self._reduce_bucket(bucket)
                 bucket, size = [], 0
+
+    def _summed_whole(self) -> list[nn.Parameter]:
+        """Parameters whose gradients are summed over ranks as they are, for an engine that sums less of others."""
+        return list(self.trained.values())
 
     def _reduce_bucket(self, bucket: list[nn.Parameter]) -> None:
         used = torch.tensor([parameter.grad is not None for parameter in bucket], dtype=torch.float32, device=self.device)

@@ -30,11 +30,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
         return estimation.run(config)
     config = with_data(config)
+    from lm_core import dist
     from lm_core.run import run
     from lowrank_opt.method import method_for
 
     result = run(config, method_for(config))
-    if not config.dry_run:
+    if not config.dry_run and dist.rank() == 0:
         memory = result["memory"]
         print(
             f"peak of memory  predicted {memory['predicted_peak_bytes'] / 2**30:.2f} GiB  measured {memory['measured_peak_bytes'] / 2**30:.2f} GiB"

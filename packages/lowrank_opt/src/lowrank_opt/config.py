@@ -77,7 +77,9 @@ class GaloreOptions:
         "identity", "What happens to parameters whose smaller side is at most the rank."
     )
     proj_dtype: Literal["param", "fp32", "bf16", "int4"] | None = opt(
-        None, "Type that bases are kept in; param is that of the weight. Default: int4 for qgalore, else param."
+        None,
+        "Type that bases are kept in, param being that of the weight; products with one in bf16 are taken in bf16. "
+        "Default: int4 for qgalore, else param.",
     )
     state_bits: Literal[8, 32] | None = opt(None, "Bits of the moments; default: 8 for the optimizers that are called so, else 32.")
     block_size: int = opt(256, "Values that share one scale in 8-bit state.", ge=1)
@@ -150,6 +152,16 @@ class TrainConfig(RunConfig):
     )
     model_path: Path | None = opt(None, "Folder with trained weights (and tokenizer) for a --model that is a named size.")
     micro_batch_size: int = change(EngineOptions, "micro_batch_size", default=16, flags=("-b", "--batch_size"))
+    # one engine more than the base has, which a type checker takes for a broken promise
+    engine: Literal["auto", "replicated", "lowrank", "sharded", "deepspeed"] = change(  # type: ignore[assignment]
+        EngineOptions,
+        "engine",
+        help="Where weights, gradients and optimizer state live; lowrank is replicated, and processes exchange projected gradients.",
+    )
+    shard_optimizer: bool = opt(
+        False, "Keep the optimizer state of each parameter in one process, which updates it for all; replicated engine."
+    )
+    verify_replicas_every: int = opt(0, "Updates between two comparisons of all processes' weights and bases; 0 is never.", ge=0)
     accumulate: int = change(EngineOptions, "accumulate", flags=("--grad_accumulation",))
     total_batch_size: int | None = opt(None, "Samples of one update over all processes; replaces --accumulate.", ge=1)
     num_epochs: int = opt(30, "Passes over the training data; in pretraining over --num-training-tokens.", ge=1)
@@ -280,10 +292,30 @@ class TrainConfig(RunConfig):
             raise ConfigError(f"optimizer: {said} flattens or shards matrices, which {self.optimizer} needs whole; use --engine replicated")
         if stage and moment_bits(self) == 8:
             raise ConfigError(f"optimizer: {said} would cut through the blocks of moments in 8 bits; use --engine replicated")
+        if stage and self.verify_replicas_every:
+            raise ConfigError(f"verify_replicas_every: {said} keeps no replicas to compare; drop it, or use --engine replicated")
+        if self.shard_optimizer and (stage or self.engine == "lowrank"):
+            why = f"{said} splits it already" if stage else "--engine lowrank needs every basis in every process"
+            raise ConfigError(f"shard_optimizer: {why}; drop it, or use --engine replicated")
+        if self.engine == "lowrank":
+            self.check_reduction()
         if self.resume_reset_optimizer and self.resume == "none":
             raise ConfigError("resume_reset_optimizer: nothing is resumed; add --resume auto, or a checkpoint folder")
         if self.resume_reset_optimizer and engine_kind(self) == "deepspeed":
             raise ConfigError("resume_reset_optimizer: DeepSpeed's checkpoints hold weights and state together; start a new run")
+
+    def check_reduction(self) -> None:
+        """Refuse what cannot do with the sum of projected gradients."""
+        if self.optimizer in LOW_RANK and (self.optimizer not in PROJECTED or self.optimizer == "fira"):
+            raise ConfigError(f"engine: lowrank sums projected gradients, and {self.optimizer} needs whole ones; use --engine replicated")
+        if self.per_layer:
+            raise ConfigError("per_layer: --engine lowrank frees the gradients of matrices inside backward by itself; drop --per-layer")
+        if self.precision == "fp16":
+            raise ConfigError(
+                "precision: fp16 learns of an overflow after gradients were projected; use bf16 or fp32 with --engine lowrank"
+            )
+        if self.nonfinite == "drop":
+            raise ConfigError("nonfinite: drop cannot take back a basis that --engine lowrank has refreshed; use stop")
 
     def check_clipping(self) -> None:
         """Refuse what the place of the update does not allow."""
@@ -296,7 +328,7 @@ class TrainConfig(RunConfig):
         if self.per_layer and self.precision == "fp16":
             raise ConfigError("per_layer: fp16 learns of an overflow after the updates were made; use --dtype bf16 or fp32")
         if self.per_layer and processes(self) > 1:
-            raise ConfigError(f"per_layer: updates inside backward run in one process, not {processes(self)}; use 1, or --per-layer false")
+            raise ConfigError(f"per_layer: updates inside backward run in one process, not {processes(self)}; use --engine lowrank instead")
         if self.per_layer and self.nonfinite == "drop":
             raise ConfigError("per_layer: updates inside backward cannot be dropped; use --nonfinite stop")
 

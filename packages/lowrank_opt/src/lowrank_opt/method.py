@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from lm_core.engine import Engine
     from lm_core.sinks import Sink
 
 log = logging.getLogger("lowrank_opt")
@@ -57,7 +58,7 @@ class LowRank(Method):
     # the budget in other words; the content of the JSON files is compared option by option
     resumable = frozenset({
         "max_steps", "num_epochs", "num_training_tokens", "total_batch_size", "csv", "lora_config", "galore_config",
-        "resume_reset_optimizer",
+        "resume_reset_optimizer", "verify_replicas_every", "shard_optimizer",
     })  # fmt: skip
     low_rank: frozenset[str] = frozenset()
     embeddings: frozenset[str] = frozenset()
@@ -146,6 +147,15 @@ class LowRank(Method):
         inputs = {name: batch[name] for name in ("input_ids", "labels", "attention_mask", "position_ids") if name in batch}
         yield Loss(total=model(**inputs))
 
+    def engine(self, model: nn.Module, device: torch.device) -> Engine | None:
+        config = self.config
+        if config.engine != "lowrank" and not config.verify_replicas_every and not config.shard_optimizer:
+            return None
+        from lowrank_opt import engine
+
+        kind = engine.LowRankReduction if config.engine == "lowrank" else engine.Replicas
+        return kind(config, self, model, device)
+
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         parts = [part for group in groups for part in self.split(group)]
         self.built = make_optimizer(self.config, parts)
@@ -176,7 +186,7 @@ class LowRank(Method):
             return (current_bytes(device),) * 2
 
         def refreshes() -> int:
-            return sum(state.get("refreshes", 0) for state in self.built.state.values())
+            return self.built.refreshes_elsewhere + int(sum(state.get("refreshes", 0) for state in self.built.state.values()))
 
         return [CsvSink(folder / self.config.csv, memory, refreshes, lambda: getattr(self.built, "grad_norm_kind", "full"))]
 

@@ -1,0 +1,237 @@
+"""Engines of this package: replicas that are compared now and then, and replicas that exchange L instead of gradients."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor, nn
+
+from lm_core import dist
+from lm_core.engine.replicated import Replicated
+from lm_core.errors import RunFailed
+from lowrank_opt.base import BaseOptimizer, Group
+from lowrank_opt.galore import GaLoreAdamW
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lowrank_opt.config import TrainConfig
+    from lowrank_opt.method import LowRank
+
+log = logging.getLogger("lowrank_opt")
+
+BUCKET_BYTES = 25_000_000
+
+
+class Replicas(Replicated):
+    """The replicated engine with two additions.
+
+    With `shard_optimizer` every parameter has an owner, which alone keeps its state and updates it, and then hands the weight to the
+    others; checkpoints hold the whole state, for any number of processes. Every `verify_replicas_every` updates all ranks must hold the
+    same weights and bases.
+    """
+
+    # what GaLore's optimizers add to the others is asked of their matrices only
+    optimizer: GaLoreAdamW
+
+    def __init__(self, config: TrainConfig, method: LowRank, model: nn.Module, device: torch.device) -> None:
+        super().__init__(config, method, model, device)
+        self.every, self.updates = config.verify_replicas_every, 0
+        self.owners: dict[nn.Parameter, int] = {}
+        if config.shard_optimizer:
+            self.owners = owners(self.optimizer, list(self.trained.values()), self.data_world)
+            whole = self.optimizer.predicted_state_bytes()
+            self.optimizer.owned = frozenset(p for p, owner in self.owners.items() if owner == self.data_rank)
+            log.info("optimizer state of this process: %s of %s bytes", f"{self.optimizer.predicted_state_bytes():,}", f"{whole:,}")
+            self.optimizer.register_step_pre_hook(lambda *_: self._leave_to_owners())
+            self.optimizer.register_step_post_hook(lambda *_: self._take_from_owners())
+
+    def _owns(self, parameter: nn.Parameter) -> bool:
+        return not self.owners or self.owners[parameter] == self.data_rank
+
+    def _leave_to_owners(self) -> None:
+        for parameter in self.owners:
+            if not self._owns(parameter):
+                parameter.grad = None
+
+    def _take_from_owners(self) -> None:
+        if self.data_world == 1:
+            return
+        # as bytes, since not every backend knows every dtype
+        parts = [(p.detach(), p.detach().contiguous().view(-1).view(torch.uint8), owner) for p, owner in self.owners.items()]
+        for work in [torch_dist.broadcast(part, src=owner, async_op=True) for _, part, owner in parts]:
+            work.wait()
+        for weight, part, _ in parts:
+            if not weight.is_contiguous():
+                weight.copy_(part.view(weight.dtype).view(weight.shape))
+        counted = sum(self.optimizer.state[p].get("refreshes", 0) for p in self.owners if self._owns(p))
+        self.optimizer.refreshes_elsewhere = int(dist.all_sum(torch.tensor(counted), self)) - counted
+
+    def _whole_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        if self.data_world > 1:
+            for parameter, owner in self.owners.items():
+                # one at a time; all but the first rank let go of it again
+                kept = self.optimizer.state.get(parameter, {}) if owner == self.data_rank else {}
+                box = [{key: value.cpu() if isinstance(value, Tensor) else value for key, value in kept.items()}]
+                torch_dist.broadcast_object_list(box, src=owner, device=torch.device("cpu"))
+                if self.data_rank == 0 and box[0]:
+                    self.optimizer.state[parameter] = box[0]
+        found = super()._whole_state()
+        self._drop_foreign()
+        return found
+
+    def load(self, folder: Path) -> None:
+        super().load(folder)
+        self._drop_foreign()
+
+    def _drop_foreign(self) -> None:
+        """Forget the state of parameters that others own."""
+        for parameter in self.owners:
+            if not self._owns(parameter):
+                self.optimizer.state.pop(parameter, None)
+
+    def step(self) -> float | None:
+        norm = super().step()
+        self.count_update()
+        return norm
+
+    def count_update(self) -> None:
+        """Compare the replicas if it is time."""
+        self.updates += 1
+        if self.every and self.updates % self.every == 0:
+            verify_replicas(self.trained, self.optimizer)
+
+
+class LowRankReduction(Replicas):
+    """Data parallelism in which a matrix with a basis costs r x d numbers per update, and its gradient is freed inside backward.
+
+    Every rank projects its own gradient with the common basis, which is linear: the sum of L over micro-batches and ranks is L of the
+    summed gradient. Whole gradients are kept and summed for parameters without a rank, and for matrices whose basis is due for a
+    refresh in this update. Gradient norm and clipping are those of L and of the whole gradients.
+    """
+
+    def __init__(self, config: TrainConfig, method: LowRank, model: nn.Module, device: torch.device) -> None:
+        super().__init__(config, method, model, device)
+        self.places = {p: number for number, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
+        self.matrices = [p for p in self.trained.values() if self.optimizer._accumulates_low(self._group(p), p)]
+        self.low: dict[Tensor, Tensor] = {}
+        self.optimizer.grad_norm_kind = "projected"
+        for parameter in self.matrices:
+            parameter.register_post_accumulate_grad_hook(self._arrived)
+
+    def _group(self, parameter: Tensor) -> Group:
+        # looked up each time: loading a state replaces the groups
+        return self.optimizer.param_groups[self.places[parameter]]
+
+    @torch.no_grad()
+    def _arrived(self, parameter: Tensor) -> None:
+        if self.optimizer.refresh_is_due(parameter):
+            return
+        low = self.optimizer._accumulate_low(self._group(parameter), parameter, first=False)
+        self.low[parameter] = self.low[parameter].add_(low) if parameter in self.low else low
+        parameter.grad = None
+
+    def _summed_whole(self) -> list[nn.Parameter]:
+        projected = {p for p in self.matrices if not self.optimizer.refresh_is_due(p)}
+        return [p for p in self.trained.values() if p not in projected]
+
+    @torch.no_grad()
+    def step(self) -> float | None:
+        due = [p for p in self.matrices if self.optimizer.refresh_is_due(p)]
+        self._reduce()
+        self._sum_low([p for p in self.matrices if p not in set(due)])
+        for parameter in [p for p in due if p.grad is not None]:
+            self.low[parameter] = self.optimizer._accumulate_low(self._group(parameter), parameter, first=True)
+            parameter.grad = None
+        sums = {name: self.low.get(p, p.grad) for name, p in self.trained.items()}
+        found = {name: total for name, total in sums.items() if total is not None}
+        norm = self._norm(list(found.values()))
+        if not math.isfinite(norm):
+            name = next((name for name, total in found.items() if not bool(total.isfinite().all())), "none (the squares overflow)")
+            raise RunFailed(
+                f"gradient: the norm is {norm}; first parameter with a non-finite gradient: {name}; resume from the last checkpoint "
+                "with a lower --lr"
+            )
+        if 0 < self.clip < norm:
+            torch._foreach_mul_(list(found.values()), self.clip / (norm + 1e-6))
+        for matrix, low in self.low.items():
+            self.optimizer._apply(self._group(matrix), matrix, low)
+        # what is left has its gradient
+        self.optimizer.step()
+        self._forget()
+        self.count_update()
+        return norm
+
+    def _sum_low(self, parameters: list[nn.Parameter]) -> None:
+        """Sum L over ranks in flat float32 buckets, all under way at once, and count the step of every matrix that any rank used."""
+        reductions = []
+        for bucket in buckets(parameters, lambda p: math.prod(self.optimizer._low_shape(self._group(p), p))):
+            shapes = [self.optimizer._low_shape(self._group(p), p) for p in bucket]
+            parts = [self.low[p].flatten().float() if p in self.low else torch.zeros(math.prod(s)) for p, s in zip(bucket, shapes)]
+            used = torch.tensor([float(p in self.low) for p in bucket])
+            flat = torch.cat([part.to(self.device) for part in (used, *parts)])
+            work = torch_dist.all_reduce(flat, group=self.data_group, async_op=True) if self.data_world > 1 else None
+            reductions.append((bucket, shapes, flat, work))
+        for bucket, shapes, flat, work in reductions:
+            if work is not None:
+                work.wait()
+            used, *sums = flat.split([len(bucket), *(math.prod(shape) for shape in shapes)])
+            for parameter, shape, count, total in zip(bucket, shapes, used.tolist(), sums, strict=True):
+                if count:
+                    self.low[parameter] = total.view(shape)
+                    self.optimizer.state[parameter]["step"] += 1
+
+    def _forget(self) -> None:
+        super()._forget()
+        self.low.clear()
+
+
+def buckets(parameters: list[nn.Parameter], size: Callable[[nn.Parameter], int]) -> Iterator[list[nn.Parameter]]:
+    """`parameters` in order, in lists of about BUCKET_BYTES of float32."""
+    bucket: list[nn.Parameter] = []
+    for parameter in parameters:
+        bucket.append(parameter)
+        if 4 * sum(size(p) for p in bucket) >= BUCKET_BYTES:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket
+
+
+def owners(optimizer: BaseOptimizer, parameters: list[nn.Parameter], world: int) -> dict[nn.Parameter, int]:
+    """A rank for each parameter, so that ranks have about as many bytes of state: the largest first, to whom has least."""
+    loads = [0] * world
+    found = dict.fromkeys(parameters, 0)
+    for parameter in sorted(parameters, key=optimizer.predicted_bytes_of, reverse=True):
+        found[parameter] = loads.index(min(loads))
+        loads[found[parameter]] += optimizer.predicted_bytes_of(parameter)
+    return found
+
+
+def verify_replicas(trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Raise RunFailed naming the first parameter whose weight or basis differs between ranks; every rank calls it."""
+    named = {}
+    for name, parameter in trained.items():
+        state = optimizer.state.get(parameter, {})
+        named[name, "weight"] = parameter.detach()
+        named |= {(name, key): value for key, value in state.items() if key.startswith("proj") and isinstance(value, Tensor)}
+    mine = {where: digest(tensor) for where, tensor in named.items()}
+    for rank, theirs in enumerate(dist.gather_objects(mine)):
+        # a basis may be with its owner alone
+        for name, part in mine.keys() & theirs.keys():
+            if mine[name, part] != theirs[name, part]:
+                raise RunFailed(
+                    f"verify_replicas_every: the {part} of {name} differs between rank {dist.rank()} and rank {rank}; the replicas have "
+                    "parted, so resume from the last checkpoint, on machines of one kind"
+                )
+
+
+def digest(tensor: Tensor) -> bytes:
+    """Sixteen bytes that stand for all of a tensor's."""
+    return hashlib.blake2b(tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy().data, digest_size=16).digest()

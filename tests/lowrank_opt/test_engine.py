@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as torch_dist
+from torch import nn
+
+from lm_core.config import build
+from lm_core.engine import make_engine
+from lm_core.errors import RunFailed
+from lm_core.method import Batch, Method
+from lm_core.testing import spawn
+from lowrank_opt.config import TrainConfig
+from lowrank_opt.engine import LowRankReduction, buckets, digest
+from lowrank_opt.method import LowRank
+
+STEPS, GAP, RANK = 8, 4, 8
+# rows x columns, tall and wide; the last has too few columns to be projected
+SHAPES = ((48, 32), (32, 80), (40, 40), (64, 4))
+
+
+class Linear(LowRank):
+    """Sums over samples of <W, G>: the gradient of sample n at step t is a given matrix with a clear leading space."""
+
+    def build(self) -> nn.Module:
+        torch.manual_seed(0)
+        module = nn.Module()
+        module.weights = nn.ParameterList([nn.Parameter(0.1 * torch.randn(shape)) for shape in SHAPES])
+        self.module = module
+        self.low_rank = frozenset(f"weights.{n}" for n in range(len(SHAPES)))
+        return module
+
+    def losses(self, model: nn.Module, batch: Batch) -> Any:
+        raise NotImplementedError
+
+
+def gradient(shape: tuple[int, int], step: int, sample: int) -> torch.Tensor:
+    """Eight directions that all samples of a step share, two orders of magnitude above the rest."""
+    generator = torch.Generator().manual_seed(1000 * step)
+    small = min(RANK, *shape)
+    left, right = torch.randn(shape[0], small, generator=generator), torch.randn(small, shape[1], generator=generator)
+    own = torch.Generator().manual_seed(1000 * step + sample + 1)
+    mixed = left @ (torch.diag(2.0 ** -torch.arange(small)) + 0.2 * torch.randn(small, small, generator=own)) @ right
+    return mixed + 0.01 * torch.randn(shape, generator=own)
+
+
+def trained(
+    rank: int, world: int, samples: int = 4, folder: Path | None = None, begun: Path | None = None, **values: Any
+) -> tuple[dict[str, torch.Tensor], list[float], list[int]]:
+    """Weights after STEPS updates in which this rank had its share of the samples, the norms, and the bytes reduced in each update.
+
+    With a `folder` the run is saved there half way, and goes on in a new engine that loads it; `begun` is such a folder to start from.
+    """
+    values = {"optimizer": "galore", "galore": {"rank": RANK, "update_proj_gap": GAP, "proj_method": "gram"}, **values}
+    options = {"mode": "pretraining", "model": "llama_test", "lr": 0.01, "precision": "fp32", "weight_decay": 0.1, **values}
+    method: Method = Linear(build(TrainConfig, options))
+    model = method.build()
+    engine = make_engine(method.config, method, model, torch.device("cpu"))
+    sent: list[int] = []
+    original = torch_dist.all_reduce
+
+    def counted(tensor: torch.Tensor, *args: Any, **more: Any) -> Any:
+        sent[-1] += tensor.numel() * tensor.element_size()
+        return original(tensor, *args, **more)
+
+    torch_dist.all_reduce = counted
+    norms = []
+    if begun is not None:
+        engine.load(begun)
+    for step in range(STEPS // 2 if begun else 0, STEPS):
+        sent.append(0)
+        if folder is not None and step == STEPS // 2:
+            if rank == 0:
+                folder.mkdir()
+            engine.save(folder)
+            engine = make_engine(method.config, method, method.build(), torch.device("cpu"))
+            engine.load(folder)
+        engine.start(0.01)
+        for sample in range(rank, samples, world):
+            weights = list(engine.trained.values())  # type: ignore[attr-defined]
+            engine.backward(sum((w * gradient(tuple(w.shape), step, sample)).sum() for w in weights) / samples)
+        norm = engine.step()
+        assert norm is not None
+        norms.append(norm)
+    torch_dist.all_reduce = original
+    return {name: p.detach() for name, p in engine.trained.items()}, norms, sent  # type: ignore[attr-defined]
+
+
+def in_a_process(**values: Any) -> Any:
+    return trained(torch_dist.get_rank(), torch_dist.get_world_size(), **values)
+
+
+def several(folder: Path) -> list[Any]:
+    """All that is asked of two processes, in one launch."""
+    replicated, _, dense = in_a_process(engine="replicated", verify_replicas_every=1)
+    found = {"replicated": replicated}
+    for optimizer in ("galore8bit", "ldadam"):
+        options = {"optimizer": optimizer, "galore": {"rank": RANK}}
+        found[optimizer] = in_a_process(engine="replicated", **options)[0]
+        found[optimizer + " owned"] = in_a_process(shard_optimizer=True, verify_replicas_every=3, folder=folder / optimizer, **options)[0]
+    low: list[int] = []
+    for name, more in {"lowrank": {}, "clipped": {"grad_clip": 0.5}, "8 bits": {"optimizer": "galore8bit"}}.items():
+        found[name], norms, low = in_a_process(engine="lowrank", verify_replicas_every=2, **more)
+        found[name + " norms"] = torch.tensor(norms)
+    with pytest.raises(RunFailed, match=r"the weight of weights.0 differs between rank . and rank"):
+        drifting()
+    return [found, dense, low]
+
+
+def drifting() -> None:
+    options = {"mode": "pretraining", "model": "llama_test", "optimizer": "galore", "precision": "fp32", "verify_replicas_every": 1}
+    method = Linear(build(TrainConfig, options))
+    engine: Any = make_engine(method.config, method, method.build(), torch.device("cpu"))
+    engine.trained["weights.0"].data[0, 0] += 1e-6 * torch_dist.get_rank()
+    for p in engine.trained.values():
+        p.grad = torch.ones_like(p)
+    engine.step()
+
+
+def test_two_processes_equal_one_and_send_little(tmp_path: Path) -> None:
+    (first, dense, low), (second, _, _) = spawn(several, tmp_path)
+    assert first.keys() == second.keys()
+    for name in first:
+        parts = first[name] if isinstance(first[name], dict) else {"": first[name]}
+        for part, tensor in parts.items():
+            other = second[name][part] if part else second[name]
+            assert torch.equal(tensor, other), (name, part)
+    for optimizer in ("galore8bit", "ldadam"):
+        for part, tensor in first[optimizer].items():
+            assert torch.equal(tensor, first[optimizer + " owned"][part]), (optimizer, part)
+        saved = json.loads((tmp_path / optimizer / "optimizer.json").read_text())
+        assert {state["step"] for state in saved["state"].values()} == {STEPS // 2}
+        assert len(saved["state"]) == len(SHAPES)
+    # one process goes on from what two have saved
+    later = trained(0, 1, optimizer="ldadam", galore={"rank": RANK}, begun=tmp_path / "ldadam")[0]
+    for part, tensor in first["ldadam"].items():
+        torch.testing.assert_close(tensor, later[part], rtol=0, atol=1e-5)
+    alone = trained(0, 1, engine="lowrank")
+    for name in ("replicated", "lowrank"):
+        for part, tensor in first[name].items():
+            torch.testing.assert_close(tensor, alone[0][part], rtol=0, atol=2e-6)
+    torch.testing.assert_close(first["lowrank norms"], torch.tensor(alone[1]), rtol=1e-4, atol=0)
+    clipped = trained(0, 1, engine="lowrank", grad_clip=0.5)
+    for part, tensor in first["clipped"].items():
+        torch.testing.assert_close(tensor, clipped[0][part], rtol=0, atol=2e-6)
+    # each matrix sends its gradient once per gap, and L otherwise; dense parameters always their gradient
+    matrices = [(m, n) for m, n in SHAPES if min(m, n) > RANK]
+    whole = 4 * sum(m * n for m, n in matrices)
+    thin = 4 * 64 * 4
+    share = sum(m * n * (RANK / min(m, n) + 1 / GAP) for m, n in matrices) / sum(m * n for m, n in matrices)
+    counts = 4 * len(SHAPES)
+    assert sum(low[1 : GAP + 1]) <= GAP * (1.05 * share * whole + thin + counts)
+    assert sum(dense[1 : GAP + 1]) >= GAP * (whole + thin)
+
+
+def test_one_process_is_the_ordinary_step() -> None:
+    """Without a second process nothing is reduced, and L arrives as in the optimizer's own step."""
+    for optimizer in ("galore", "galore8bit", "baseline"):
+        values: dict[str, Any] = {"optimizer": optimizer, "samples": 1} | ({"galore": {}} if optimizer == "baseline" else {})
+        ours, plain = trained(0, 1, engine="lowrank", **values), trained(0, 1, engine="replicated", **values)
+        for name, weight in plain[0].items():
+            torch.testing.assert_close(ours[0][name], weight, rtol=1e-6, atol=1e-6)
+
+
+def test_gradients_of_matrices_are_freed_inside_backward() -> None:
+    method = Linear(
+        build(
+            TrainConfig,
+            {
+                "mode": "pretraining",
+                "model": "llama_test",
+                "optimizer": "galore",
+                "precision": "fp32",
+                "galore": {"rank": 8},
+                "engine": "lowrank",
+            },
+        )
+    )
+    engine = make_engine(method.config, method, method.build(), torch.device("cpu"))
+    assert isinstance(engine, LowRankReduction)
+    kept = []
+    for step in range(3):
+        engine.backward(sum((w * gradient(tuple(w.shape), step, 0)).sum() for w in engine.trained.values()))
+        kept.append({name for name, p in engine.trained.items() if p.grad is not None})
+        engine.step()
+    everything = {f"weights.{n}" for n in range(len(SHAPES))}
+    # at the first step every basis is found; afterwards staggered ones only
+    assert kept[0] == everything
+    assert kept[2] == {"weights.3"}
+
+
+def test_a_gradient_that_is_not_finite_is_named() -> None:
+    method = Linear(
+        build(
+            TrainConfig,
+            {
+                "mode": "pretraining",
+                "model": "llama_test",
+                "optimizer": "galore",
+                "precision": "fp32",
+                "galore": {"rank": 8},
+                "engine": "lowrank",
+            },
+        )
+    )
+    engine: Any = make_engine(method.config, method, method.build(), torch.device("cpu"))
+    engine.backward(sum((w * w).sum() for w in engine.trained.values()))
+    engine.step()
+    engine.backward(sum((w * (float("nan") if n == 1 else 1.0)).sum() for n, w in enumerate(engine.trained.values())))
+    with pytest.raises(RunFailed, match=r"weights\.1"):
+        engine.step()
+
+
+def test_buckets_hold_about_as_much_as_they_say() -> None:
+    weights = [nn.Parameter(torch.zeros(1)) for _ in range(5)]
+    found = list(buckets(weights, lambda p: 5_000_000))
+    assert [len(bucket) for bucket in found] == [2, 2, 1]
+
+
+def test_a_digest_sees_one_bit() -> None:
+    weight = torch.zeros(7, 3, dtype=torch.bfloat16)
+    other = weight.clone()
+    other.view(torch.int16)[6, 2] = 1
+    assert digest(weight) == digest(weight.t().contiguous().t())
+    assert digest(weight) != digest(other)
+
+
+def test_a_run_with_lowrank_resumes_as_replicated(tmp_path: Path) -> None:
+    from lm_core.run import run
+
+    values: dict[str, Any] = {
+        "mode": "pretraining", "optimizer": "galore", "model": "llama_test", "tokenizer": "bytes", "data": ["synthetic:markov"],
+        "packing": "stream", "max_length": 64, "micro_batch_size": 2, "precision": "fp32", "schedule": "constant",
+        "galore": {"rank": 8, "update_proj_gap": 3}, "output_dir": str(tmp_path / "run"), "save_every": "2", "eval_every": "never",
+        "tensorboard": False,
+    }  # fmt: skip
+    for steps, engine in ((2, "lowrank"), (4, "replicated")):
+        config = build(TrainConfig, {**values, "engine": engine, "max_steps": steps, "resume": "auto"})
+        run(config, LowRank(config))
+    info = json.loads((tmp_path / "run" / "checkpoints" / "checkpoint-4" / "optimizer.json").read_text())
+    assert {state["step"] for state in info["state"].values()} == {4}

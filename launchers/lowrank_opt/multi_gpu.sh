@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Pre-train on all GPUs of one or more machines. ENGINE is replicated (every optimizer) or sharded (baseline and lora);
+# Pre-train on all GPUs of one or more machines. ENGINE is replicated (every optimizer), lowrank (galore, galore8bit, qgalore: processes
+# exchange projected gradients) or sharded (baseline and lora);
 # OPTIMIZER, MODEL, DATA, TOKENIZER and the variables of ../lib.sh say what and where; further options go to `lowrank-opt train`:
 #   ENGINE=sharded OPTIMIZER=baseline MODEL=llama_1b launchers/lowrank_opt/multi_gpu.sh --max-steps 1000
 set -euo pipefail

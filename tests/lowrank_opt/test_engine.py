@@ -14,6 +14,7 @@ from lm_core.engine import make_engine
 from lm_core.errors import RunFailed
 from lm_core.method import Batch, Method
 from lm_core.testing import spawn
+from lowrank_opt import GaLoreAdamW
 from lowrank_opt.config import TrainConfig
 from lowrank_opt.engine import LowRankReduction, buckets, digest
 from lowrank_opt.method import LowRank
@@ -102,6 +103,7 @@ def several(folder: Path) -> list[Any]:
         options = {"optimizer": optimizer, "galore": {"rank": RANK}}
         found[optimizer] = in_a_process(engine="replicated", **options)[0]
         found[optimizer + " owned"] = in_a_process(shard_optimizer=True, verify_replicas_every=3, folder=folder / optimizer, **options)[0]
+    found["redundancy"] = zero_redundancy(library=True)
     low: list[int] = []
     for name, more in {"lowrank": {}, "clipped": {"grad_clip": 0.5}, "8 bits": {"optimizer": "galore8bit"}}.items():
         found[name], norms, low = in_a_process(engine="lowrank", verify_replicas_every=2, **more)
@@ -109,6 +111,24 @@ def several(folder: Path) -> list[Any]:
     with pytest.raises(RunFailed, match=r"the weight of weights.0 differs between rank . and rank"):
         drifting()
     return [found, dense, low]
+
+
+def zero_redundancy(library: bool) -> dict[str, torch.Tensor]:
+    """Steps of GaLoreAdamW by itself, or dealt out by torch's ZeroRedundancyOptimizer, which numbers the parameters of a rank anew."""
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    settings: dict[str, Any] = {"lr": 0.01, "rank": RANK, "update_proj_gap": GAP, "proj_method": "gram", "stagger": False}
+    if library:
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        optimizer: torch.optim.Optimizer = ZeroRedundancyOptimizer(weights, optimizer_class=GaLoreAdamW, **settings)
+    else:
+        optimizer = GaLoreAdamW(weights, **settings)
+    for step in range(STEPS):
+        for weight in weights:
+            weight.grad = gradient(tuple(weight.shape), step, 0)
+        optimizer.step()
+    return {str(n): weight.detach() for n, weight in enumerate(weights)}
 
 
 def drifting() -> None:
@@ -135,6 +155,8 @@ def test_two_processes_equal_one_and_send_little(tmp_path: Path) -> None:
         saved = json.loads((tmp_path / optimizer / "optimizer.json").read_text())
         assert {state["step"] for state in saved["state"].values()} == {STEPS // 2}
         assert len(saved["state"]) == len(SHAPES)
+    for part, tensor in zero_redundancy(library=False).items():
+        assert torch.equal(tensor, first["redundancy"][part]), part
     # one process goes on from what two have saved
     later = trained(0, 1, optimizer="ldadam", galore={"rank": RANK}, begun=tmp_path / "ldadam")[0]
     for part, tensor in first["ldadam"].items():

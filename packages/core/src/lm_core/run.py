@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
@@ -123,15 +124,19 @@ def starting_point(folder: Path, resume: str, free: bool) -> Path | None:
 
 
 def require_writable(folder: Path) -> None:
-    """Raise ConfigError when `folder` cannot be made or written, before anything is loaded. Touches nothing."""
+    """Raise ConfigError when `folder` cannot be made or written, before anything is loaded. Leaves nothing behind."""
     at = folder.absolute()
     while not at.exists() and at != at.parent:
         at = at.parent
-    reason = (
-        f"{at} is not a folder" if not at.is_dir() else f"no permission to write into {at}" if not os.access(at, os.W_OK | os.X_OK) else ""
-    )
-    if reason:
-        raise ConfigError(f"output_dir: {folder} cannot be written ({reason}); choose another folder")
+    try:
+        # only trying tells: permissions say nothing of read-only disks and of what is no disk at all
+        with tempfile.TemporaryFile(dir=at):
+            return
+    except NotADirectoryError:
+        reason = f"{at} is not a folder"
+    except OSError as error:
+        reason = f"{at}: {error.strerror}"
+    raise ConfigError(f"output_dir: {folder} cannot be written ({reason}); choose another folder")
 
 
 @contextmanager

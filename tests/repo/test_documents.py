@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.repo.documents import Block, blocks
-from tests.repo.tree import ROOT, methods, packages, tracked
+from tests.repo.tree import ROOT, Package, methods, packages, tracked
 
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *(package.folder / "README.md" for package in packages())]
 ALL = [block for path in DOCUMENTS for block in blocks(path.read_text(), str(path.relative_to(ROOT)))]
@@ -30,10 +30,18 @@ def test_imports_shown_in_python_exist(block: Block) -> None:
             exec(ast.unparse(line), {})
 
 
-def test_every_method_has_a_readme_with_a_command() -> None:
-    for package in methods():
-        places = [block.place for block in BLOCKS if block.place.startswith(f"{(package.folder / 'README.md').relative_to(ROOT)}:")]
-        assert places, package.name
+@pytest.mark.parametrize("package", methods(), ids=lambda package: package.name)
+def test_readmes_of_methods_have_one_shape(package: Package) -> None:
+    """Title, what it is, install and run in seconds, a table of what one wants, the options, the paper."""
+    text, folder = (package.folder / "README.md").read_text(), package.folder.relative_to(ROOT)
+    (script, *_) = package.project["scripts"]
+    install, run, *_ = blocks(text)[0].text.splitlines()
+    assert text.startswith(f"# {script}\n\n")
+    assert install == f"pip install -c constraints.txt {folder}"
+    assert run.startswith(f"{script} ")
+    assert f"--config {folder}/presets/tiny.yaml" in run
+    for part in ("| what | how |", f"`{' '.join(run.split()[:2])} --help`", "options.md)", "https://arxiv.org/"):
+        assert part in text, part
 
 
 def headings(path: Path) -> set[str]:

@@ -53,21 +53,32 @@ def below(words: tuple[str, ...], command: click.Command) -> Iterator[tuple[str,
             yield from below((*words, name), child)
 
 
-@pytest.mark.parametrize("command", commands(), ids=" ".join)
-def test_help_loads_no_torch(command: tuple[str, ...]) -> None:
-    script, *rest = command
+# Asks one script for the help of all of its commands, in one interpreter; "loaded" is what must not be after each.
+ASK = """
+import contextlib, io, json, sys
+from {module} import {function}
+for rest in {commands}:
+    sys.argv, out, error, code = [{script!r}, *rest, "--help"], io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        try:
+            code = {function}()
+        except SystemExit as end:
+            code = end.code
+    loaded = sorted({{"torch", "transformers"}} & sys.modules.keys())
+    print(json.dumps([*rest, {{"code": code or 0, "usage": "Usage: " in out.getvalue(), "error": error.getvalue(), "loaded": loaded}}]))
+"""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_of_every_command_loads_no_torch(script: str) -> None:
     module, _, function = SCRIPTS[script].partition(":")
-    code = (
-        "import sys, atexit\n"
-        f"sys.argv = [{script!r}, *{rest!r}, '--help']\n"
-        "atexit.register(lambda: print('LOADED', sorted({'torch', 'transformers'} & sys.modules.keys())))\n"
-        f"from {module} import {function}\n"
-        f"sys.exit({function}())"
-    )
+    below_it = [rest for name, *rest in commands() if name == script]
+    code = ASK.format(module=module, function=function, script=script, commands=below_it)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (run.returncode, run.stderr) == (0, "")
-    assert "Usage: " in run.stdout
-    assert run.stdout.rstrip().endswith("LOADED []")
+    found = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [rest for *rest, _ in found] == below_it
+    assert [answer for answer in found if answer[-1] != {"code": 0, "usage": True, "error": "", "loaded": []}] == []
 
 
 def test_page_of_options_is_current(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from lm_core.data.shards import Source
 from lm_core.data.vocab import byte_tokenizer
 from lm_core.engine import Engine
 from lm_core.errors import ConfigError, RunFailed
+from lm_core.estimate import peak_flops
 from lm_core.evaluate import Score, Scores
 from lm_core.method import Batch, Method
 from lm_core.options import RunConfig
@@ -295,6 +296,16 @@ def test_flops_are_those_of_active_parameters(tmp_path: Path) -> None:
     method, engine, _ = assembled(tmp_path)
     active = 55_936  # 92,800 less three quarters of the experts' 49,152
     assert method.flops_per_token(engine.model) == 6 * active + 12 * 2 * 64 * 64
+
+
+def test_utilisation_is_of_the_peak_of_the_device_where_it_is_looked_up(tmp_path: Path) -> None:
+    method, engine, loader = assembled(tmp_path, flops_per_device="auto")
+    per_token = method.flops_per_token(engine.model)
+    for _ in range(2):
+        engine.accumulate(method, next(loader), 1)
+    values, peak = method.measured(), peak_flops(torch.device("cpu"), "fp32")
+    assert peak is not None
+    assert values["speed/mfu"] == pytest.approx(values["speed/tokens_per_gpu_second"] * per_token / peak)
 
 
 @pytest.mark.parametrize("method", ["random", "clustering"])

@@ -522,7 +522,9 @@ class TrainConfig(RunConfig, TrainerSpellings):
     accumulate: int = change(EngineOptions, "accumulate", flags=("--gradient_accumulation_steps",))
     num_nodes: int | None = opt(None, "Machines of the run, for its plan; default: those of the launcher.", ge=1)
     num_gpu_per_node: int | None = opt(None, "Processes per machine, for its plan; default: those of the launcher.", ge=1)
-    flops_per_device: float = opt(312e12, "Peak FLOP/s of one device, for speed/mfu; 312e12 is an A100 in bfloat16, 989e12 an H200.", gt=0)
+    flops_per_device: float | Literal["auto"] = opt(
+        312e12, "Peak FLOP/s of one device, for speed/mfu; 312e12 is an A100 in bfloat16, 989e12 an H200, auto looks the device up.", gt=0
+    )
 
     num_tokens: Count = opt(10**11, "Tokens to train on; whole updates are counted.", ge=1, flags=("--max_tokens",))
     max_steps: int | None = opt(None, "Updates to make, in place of --num-tokens.", ge=1)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kernels_cuda.head import linear_cross_entropy
 from lm_core import dist
 from lm_core.errors import ConfigError, ResumeRefused, RunFailed
+from lm_core.estimate import peak_flops
 from lm_core.method import IGNORE, Batch, Loss, Method, Rule
 from lm_core.models import CausalLoss, checkpoint_activations, load_model, model_folder, quiet
 from moe_cpt.adapters import adapted, from_adapter
@@ -73,6 +74,7 @@ class MoeCPT(Method):
         self._meter = Meter()
         self._sources: list[str] = []
         self._flops_per_token = 0.0
+        self._device = torch.device("cpu")
         self._reference: dict[str, float] = {}
         self._updates = 0
         self._selections = [] if config.k_schedule is None else parse_k_schedule(config.k_schedule)
@@ -259,6 +261,7 @@ class MoeCPT(Method):
             return
         if not importance_LN.is_meta:
             self._meter.add(batch, self.tokens(batch), routing, len(self._sources))
+            self._device = batch["labels"].device
         load_LN, targets = routing.sums("load_N"), (batch["labels"] != IGNORE).sum()
         config = self.mixture(model)
         scale = targets
@@ -331,7 +334,9 @@ class MoeCPT(Method):
                 self.select(entry.step)
 
     def measured(self) -> dict[str, float]:
-        return self._meter.flush(self._sources, self._flops_per_token, self.config.flops_per_device)
+        peak = self.config.flops_per_device
+        known = peak_flops(self._device, self.config.precision) if peak == "auto" else peak
+        return self._meter.flush(self._sources, self._flops_per_token, known)
 
     def sinks(self, folder: Path) -> list[Sink]:
         return [RouterSink(self._meter, folder)]

@@ -72,8 +72,8 @@ class Meter:
             self._began, self._step_tokens = now, 0
         self._step_tokens += tokens
 
-    def flush(self, sources: list[str], flops_per_token: float, flops_per_device: float) -> dict[str, float]:
-        """Values of the interval over all ranks; speeds are those of this rank."""
+    def flush(self, sources: list[str], flops_per_token: float, flops_per_device: float | None) -> dict[str, float]:
+        """Values of the interval over all ranks; speeds are those of this rank, without a share of an unknown peak."""
         values: dict[str, float] = {}
         if self.load_LN is not None and self.importance_LN is not None:
             load, importance = dist.all_sum(torch.stack([self.load_LN, self.importance_LN]).double()).unbind()
@@ -90,7 +90,8 @@ class Meter:
             rate = self._timed["tokens"] / max(self._timed["seconds"], 1e-9)
             values["speed/tokens_per_gpu_second"] = rate
             values["speed/seconds_per_step"] = self._timed["seconds"] / self._timed["steps"]
-            values["speed/mfu"] = rate * flops_per_token / flops_per_device
+            if flops_per_device is not None:
+                values["speed/mfu"] = rate * flops_per_token / flops_per_device
         self.clear()
         return values
 

@@ -17,9 +17,12 @@ def test_the_layers_that_are_compared_agree(monkeypatch: pytest.MonkeyPatch) -> 
     assert bench.saved(found["fused"]) < bench.saved(found["loop"])
 
 
-def test_activation_split_with_ridge_router_beats_chance_by_the_target() -> None:
-    (figure,) = bench.construction(BenchConfig())
-    assert figure.passed, figure.what
+def test_a_ridge_router_is_the_best_for_every_split_and_beats_chance_by_the_target_for_activity() -> None:
+    errors = {(figure.details["split"], figure.details["router"]): figure.value for figure in bench.construction(BenchConfig())}
+    assert errors.pop(("activation over random", "ridge over random")) <= 0.65
+    for split in ("random", "clustering", "activation"):
+        assert errors[split, "ridge"] < min(errors[split, "random"], errors[split, "centroid"])
+    assert min(errors, key=lambda at: errors[at]) == ("activation", "ridge")
 
 
 @pytest.mark.bench

@@ -21,6 +21,7 @@ from moe_cpt.model import MoEBlock
 from moe_cpt.router_init import expert_norms, solved
 from moe_cpt.routing import Router, gate
 from moe_cpt.split.activation import layer_split
+from moe_cpt.split.clustering import by_label
 from moe_cpt.split.kmeans import balanced_kmeans
 from moe_cpt.split.random import permutation
 
@@ -231,16 +232,36 @@ def split(config: BenchConfig) -> Iterator[Figure]:
 
 def construction(config: BenchConfig) -> Iterator[Figure]:
     """How much of a layer its mixture keeps before any training."""
+    found = construction_errors()
+    for (split, router), error in found.items():
+        what = f"relative error of the {split} split with a {router} router"
+        yield Figure("construction", what, error, details={"split": split, "router": router})
+    good, chance = found["activation", "ridge"], found["random", "random"]
+    what = f"relative error of activation split and ridge router over random ones, {good:.3f} of {chance:.3f}"
+    yield Figure("construction", what, good / chance, 0.65, details={"split": "activation over random", "router": "ridge over random"})
+
+
+def construction_errors() -> dict[tuple[str, str], float]:
+    """By split and router: the relative error of the mixture of a made-up layer, both made on the first half of its inputs."""
     clustered = clustered_ffn()
     gate_, up, down, x = clustered
     h, fit = F.silu(x @ gate_.T) * (x @ up.T), slice(0, 2048)
-    parts = layer_split(h[fit], num_experts=16, num_shared=0, k_act=10, seed=0).routed
-    z = expert_norms(h[fit], down, parts).clamp(min=1e-12).log()
-    weight = solved((x[fit].T @ x[fit]).double(), (x[fit].T @ (z - z.mean(1, keepdim=True))).double()).float()
-    good = relative_error(clustered, parts, x @ weight)
-    chance = relative_error(clustered, permutation(512, 0, 0).view(16, 32), x @ (0.02 * numbers(64, 16, seed=9)))
-    what = f"relative error of activation split and ridge router over random ones, {good:.3f} of {chance:.3f}"
-    yield Figure("construction", what, good / chance, 0.65)
+    labels, _ = balanced_kmeans(F.normalize(up.double(), dim=1).numpy(), 16, seed=0)
+    splits = {
+        "random": permutation(512, 0, 0).view(16, 32),
+        "clustering": by_label(torch.from_numpy(labels), 16),
+        "activation": layer_split(h[fit], num_experts=16, num_shared=0, k_act=10, seed=0).routed,
+    }
+    errors: dict[tuple[str, str], float] = {}
+    for name, parts in splits.items():
+        z = expert_norms(h[fit], down, parts).clamp(min=1e-12).log()
+        routers = {
+            "random": 0.02 * numbers(64, 16, seed=9),
+            "centroid": F.normalize(gate_, dim=1)[parts].mean(1).T,
+            "ridge": solved((x[fit].T @ x[fit]).double(), (x[fit].T @ (z - z.mean(1, keepdim=True))).double()).float(),
+        }
+        errors |= {(name, router): relative_error(clustered, parts, x @ weight) for router, weight in routers.items()}
+    return errors
 
 
 def clustered_ffn() -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -67,7 +67,9 @@ class EngineOptions:
     kernels: Literal["auto", "reference", "cpu", "cuda"] = opt("auto", "Which implementation of the compiled operators runs.")
     num_processes: int = opt(1, "Processes on this machine; more than 1 without a launcher starts torchrun.", ge=1)
     micro_batch_size: int = opt(8, "Samples per process in one forward pass.", ge=1)
-    eval_micro_batch_size: int | None = opt(None, "The same in evaluations; default: --micro-batch-size.", ge=1)
+    eval_micro_batch_size: int | None = opt(
+        None, "Samples per process in one forward pass of an evaluation; default: --micro-batch-size.", ge=1
+    )
     accumulate: int = opt(1, "Micro-batches per process in one update.", ge=1)
     nonfinite: Literal["stop", "drop"] = opt("stop", "What to do with a step whose loss or gradient is not finite.")
     deterministic: bool = opt(False, "Refuse operations without a deterministic implementation.")

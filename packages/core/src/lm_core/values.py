@@ -111,13 +111,17 @@ def bounds(limits: Mapping[str, Any]) -> str:
 
 
 def metavar(kind: Any) -> str:
-    """What stands for the value in `--help`: [a|b] for choices, else the type in capitals."""
-    if options := choices(kind):
-        return f"[{'|'.join(map(str, options))}]"
+    """What stands for the value in `--help`: [a|b] for choices, else the type in capitals.
+
+    >>> metavar(Literal["a", "b"] | None), metavar(float | Literal["auto"])
+    ('[a|b]', 'NUMBER|[auto]')
+    """
     kind = without_none(kind)
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is not Count and origin in (Union, types.UnionType):
         return "|".join(metavar(arg) for arg in args)
+    if options := choices(kind):
+        return f"[{'|'.join(map(str, options))}]"
     if origin is list or (origin is tuple and Ellipsis in args):
         return f"{metavar(args[0])}..."
     if origin is tuple:

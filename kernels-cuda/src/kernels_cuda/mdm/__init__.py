@@ -1,5 +1,6 @@
 """Masked diffusion: which tokens are masked, as a function of their address."""
 
+from kernels_cuda.mdm.noise_fixed_count import masked_count, noise_fixed_count
 from kernels_cuda.mdm.noise_tokens import masked_tokens, noise_tokens
 
-__all__ = ["masked_tokens", "noise_tokens"]
+__all__ = ["masked_count", "masked_tokens", "noise_fixed_count", "noise_tokens"]

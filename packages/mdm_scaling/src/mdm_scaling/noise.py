@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kernels_cuda.mdm import masked_tokens
+from kernels_cuda.mdm import masked_count, masked_tokens
 from lm_core import counter
 
 WHOLE = 2**31  # first word beyond those of positions
@@ -74,20 +74,16 @@ def masks(noise: Noise, t_B: Tensor, eligible_BS: Tensor, seed: int, stream: str
     bernoulli: an eligible token is masked with probability p = eps + (1 - eps) t and weighs 1/p.
     fixed-count: exactly k = max(1, ceil(t n)) of the n eligible tokens are masked and weigh n/k.
     """
-    size = eligible_BS.shape[1]
+    # the halves of a key count, not its sign
+    key, number, size = seed if seed < 2**63 else seed - 2**64, counter.number(stream), eligible_BS.shape[1]
     if noise.mode == "fixed-count":
-        draws = words(seed, stream, index_B, 0, size)
         num_B = eligible_BS.sum(1)
         k_B = torch.clamp(torch.ceil(t_B * num_B), min=1).long().minimum(num_B)
-        # ineligible positions come last, ties go to the lower position
-        order = torch.argsort(torch.where(eligible_BS, draws, 2**32), dim=1, stable=True)
-        rank = torch.empty_like(order).scatter_(1, order, torch.arange(size, device=order.device).expand_as(order))
-        masked, weight = rank < k_B[:, None], num_B.double() / k_B.clamp(min=1)
+        masked = masked_count(k_B.int(), key, number, index_B, size, eligible_BS)
+        weight = num_B.double() / k_B.clamp(min=1)
     else:
         p_B = (noise.eps + (1 - noise.eps) * t_B).float()
-        # the halves of a key count, not its sign
-        key = seed if seed < 2**63 else seed - 2**64
-        masked = masked_tokens(p_B, key, counter.number(stream), index_B, size, eligible_BS)
+        masked = masked_tokens(p_B, key, number, index_B, size, eligible_BS)
         weight = 1 / p_B.double()
     if noise.weight == "uniform":
         weight = torch.ones_like(weight)

@@ -18,10 +18,14 @@ def noise_tokens(
 
 def masked_tokens(p: Tensor, key: int, stream: int, slot: Tensor, size: int, eligible: Tensor | None = None) -> Tensor:
     """See the public function of the same name."""
-    blocks = torch.arange((size + 3) // 4, device=p.device)
-    words = torch.stack(torch.broadcast_tensors(*_philox(slot[:, None], blocks, stream, key)), dim=-1).flatten(1)[:, :size]
-    masked = (words >> 8).to(torch.float64) * 2.0**-24 < p[:, None].double()
+    masked = (words(key, stream, slot, size) >> 8).to(torch.float64) * 2.0**-24 < p[:, None].double()
     return masked if eligible is None else masked & eligible
+
+
+def words(key: int, stream: int, slot: Tensor, size: int) -> Tensor:
+    """The 32-bit draws of `size` tokens of each sequence (B x S, int64)."""
+    blocks = torch.arange((size + 3) // 4, device=slot.device)
+    return torch.stack(torch.broadcast_tensors(*_philox(slot[:, None], blocks, stream, key)), dim=-1).flatten(1)[:, :size]
 
 
 def _philox(index: Tensor, block: Tensor, stream: int, key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

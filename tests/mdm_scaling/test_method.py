@@ -205,6 +205,13 @@ def test_ar_predicts_the_next_token_and_mdm_the_same_one() -> None:
     assert ar["labels"].tolist()[:-1] == ar["input_ids"].tolist()[1:]
 
 
+def test_tokens_and_orders_are_kept_where_the_options_say(tmp_path: Path) -> None:
+    made = method(data_cache_dir=tmp_path)
+    made.data(made.tokenizer())
+    assert {path.name for path in tmp_path.iterdir()} >= {"mdm-order"}
+    assert len(list(tmp_path.rglob("samples.npy"))) == 1
+
+
 def test_epochs_repeat_the_first_unique_tokens() -> None:
     tokenizer = method().tokenizer()
     rows = (

@@ -51,7 +51,7 @@ class ShapeOptions:
     )
     max_position_embeddings: int | None = opt(None, "Positions of a new network; default: the sequence length.", ge=2)
     rotary_theta: float = opt(10000.0, "Base of the rotary angles of a new network.", gt=0)
-    norm_eps: float = opt(1e-5, "Term in the denominator of a new network's norms.", gt=0)
+    norm_eps: float = opt(1e-5, "Term in the denominator of a new network's norms.", flags=("--norm-epsilon",), gt=0)
     disable_bias_linear: bool = opt(True, "Leave biases out of a new network's linear layers.")
     untie_embeddings: bool = opt(False, "Give a new network an output head of its own.", flags=("--untie-embeddings-and-output-weights",))
     init_std: float = opt(0.02, "Standard deviation of new weights.", gt=0, flags=("--init-method-std",))
@@ -119,6 +119,11 @@ class PretrainConfig(RunConfig, AdamSpellings, ShapeOptions, DiffusionOptions, E
         "Shares of the documents, in their order, to train on, hold out and leave: A,B,C; default: 969,30,1 for .bin files, else --hold-out.",
     )
     text_column: str = change(DataOptions, "text_column", flags=("--json-key",))
+    data_cache_dir: Path | None = opt(
+        None,
+        "Folder for tokenised data and the order of samples; default: $LM_CORE_CACHE, else ~/.cache/lm_core.",
+        flags=("--data-cache-path",),
+    )
     max_length: int = change(DataOptions, "max_length", default=2048, flags=("--seq-length",))
     unique_tokens: Count | None = opt(None, "Cut the training documents to their first so many tokens.", ge=2)
     epoch_shuffle: Literal["pooled", "per-epoch"] = opt("pooled", "Shuffle the documents of all epochs together, or of each by itself.")
@@ -174,6 +179,7 @@ class PretrainConfig(RunConfig, AdamSpellings, ShapeOptions, DiffusionOptions, E
     nonfinite: Literal["stop", "drop"] = change(EngineOptions, "nonfinite", default="drop")
     seed: int = change(OutputOptions, "seed", default=1234)
     output_dir: Path | None = change(OutputOptions, "output_dir", flags=("--save",))
+    run_name: str | None = change(OutputOptions, "run_name", flags=("--wandb-exp-name",))
     resume: str = change(OutputOptions, "resume", flags=("--load",))
     save_every: str = change(OutputOptions, "save_every", flags=("--save-interval",))
     keep_checkpoints: int = change(OutputOptions, "keep_checkpoints", flags=("--keep-last",))

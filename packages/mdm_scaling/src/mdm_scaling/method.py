@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_core import dist
+from lm_core.cache import kept_in
 from lm_core.errors import ConfigError
 from lm_core.method import IGNORE, Batch, Loss, Method
 from lm_core.models import checkpoint_activations, load_tokenizer
@@ -33,7 +34,7 @@ class Pretrain(Method):
 
     config: PretrainConfig
     # where evaluations draw, how a model is spread over processes, and options that only say in other words how long the run is
-    resumable = frozenset({*SHARED, "num_mc", "eval_seed", "eval_iters", "split"})
+    resumable = frozenset({*SHARED, "data_cache_dir", "num_mc", "eval_seed", "eval_iters", "split"})
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         if self.config.tokenizer is None and self.config.shape is None:
@@ -57,7 +58,8 @@ class Pretrain(Method):
 
     def data(self, tokenizer: PreTrainedTokenizerBase) -> Data:
         self.vocabulary = len(tokenizer)
-        return rows.build(self.config, tokenizer)
+        with kept_in(self.config.data_cache_dir):
+            return rows.build(self.config, tokenizer)
 
     def network(self) -> PreTrainedModel:
         """The model to train: fresh by its sizes, or with the weights of another."""

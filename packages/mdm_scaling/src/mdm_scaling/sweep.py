@@ -54,6 +54,7 @@ KNOBS: dict[str, list[dict[str, Any]]] = {
 # options that say where a run is written or how it is watched, not what it is
 _ELSEWHERE = (
     "output_dir",
+    "data_cache_dir",
     "resume",
     "overwrite",
     "wandb",

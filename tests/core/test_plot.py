@@ -12,7 +12,7 @@ from matplotlib import image
 from lm_core import sinks
 from lm_core.errors import InputError
 from lm_core.metrics import Metrics
-from lm_core.plot import COLOURS, plot_against, plot_run, plot_runs
+from lm_core.plot import COLOURS, _styles, plot_against, plot_run, plot_runs
 from lm_core.progress import Progress, Size
 
 
@@ -81,6 +81,11 @@ def test_runs_share_one_picture(tmp_path):
     assert all(has_colour(path, colour) for colour in COLOURS[:3])
     before = path.read_bytes()
     assert plot_runs(folders, path).read_bytes() == before
+
+
+def test_no_two_of_many_runs_look_alike():
+    looks = [_styles(number)[1] for number in range(14)]
+    assert all(one != other for at, one in enumerate(looks) for other in looks[:at])
 
 
 def test_a_folder_without_records_is_named(tmp_path):

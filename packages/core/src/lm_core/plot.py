@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lm_core.errors import InputError
 from lm_core.progress import short
@@ -51,7 +51,7 @@ def plot_run(folder: Path) -> list[Path]:
 
 
 def plot_runs(folders: Sequence[Path], out: Path) -> Path:
-    """Training and held-out loss of several runs, each in one colour, side by side in the picture `out`.
+    """Training and held-out loss of several runs, each in one colour and line, side by side in the picture `out`.
 
     The held-out loss is the plain mean over the sources. Raises InputError naming a folder without records.
     """
@@ -62,15 +62,30 @@ def plot_runs(folders: Sequence[Path], out: Path) -> Path:
     with drawing(out, width=12) as figure:
         left, right = figure.subplots(1, 2)
         for number, (name, records) in enumerate(runs.items()):
-            colour = COLOURS[number % len(COLOURS)]
-            _smoothed(left, _curve(records, "train/loss"), colour, name)
-            right.plot(*_held_out(records), color=colour, marker=MARKERS[number % len(MARKERS)], markersize=4, label=name)
+            line, marked = _styles(number)
+            _smoothed(left, _curve(records, "train/loss"), name, **line)
+            right.plot(*_held_out(records), **marked, markersize=4, label=name)
         for axes, title in ((left, "training loss"), (right, "held-out loss")):
             axes.set_ylabel(f"{title} (nats per target)")
             _tokens(axes)
-            if axes.lines:
-                axes.legend(frameon=False)
+        if len(runs) > len(COLOURS):
+            # so many names would lie on the curves
+            right.legend(frameon=False, loc="center left", bbox_to_anchor=(1.02, 0.5))
+        else:
+            for axes in (left, right):
+                if axes.lines:
+                    axes.legend(frameon=False)
     return out
+
+
+def _styles(number: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How the line of a run looks, without marks and with them."""
+    line = {"color": COLOURS[number % len(COLOURS)], "linestyle": ("-", "--", ":")[number // len(COLOURS) % 3]}
+    marked = {**line, "marker": MARKERS[number % len(MARKERS)]}
+    if number >= len(COLOURS):
+        # colours and markers begin anew: hollow ones
+        marked["markerfacecolor"] = "white"
+    return line, marked
 
 
 def plot_against(folders: Sequence[Path], out: Path, peak_gib: Mapping[Path, float]) -> Path:
@@ -85,13 +100,9 @@ def plot_against(folders: Sequence[Path], out: Path, peak_gib: Mapping[Path, flo
             records = read(folder / "metrics.jsonl")
             if not records:
                 raise InputError(f"runs: {folder} has no records in metrics.jsonl; give folders of runs that have logged at least once")
-            line = ("-", "--", ":")[number // len(COLOURS) % 3]
-            style = {"color": COLOURS[number % len(COLOURS)], "linestyle": line, "label": name}
-            marked = {**style, "marker": MARKERS[number % len(MARKERS)], "markersize": 5}
-            if number >= len(COLOURS):
-                # colours and markers begin anew: hollow ones
-                marked["markerfacecolor"] = "white"
-            by_step.plot(*_curve(records, "train/loss", "step"), **style, linewidth=1.2)
+            line, marked = _styles(number)
+            marked |= {"label": name, "markersize": 5}
+            by_step.plot(*_curve(records, "train/loss", "step"), **line, linewidth=1.2)
             held_out = _held_out(records, "seconds")
             by_time.plot(*held_out, **marked)
             if folder in peak_gib and held_out[1]:
@@ -125,7 +136,7 @@ def drawing(path: Path, width: float = 8.0) -> Iterator[Figure]:
 
 
 def _losses(axes: Axes, records: list[Record], sources: list[str]) -> None:
-    _smoothed(axes, _curve(records, "train/loss"), "#555555", "training")
+    _smoothed(axes, _curve(records, "train/loss"), "training", color="#555555")
     for number, source in enumerate(sources):
         held_out = _curve(records, f"eval/{source}/loss")
         errors = dict(zip(*_curve(records, f"eval/{source}/standard_error")))
@@ -165,19 +176,19 @@ def _weights(axes: Axes, records: list[Record], sources: list[str]) -> None:
     axes.legend(frameon=False)
 
 
-def _smoothed(axes: Axes, curve: Curve, colour: str, label: str) -> None:
+def _smoothed(axes: Axes, curve: Curve, label: str, **style: Any) -> None:
     """The curve; a long one pale, under its centred running mean."""
     tokens, values = curve
     reach = len(values) // 100
     if reach == 0:
-        axes.plot(tokens, values, color=colour, linewidth=1.2, label=label)
+        axes.plot(tokens, values, **style, linewidth=1.2, label=label)
         return
-    axes.plot(tokens, values, color=colour, linewidth=0.6, alpha=0.3)
+    axes.plot(tokens, values, **style, linewidth=0.6, alpha=0.3)
     means = []
     for centre in range(len(values)):
         near = [value for value in values[max(0, centre - reach) : centre + reach + 1] if math.isfinite(value)]
         means.append(math.fsum(near) / len(near) if near else math.nan)
-    axes.plot(tokens, means, color=colour, linewidth=1.5, label=f"{label}, running mean")
+    axes.plot(tokens, means, **style, linewidth=1.5, label=f"{label}, running mean")
 
 
 def _tokens(axes: Axes) -> None:

@@ -20,7 +20,7 @@ TOOLS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis"]
 # What runs on any machine; sessions of their own take the rest. Whole suites take every core, up to eight (a worker holds
 # about 2 GB); a worker that has run out of tests takes half of what another has left.
 WORKERS = ["-n", str(min(len(os.sched_getaffinity(0)), 8)), "--dist", "worksteal"]
-EVERYWHERE = [*WORKERS, "-m", "not gpu and not bench and not slurm and not faults"]
+EVERYWHERE = [*WORKERS, "-m", "not gpu and not bench and not netns and not slurm and not faults"]
 ENV = {
     # uv writes no bytecode, so Python must, else every process pays for compiling torch's and transformers' sources.
     "PYTHONDONTWRITEBYTECODE": "",
@@ -153,9 +153,19 @@ def harness(session: nox.Session) -> None:
 
 @nox.session
 def faults(session: nox.Session) -> None:
-    """Every method's command under kills, damaged files, a full disk and corrupt configurations; some minutes."""
+    """Every method's command under kills, damaged files, a full disk, a jumping clock and more, for some minutes; writes docs/faults.md."""
     prepare(session, *PACKAGES)
+    log = Path(session.create_tmp(), "faults.jsonl")
+    session.env["FAULTS_LOG"] = str(log)
     session.run("pytest", "-m", "faults", *(session.posargs or ["-v", "tests/repo"]))
+    session.run("python", "-m", "tests.repo.faults", str(log), "docs/faults.md")
+
+
+@nox.session
+def nodes(session: nox.Session) -> None:
+    """Every method on two machines: network namespaces joined by a cable. As root, with Debian's package iproute2."""
+    prepare(session, *PACKAGES)
+    session.run("pytest", "-m", "netns", *(session.posargs or ["tests/repo"]))
 
 
 @nox.session

@@ -284,12 +284,13 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("page", type=Path)
     parser.add_argument("parts", nargs="*", help="Parts to measure now; default: all of them.")
+    parser.add_argument("--draw", action="store_true", help="Measure nothing, draw the page again.")
     options = parser.parse_args()
     parts = json.loads(options.results.read_text()) if options.results.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         known = races(Path(folder))
         benches = {f"{script} bench": (script, []) for package in methods() for script in package.project.get("scripts", {})}
-        for name in options.parts or [*known, *benches]:
+        for name in [] if options.draw else options.parts or [*known, *benches]:
             # `lowrank-opt bench --only C3` measures some of the figures
             words = name.split()
             load, began = os.getloadavg()[0], time.monotonic()
@@ -299,7 +300,7 @@ def main() -> None:
                 part = benched(words[0], words[2:])
             parts[" ".join(words[:2])] = part | {"conditions": conditions(time.monotonic() - began, load)}
             options.results.write_text(json.dumps(parts, indent=1) + "\n")
-            options.page.write_text(page(parts), encoding="utf-8")
+    options.page.write_text(page(parts), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -59,6 +60,15 @@ def test_links_and_pictures_lead_somewhere(path: Path) -> None:
         if not found.exists() or (anchor and anchor not in headings(found)):
             broken.append(target + anchor)
     assert broken == []
+
+
+def test_page_of_benchmarks_shows_what_was_measured() -> None:
+    from tests.repo.benchmarks import page
+
+    parts = json.loads((ROOT / "docs/benchmarks.json").read_text())
+    assert (ROOT / "docs/benchmarks.md").read_text() == page(parts), (
+        "draw it again: python -m tests.repo.benchmarks docs/benchmarks.json docs/benchmarks.md --draw"
+    )
 
 
 def test_page_of_engines_is_current() -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
+from importlib.machinery import ModuleSpec
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,7 +18,7 @@ from click.testing import CliRunner, Result
 from lm_core.config import build
 from lm_core.errors import ConfigError
 from rwkv_distill.cli import cli
-from rwkv_distill.config import TrainConfig, rate, settle
+from rwkv_distill.config import TrainConfig, processes, rate, require_fla, settle
 from rwkv_distill.student_config import PRESETS
 
 VALUES: dict[str, Any] = {"model": "tiny", "data": ["synthetic:markov"]}
@@ -179,6 +182,30 @@ def test_the_flags_that_remain_parse() -> None:
     # four micro-batches make an update
     assert (settled.save_every, settled.wandb, settled.kernels) == ("3", "offline", "auto")
     assert settle(build(TrainConfig, {"model": "tiny", "preprocessed_data": ["a"], "device": "cpu"})).packing == "document"
+
+
+def test_there_are_four_processes_but_no_more_than_gpus() -> None:
+    def found(line: str, gpus: int) -> int:
+        return processes(build(TrainConfig, {**VALUES, **({"num_processes": int(line)} if line else {})}), gpus)
+
+    assert [found("", gpus) for gpus in (0, 1, 3, 8)] == [1, 1, 3, 4]
+    assert (found("8", 8), found("2", 0)) == (8, 2)
+    with pytest.raises(ConfigError, match="num_processes: 3 processes need as many GPUs, and 2 can be seen; use -G 2"):
+        found("3", 2)
+
+
+def test_fla_is_refused_where_it_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fla", None)
+    result = CliRunner().invoke(cli, shlex.split("train --model tiny -W fla -r synthetic:markov --device cpu -o x"))
+    assert result.exit_code == 2
+    assert "-W fla needs flash-linear-attention; pip install flash-linear-attention" in result.output
+    there = ModuleType("fla")
+    there.__spec__ = ModuleSpec("fla", None)
+    monkeypatch.setitem(sys.modules, "fla", there)
+    for cuda, precision, message in ((False, "bf16", "needs a GPU"), (True, "fp32", "computes in half precision, not --dtype fp32")):
+        with pytest.raises(ConfigError, match=message):
+            require_fla(cuda, precision)
+    require_fla(True, "bf16")
 
 
 def test_f_0_is_off_in_every_stage() -> None:

@@ -21,11 +21,12 @@ import sys
 sys.modules.update(dict.fromkeys(("rwkv_distill", "kernels_cuda", "lm_core")))
 import torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
 ids = torch.tensor([[0, 0, 7, 8, 9], [3, 4, 5, 6, 7]])
 mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-print(model.generate(ids, attention_mask=mask, max_new_tokens=24, do_sample=False, pad_token_id=0)[:, 5:].tolist())
-print(model.generate(ids, attention_mask=mask, max_new_tokens=4, num_beams=2, do_sample=False, pad_token_id=0).shape)
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    print(model.generate(ids, attention_mask=mask, max_new_tokens=24, do_sample=False, pad_token_id=0)[:, 5:].tolist())
+    print(model.generate(ids, attention_mask=mask, max_new_tokens=4, num_beams=2, do_sample=False, pad_token_id=0).shape)
 """
 
 
@@ -38,19 +39,20 @@ def test_greedy_tokens_are_those_of_transformers(fields: dict[str, Any]) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fields", [{"preset": "arwkv"}, {"preset": "rad", "layers": [0, 2]}, {"rwkv_version": "v6"}], ids=str)
-def test_an_exported_folder_generates_the_same_without_this_package(fields: dict[str, Any], tmp_path: Path) -> None:
-    model = student("qwen3", **fields)
-    to_hf(model, tmp_path / "student")
+def test_exported_folders_generate_the_same_without_this_package(tmp_path: Path) -> None:
+    models = [student("qwen3", **fields) for fields in ({"preset": "arwkv"}, {"preset": "rad", "layers": [0, 2]}, {"rwkv_version": "v6"})]
+    folders = [tmp_path / f"student{place}" for place in range(len(models))]
+    for model, folder in zip(models, folders):
+        to_hf(model, folder)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["HF_MODULES_CACHE"] = str(tmp_path / "modules")
     run = subprocess.run(
-        [sys.executable, "-I", "-c", ALONE, str(tmp_path / "student")], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, "-I", "-c", ALONE, *map(str, folders)], capture_output=True, text=True, env=environment, check=False
     )
     assert run.returncode == 0, run.stderr
     ids, mask = torch.tensor([[0, 0, 7, 8, 9], [3, 4, 5, 6, 7]]), torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
-    ours = generate(model, ids, attention_mask=mask, max_new_tokens=24).tolist()
-    assert run.stdout.splitlines() == [str(ours), "torch.Size([2, 9])"]
+    ours = [generate(model, ids, attention_mask=mask, max_new_tokens=24).tolist() for model in models]
+    assert run.stdout.splitlines() == [line for tokens in ours for line in (str(tokens), "torch.Size([2, 9])")]
 
 
 def test_padded_prompts_get_the_answers_of_prompts_alone() -> None:

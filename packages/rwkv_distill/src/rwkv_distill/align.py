@@ -26,7 +26,7 @@ from rwkv_distill.config import MODELS, TrainConfig
 from rwkv_distill.hf.modeling_rwkv_distill import Beside
 from rwkv_distill.losses import Align as Kind
 from rwkv_distill.losses import misfit
-from rwkv_distill.method import StudentMethod
+from rwkv_distill.method import StudentMethod, new_student
 from rwkv_distill.rules import mixer_rules
 from rwkv_distill.student import StudentModel
 from rwkv_distill.weights import load_into
@@ -175,7 +175,7 @@ class Align(StudentMethod):
     """Stage 1. Only mixers are trained; the head is never evaluated."""
 
     config: TrainConfig
-    resumable = frozenset({"max_trained_tokens", "max_epochs", "lr_final", "layer_local", "ckpt_file"})
+    resumable = StudentMethod.resumable | {"layer_local"}
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
@@ -192,7 +192,7 @@ class Align(StudentMethod):
             log.info("layer_local: weights or gradients are shared out over processes, so that all layers are back-propagated at once")
         teacher: Any = load_model(config.model, presets=MODELS, seed=config.seed)
         require_positions(teacher.config, config.max_length)
-        student = StudentModel.from_teacher(teacher, config.student)
+        student = new_student(config, teacher)
         attentions = student.teacher_attentions
         if not student.mixers():
             raise ConfigError("layers: no layer is replaced, so there is nothing to train; name at least one layer")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -36,7 +37,8 @@ STAGES |= dict.fromkeys(
     ("teacher_model_id", "kl_weight", "ce_weight", "temperature", "kl_direction", "kl_chunk", "kl_on", "teacher_cache"), (2,)
 )
 STAGES |= dict.fromkeys(("full_params", "freeze_mlp", "dropout", "mlp_lora_rank"), (2, 3))
-KERNELS = {"": "auto", "auto": "auto", "cuda": "cuda", "cpu": "cpu", "torch": "reference"}
+KERNELS = {"": "auto", "auto": "auto", "cuda": "cuda", "cpu": "cpu", "torch": "reference", "fla": "auto"}
+PROCESSES = 4
 
 
 C = TypeVar("C", bound="TrainConfig")
@@ -99,7 +101,13 @@ class TrainConfig(RunConfig):
 
     micro_batch_size: int = change(EngineOptions, "micro_batch_size", default=1, flags=("-b", "--micro-bsz"))
     accumulate: int = change(EngineOptions, "accumulate", default=4, flags=("-a", "--accumulate-grad-batches"))
-    num_processes: int = change(EngineOptions, "num_processes", flags=("-G", "--gpus-per-node"))
+    num_processes: int = change(
+        EngineOptions,
+        "num_processes",
+        default=PROCESSES,
+        flags=("-G", "--gpus-per-node"),
+        help="Processes on this machine, started by torchrun unless a launcher did; unless given no more than it has GPUs, on a CPU 1.",
+    )
     num_nodes: int = opt(1, "Machines; more than 1 needs a launcher that starts every machine (launchers/slurm.sh).", flags=("-n",), ge=1)
     zero_stage: Literal[0, 1, 2, 3] | None = change(EngineOptions, "zero_stage", flags=("-S", "--deepspeed-stage"))
     deepspeed_offload: bool = opt(False, "Keep optimizer state (with ZeRO 3 weights, too) in host memory; ignored on a CPU.", flags=("-d",))
@@ -107,7 +115,9 @@ class TrainConfig(RunConfig):
         EngineOptions, "precision", flags=("--dtype",), help="Arithmetic; bf16 on a GPU unless given. Weights and states stay float32."
     )
 
-    wkv: Literal["auto", "cuda", "cpu", "torch", ""] | None = opt(None, "Other words for --kernels: torch is reference.", flags=("-W",))
+    wkv: Literal["auto", "cuda", "cpu", "torch", "fla", ""] | None = opt(
+        None, "Other words for --kernels: torch is reference; fla is auto with flash-linear-attention's recurrences (GPU).", flags=("-W",)
+    )
 
     lr: float = change(OptimOptions, "lr", default=6e-4, flags=("--lr-init",))
     lr_final: float = opt(1e-5, "Learning rate at the end.", flags=("-f",), ge=0)
@@ -237,6 +247,29 @@ def rate(steps: int, fraction: float, first: float, final: float, warmup: float,
     return first * SHAPES[name](at, final / first, 0.0)
 
 
+def processes(config: TrainConfig, gpus: int) -> int:
+    """Processes of this machine, which has so many GPUs to use (0: it computes on its CPU). Raises ConfigError where they do not fit.
+
+    >>> [processes(TrainConfig(model="tiny"), gpus) for gpus in (0, 1, 8)]
+    [1, 1, 4]
+    """
+    if "num_processes" not in explicit(config):
+        return max(1, min(config.num_processes, gpus))
+    if 0 < gpus < config.num_processes:
+        raise ConfigError(f"num_processes: {config.num_processes} processes need as many GPUs, and {gpus} can be seen; use -G {gpus}")
+    return config.num_processes
+
+
+def require_fla(cuda: bool, precision: str) -> None:
+    """Raise ConfigError where --wkv fla cannot work."""
+    if find_spec("fla") is None:
+        raise ConfigError("wkv: -W fla needs flash-linear-attention; pip install flash-linear-attention, or use -W auto")
+    if not cuda:
+        raise ConfigError("wkv: -W fla needs a GPU, since its kernels are Triton's; use -W auto")
+    if precision == "fp32":
+        raise ConfigError("wkv: -W fla computes in half precision, not --dtype fp32; use --dtype bf16, or -W auto")
+
+
 def settle(config: C) -> C:
     """`config` with what depends on the machine and with spellings of the guide resolved."""
     import logging
@@ -254,8 +287,11 @@ def settle(config: C) -> C:
         changes |= {"wandb": {"disabled": "off"}.get(config.wandb_mode, config.wandb_mode), "wandb_mode": None}
     if cuda and "precision" not in explicit(config):
         changes["precision"] = "bf16"
+    changes["num_processes"] = processes(config, torch.cuda.device_count() if cuda else 0)
     if config.wkv is not None:
         changes["kernels"] = KERNELS[config.wkv]
+    if config.wkv == "fla":
+        require_fla(cuda, str(changes.get("precision", config.precision)))
     if config.gate_free:
         changes["student"] = replace(config.student, gate="none")
     if config.deepspeed_offload and not cuda:

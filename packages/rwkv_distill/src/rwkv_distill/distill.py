@@ -23,7 +23,7 @@ from rwkv_distill.adapters import add_adapters, merged
 from rwkv_distill.align import hf_student, require_positions, unmasked
 from rwkv_distill.config import MODELS, TrainConfig
 from rwkv_distill.hf.modeling_rwkv_distill import positions
-from rwkv_distill.method import StudentMethod
+from rwkv_distill.method import StudentMethod, new_student
 from rwkv_distill.rules import student_rules
 from rwkv_distill.student import StudentModel, untie
 from rwkv_distill.teacher_cache import TeacherCache
@@ -134,7 +134,7 @@ def teacher_hidden(teacher: Any, input_ids: Tensor, attention_mask: Tensor | Non
 
 def whole_student(config: TrainConfig) -> StudentModel:
     """The student of stages 2 and 3, with the parts of a teacher of its own, since it will change them."""
-    student = StudentModel.from_teacher(load_model(config.model, presets=MODELS, seed=config.seed), config.student)
+    student = new_student(config, load_model(config.model, presets=MODELS, seed=config.seed))
     # only stage 1 looks at these
     del student.teacher_attentions
     if config.ckpt_file is not None and torch.get_default_device().type != "meta":
@@ -154,7 +154,7 @@ class Distill(StudentMethod):
     config: TrainConfig
     # ids that student and teacher both have
     columns: int | None = None
-    resumable = frozenset({"max_trained_tokens", "max_epochs", "lr_final", "kl_chunk", "ckpt_file"})
+    resumable = StudentMethod.resumable | {"kl_chunk"}
     cache: TeacherCache | None = None
 
     def build(self) -> nn.Module:

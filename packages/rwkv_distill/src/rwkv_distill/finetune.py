@@ -44,7 +44,6 @@ class Finetune(StudentMethod):
     """Stage 3: next-token cross entropy."""
 
     config: TrainConfig
-    resumable = frozenset({"max_trained_tokens", "max_epochs", "lr_final", "ckpt_file"})
 
     def build(self) -> nn.Module:
         student = whole_student(self.config)

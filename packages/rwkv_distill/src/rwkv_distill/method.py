@@ -16,7 +16,9 @@ from lm_core.data.sources import Corpus
 from lm_core.method import Method
 from rwkv_distill import binidx
 from rwkv_distill.config import TrainConfig
+from rwkv_distill.fla import use_fla
 from rwkv_distill.rows import open_rows
+from rwkv_distill.student import StudentModel
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,9 +33,18 @@ class StudentMethod(Method):
     """A stage: rows of text, chats, prompts with completions, or token ids."""
 
     config: TrainConfig
+    resumable = frozenset({"max_trained_tokens", "max_epochs", "lr_final", "ckpt_file", "num_nodes", "wkv"})
 
     def data(self, tokenizer: PreTrainedTokenizerBase) -> Data:
         return student_data(self.config, tokenizer)
+
+
+def new_student(config: TrainConfig, teacher: Any) -> StudentModel:
+    """The untrained student of a teacher, with the recurrences that `config` names."""
+    student = StudentModel.from_teacher(teacher, config.student)
+    if config.wkv == "fla":
+        use_fla(student)
+    return student
 
 
 def student_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Data:

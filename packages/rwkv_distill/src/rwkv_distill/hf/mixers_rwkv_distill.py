@@ -43,6 +43,8 @@ class Rwkv7Mixer(TimeMixer):
 
     def __init__(self, config: RwkvDistillConfig, layer_index: int) -> None:
         super().__init__(config, layer_index)
+        # may be replaced by another implementation
+        self.operator = wkv7
         student: dict[str, Any] = config.student
         hidden, width, ranks = config.hidden_size, self.heads * self.size, student["ranks"]
         # value of this layer is what later layers mix into their own
@@ -102,7 +104,7 @@ class Rwkv7Mixer(TimeMixer):
         # one dtype, as the operator asks; the state stays float32
         operands = [x.to(r.dtype) for x in (r_BTHN, self.split(decay), k_BTHN, v_BTHN, -removal_BTHN, removal_BTHN * rate_BTHN)]
         starts = None if segment_ids is None else sequence_starts(mask, segment_ids)
-        y_BTHN, memory = recur(wkv7, wkv7_step, operands, [], None if state is None else state[1], mask, starts, return_state)
+        y_BTHN, memory = recur(self.operator, wkv7_step, operands, [], None if state is None else state[1], mask, starts, return_state)
         gate = None if self.gate == "none" else torch.sigmoid(inputs["g"] @ self.g1) @ self.g2 + (self.gate == "residual")
         bonus = (operands[0], operands[2], operands[3], self.r_k) if self.bonus else (None, None, None, None)
         out = self.output(self._finish(y_BTHN, gate, bonus).to(h.dtype))
@@ -128,6 +130,7 @@ class Rwkv6Mixer(TimeMixer):
 
     def __init__(self, config: RwkvDistillConfig, layer_index: int) -> None:
         super().__init__(config, layer_index)
+        self.operator = wkv6
         student: dict[str, Any] = config.student
         hidden, width, rank = config.hidden_size, self.heads * self.size, student["ranks"]["decay"]
         self.gating = student["gate"]
@@ -160,7 +163,7 @@ class Rwkv6Mixer(TimeMixer):
         decay = (self.w0 + torch.tanh(inputs["w"] @ self.w1) @ self.w2).clamp(max=FASTEST_DECAY)
         operands = [self.split(value).to(r.dtype) for value in (r, k, v, decay)]
         y_BTHN, memory = recur(
-            wkv6, wkv6_step, operands, [self.u.to(r.dtype)], None if state is None else state[1], mask,
+            self.operator, wkv6_step, operands, [self.u.to(r.dtype)], None if state is None else state[1], mask,
             None if segment_ids is None else starts, return_state,
         )  # fmt: skip
         gate = None if self.gate is None else F.silu(self.gate(inputs["g"])) + (self.gating == "residual")

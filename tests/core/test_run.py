@@ -165,6 +165,14 @@ def test_an_occupied_folder_is_refused_and_untouched(done: tuple[Path, Result]) 
     assert content(folder) == before
 
 
+def test_kernels_for_a_gpu_are_refused_without_one(tmp_path: Path) -> None:
+    result = train(tmp_path / "run", kernels="cuda")
+    assert result.exit_code == 2
+    assert "kernels: cuda needs a GPU, and this run is on the cpu; use --kernels auto" in result.stderr
+    assert "KERNELS_CUDA" not in os.environ
+    assert not (tmp_path / "run").exists()
+
+
 def test_overwrite_starts_from_nothing(tmp_path: Path) -> None:
     small_run(tmp_path, budget="3 steps", seed=1, sample_prompt="ba")
     (tmp_path / "notes.txt").write_text("mine")

@@ -56,9 +56,11 @@ def run(config: RunConfig, method: Method) -> dict[str, Any]:
     wrong, and Interrupted after a signal once everything is saved.
     """
     dist.relaunch(config.num_processes)
+    device = dist.init(config.device)
+    if config.kernels == "cuda" and device.type != "cuda":
+        raise ConfigError(f"kernels: cuda needs a GPU, and this run is on the {device.type}; use --kernels auto, or another --device")
     if config.kernels != "auto":
         os.environ["KERNELS_CUDA"] = config.kernels
-    device = dist.init(config.device)
     torch.use_deterministic_algorithms(config.deterministic)
     folder = config.run_folder()
     start = dist.on_main(starting_point, folder, config.resume, config.overwrite or config.dry_run)

@@ -1,9 +1,9 @@
 """Both stages on SmolLM2-135M by preset and initial weights: divergence from the teacher and held-out loss per stage, texts, a picture.
 
-    python launchers/rwkv_distill/two_stages.py runs/two_stages --steps 20 16 --minutes 10
+    python launchers/rwkv_distill/two_stages.py runs/two_stages --steps 60 40 --minutes 10
 
-A run is six minutes or so of one processor. What is done is not done again: call it once more to go on after --minutes, and once all
-runs are there it draws the picture. It drives the package's own parts, since pairs of commands would spend half the time on loading,
+A run of so many updates takes four minutes of one processor, of which half a minute goes on loading and evaluation. What is done is not
+done again: call it once more to go on after --minutes; once all runs are there it draws the picture. It drives the package's own parts, since pairs of commands would spend half the time on loading,
 exporting and reading back.
 """
 
@@ -31,7 +31,6 @@ from rwkv_distill.evaluate import compare
 from rwkv_distill.generate import generate
 
 MODEL = "smollm2-135m"
-RATES = {1: (1e-3, 1e-4), 2: (3e-4, 3e-5)}
 STARTS: dict[str, dict[str, Any]] = {
     "copied, calibrated": {},
     "copied": {"calibrate": False},
@@ -42,7 +41,7 @@ PROMPTS = ("A list is", "The value of the variable", "If the object is a class")
 HELD_OUT = 512
 
 
-def options(stage: int, preset: str, start: str, steps: int, length: int) -> TrainConfig:
+def configured(stage: int, preset: str, start: str, given: argparse.Namespace) -> TrainConfig:
     chosen = dict(STARTS[start])
     student = {"preset": preset, "init": chosen.pop("init", "copy")}
     if stage == 2:
@@ -50,27 +49,28 @@ def options(stage: int, preset: str, start: str, steps: int, length: int) -> Tra
     return build(
         TrainConfig,
         {
-            "model": MODEL, "data": ["builtin:python-docs"], "max_length": length, "accumulate": 1, "warmup": 2, "budget": f"{steps} steps",
+            "model": MODEL, "data": ["builtin:python-docs"], "max_length": given.length, "accumulate": 1, "warmup": 2, "budget": f"{given.steps[stage - 1]} steps",
             "stage": stage, "precision": "bf16", "device": "cpu", "gradient_checkpointing": False, "eval_tokens": HELD_OUT,
-            "student": student, **chosen,
+            "lr": given.rates[stage - 1], "lr_final": given.rates[stage - 1] / 10, "student": student, **chosen,
         },
     )  # fmt: skip
 
 
-def run_stage(config: TrainConfig, steps: int, weights: Path | None, record: dict[str, Any], name: str) -> Any:
+def run_stage(config: Any, weights: Path | None, teacher: Any, record: dict[str, Any]) -> Any:
     """The student behind one stage; what was measured goes into `record`."""
     torch.manual_seed(config.seed)
     tokenizer: Any = load_tokenizer(MODEL)
     method = (Align if config.stage == 1 else Distill)(config)
     data = method.data(tokenizer)
-    model = method.build()
-    student: Any = model.student
+    model: Any = method.build()
+    student = model.student
     if weights is not None:
         student.load_state_dict(torch.load(weights, weights_only=True))
     engine = make_engine(config, method, model, torch.device("cpu"))
     loader = make_loader(config, data, 0, 1)
-    held = next(iter(data.valid.values()))
+    held: Any = next(iter(data.valid.values()))
     measured: dict[str, Any] = {"losses": [], "tokens": 0}
+    steps = int(config.limits().limits["steps"])
 
     def look(when: str) -> None:
         student.eval()
@@ -80,17 +80,17 @@ def run_stage(config: TrainConfig, steps: int, weights: Path | None, record: dic
                 total = sum(float(loss.total) for batch in batches for loss in method.losses(model, batch))
                 measured[f"distance {when}"] = total / sum(method.targets(batch) for batch in batches)
             if config.stage == 1 or when == "after":
-                report = compare(DistilledLogits(student, load_model(MODEL).eval()), held, config)
+                report = compare(DistilledLogits(student, teacher), held, config)
                 measured[when] = {key: report[key] for key in ("positions", "kl", "top_agreement", "loss")}
         student.train()
 
     look("before")
     began = time.process_time()
     for step in range(steps):
-        report = train_step(engine, method, next(loader), lr=rate(step, step / steps, *RATES[config.stage], 2, "exp"))
+        report = train_step(engine, method, next(loader), lr=rate(step, step / steps, config.lr, config.lr_final, 2, "exp"))
         measured["losses"].append(report.loss)
         measured["tokens"] += report.size.tokens
-        print(f"{name}, stage {config.stage}, step {step + 1}: {report.loss:.4f}", flush=True)
+        print(f"{record['run']}, stage {config.stage}, step {step + 1}: {report.loss:.4f}", flush=True)
     measured["seconds"] = time.process_time() - began
     look("after")
     record[f"stage {config.stage}"] = measured
@@ -113,18 +113,18 @@ def texts(model: Any, transformer: bool = False) -> list[str]:
     return found
 
 
-def run(folder: Path, preset: str, start: str, steps: list[int], length: int) -> None:
+def run(preset: str, start: str, given: argparse.Namespace, teacher: Any) -> None:
     """Both stages of one student; behind stage 1 its weights are kept until stage 2 is done."""
-    name = f"{preset}, {start}"
+    name, folder = f"{preset}, {start}", given.folder
     result, half, weights = (folder / f"{name}{suffix}" for suffix in (".json", ".half.json", ".bin"))
     if not half.exists():
-        record: dict[str, Any] = {"run": name, "steps": steps, "length": length}
-        student = run_stage(options(1, preset, start, steps[0], length), steps[0], None, record, name)
+        record: dict[str, Any] = {"run": name, "steps": given.steps, "length": given.length, "rates": given.rates}
+        student = run_stage(configured(1, preset, start, given), None, teacher, record)
         torch.save({key: value.detach() for key, value in student.state_dict().items()}, weights)
         half.write_text(json.dumps(record))
         del student
     record = json.loads(half.read_text())
-    student = run_stage(options(2, preset, start, steps[1], length), steps[1], weights, record, name)
+    student = run_stage(configured(2, preset, start, given), weights, teacher, record)
     if start == "copied, calibrated":
         record["texts"] = texts(student)
         student.save_pretrained(folder / preset, pytorch_bin=False)
@@ -157,21 +157,29 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, nargs=2, default=[20, 16], help="Updates of stage 1 and of stage 2.")
+    parser.add_argument("--steps", type=int, nargs=2, default=[60, 40], help="Updates of stage 1 and of stage 2.")
+    parser.add_argument(
+        "--rates", type=float, nargs=2, default=[1e-3, 1e-4], help="Peak learning rates of both stages; they end at a tenth."
+    )
     parser.add_argument("--length", type=int, default=256, help="Tokens of an update.")
     parser.add_argument("--minutes", type=float, default=1e9, help="Begin no further run after so many minutes.")
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS), help="Initial weights that are compared.")
     given = parser.parse_args()
+    chosen = [(preset, start) for preset, start in RUNS if start in given.starts]
     torch.set_num_threads(1)
     given.folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    teacher = given.folder / "teacher.json"
-    if not teacher.exists():
-        teacher.write_text(json.dumps(texts(load_model(MODEL).eval(), transformer=True)))
-    for preset, start in RUNS:
+    teacher: Any = load_model(MODEL)
+    teacher.eval()
+    if not (given.folder / "teacher.json").exists():
+        (given.folder / "teacher.json").write_text(json.dumps(texts(teacher, transformer=True)))
+    for preset, start in chosen:
         if not (given.folder / f"{preset}, {start}.json").exists() and time.monotonic() - began < 60 * given.minutes:
-            run(given.folder, preset, start, given.steps, given.length)
-    done = [json.loads(path.read_text()) for path in (given.folder / f"{preset}, {start}.json" for preset, start in RUNS) if path.exists()]
-    if len(done) == len(RUNS):
+            run(preset, start, given, teacher)
+    done = [
+        json.loads(path.read_text()) for path in (given.folder / f"{preset}, {start}.json" for preset, start in chosen) if path.exists()
+    ]
+    if len(done) == len(chosen):
         draw(done, given.folder / "two_stages.png")
 
 

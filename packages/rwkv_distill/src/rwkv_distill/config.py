@@ -104,9 +104,8 @@ class TrainConfig(RunConfig):
     num_processes: int = change(
         EngineOptions,
         "num_processes",
-        default=PROCESSES,
         flags=("-G", "--gpus-per-node"),
-        help="Processes on this machine, started by torchrun unless a launcher did; unless given no more than it has GPUs, on a CPU 1.",
+        help="Processes on this machine, started by torchrun unless a launcher did; unless given, 4 or as many as it has GPUs; on a CPU 1.",
     )
     num_nodes: int = opt(1, "Machines; more than 1 needs a launcher that starts every machine (launchers/slurm.sh).", flags=("-n",), ge=1)
     zero_stage: Literal[0, 1, 2, 3] | None = change(EngineOptions, "zero_stage", flags=("-S", "--deepspeed-stage"))
@@ -115,6 +114,7 @@ class TrainConfig(RunConfig):
         EngineOptions, "precision", flags=("--dtype",), help="Arithmetic; bf16 on a GPU unless given. Weights and states stay float32."
     )
 
+    nonfinite: Literal["stop", "drop"] = change(EngineOptions, "nonfinite", default="drop")
     wkv: Literal["auto", "cuda", "cpu", "torch", "fla", ""] | None = opt(
         None, "Other words for --kernels: torch is reference; fla is auto with flash-linear-attention's recurrences (GPU).", flags=("-W",)
     )
@@ -254,7 +254,7 @@ def processes(config: TrainConfig, gpus: int) -> int:
     [1, 1, 4]
     """
     if "num_processes" not in explicit(config):
-        return max(1, min(config.num_processes, gpus))
+        return max(1, min(PROCESSES, gpus))
     if 0 < gpus < config.num_processes:
         raise ConfigError(f"num_processes: {config.num_processes} processes need as many GPUs, and {gpus} can be seen; use -G {gpus}")
     return config.num_processes

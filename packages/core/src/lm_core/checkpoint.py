@@ -282,7 +282,7 @@ def resume(path: Path, *, engine: Engine, method: Method, data: DataState, confi
 
 def _compare(state: Mapping[str, Any], engine: Engine, config: RunConfig, allow: Collection[str]) -> None:
     then, now = dict(_flat(state["config"])), dict(_flat(json.loads(json.dumps(to_dict(config)))))
-    for name in then.keys() & now.keys() - _FREE:
+    for name in [name for name in then if name in now and name not in _FREE]:
         if then[name] == now[name] or name in allow:
             continue
         if name not in _SCHEDULE:

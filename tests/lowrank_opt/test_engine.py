@@ -14,7 +14,7 @@ from lm_core.engine import make_engine
 from lm_core.errors import RunFailed
 from lm_core.method import Batch, Method
 from lm_core.testing import spawn
-from lowrank_opt import GaLoreAdamW
+from lowrank_opt import GaLoreAdamW, galore
 from lowrank_opt.config import TrainConfig
 from lowrank_opt.engine import LowRankReduction, buckets, digest
 from lowrank_opt.method import LowRank
@@ -97,7 +97,11 @@ def in_a_process(**values: Any) -> Any:
 
 def several(folder: Path) -> list[Any]:
     """All that is asked of two processes, in one launch."""
+    computed = []
+    original = galore.basis
+    galore.basis = lambda *args, **more: computed.append(1) or original(*args, **more)
     replicated, _, dense = in_a_process(engine="replicated", verify_replicas_every=1)
+    galore.basis = original
     found = {"replicated": replicated}
     for optimizer in ("galore8bit", "ldadam"):
         options = {"optimizer": optimizer, "galore": {"rank": RANK}}
@@ -110,7 +114,7 @@ def several(folder: Path) -> list[Any]:
         found[name + " norms"] = torch.tensor(norms)
     with pytest.raises(RunFailed, match=r"the weight of weights.0 differs between rank . and rank"):
         drifting()
-    return [found, dense, low]
+    return [found, dense, low, len(computed)]
 
 
 def zero_redundancy(library: bool) -> dict[str, torch.Tensor]:
@@ -142,7 +146,9 @@ def drifting() -> None:
 
 
 def test_two_processes_equal_one_and_send_little(tmp_path: Path) -> None:
-    (first, dense, low), (second, _, _) = spawn(several, tmp_path)
+    (first, dense, low, computed), (second, _, _, others) = spawn(several, tmp_path)
+    # three matrices: all at the first step, then each in its turn of the gap: the second at step 2, the third at 3, the first at 5 and so on
+    assert (computed, others) == (5, 3)
     assert first.keys() == second.keys()
     for name in first:
         parts = first[name] if isinstance(first[name], dict) else {"": first[name]}

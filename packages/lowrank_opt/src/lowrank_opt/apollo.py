@@ -98,7 +98,7 @@ class ApolloAdamW(GaLoreAdamW):
         settings["eps"] = eps if eps is not None else 1e-6 if compat == "galore_torch" else 1e-8
         # a new random space has nothing to do with the old one, so neither moments nor gaps depend on it
         settings.update(moment_transfer="none", adaptive=False, oversample=0, power_iters=0)
-        self._refreshed = {}
+        self._refreshed, self.found = {}, {}
         BaseOptimizer.__init__(self, params, settings)
 
     def _check_group(self, group: Group) -> None:

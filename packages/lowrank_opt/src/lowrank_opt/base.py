@@ -207,6 +207,9 @@ class BaseOptimizer(torch.optim.Optimizer):
         """Whether the parameter gets a low-rank update; dense optimizers have none."""
         return False
 
+    def _group_of(self, parameter: Tensor) -> Group:
+        return next(group for group in self.param_groups if any(p is parameter for p in group["params"]))
+
     def _address(self, parameter: Tensor) -> Address:
         if not self._addresses:
             found = [(group, name, p) for group in self.param_groups for name, p in zip(names_of(group), group["params"], strict=True)]
@@ -296,7 +299,7 @@ class BaseOptimizer(torch.optim.Optimizer):
 
     def predicted_bytes_of(self, parameter: Tensor) -> int:
         """The same for one parameter."""
-        group = next(group for group in self.param_groups if any(p is parameter for p in group["params"]))
+        group = self._group_of(parameter)
         layout = self._layout(group, parameter).items()
         return sum(math.prod(shape) * _state_type(name, group, parameter).itemsize for name, shape in layout)
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from lm_core import dist
 from lm_core.engine.replicated import Replicated
 from lm_core.errors import RunFailed
-from lowrank_opt.base import BaseOptimizer, Group
+from lowrank_opt.base import BaseOptimizer, Group, work_dtype
+from lowrank_opt.config import PROJECTED
 from lowrank_opt.galore import GaLoreAdamW
 
 if TYPE_CHECKING:
@@ -30,9 +31,10 @@ BUCKET_BYTES = 25_000_000
 
 
 class Replicas(Replicated):
-    """The replicated engine with two additions.
+    """The replicated engine, and what several processes can do beside it.
 
-    With `shard_optimizer` every parameter has an owner, which alone keeps its state and updates it, and then hands the weight to the
+    A basis is computed by one process and handed to the others: the cost of refreshes is divided, and bases are the same on every rank,
+    whatever its linear algebra. With `shard_optimizer` every parameter has an owner, which alone keeps its state and updates it, and then hands the weight to the
     others; checkpoints hold the whole state, for any number of processes. Every `verify_replicas_every` updates all ranks must hold the
     same weights and bases.
     """
@@ -44,6 +46,13 @@ class Replicas(Replicated):
         super().__init__(config, method, model, device)
         self.every, self.updates = config.verify_replicas_every, 0
         self.owners: dict[nn.Parameter, int] = {}
+        self.projected = []
+        if config.optimizer in PROJECTED and self.data_world > 1 and not config.shard_optimizer:
+            groups = self.optimizer.param_groups
+            self.projected = [
+                p for group in groups for p in group["params"] if group["compat"] == "none" and self.optimizer._is_matrix(group, p)
+            ]
+            self.optimizer.register_step_pre_hook(lambda *_: self._share_refreshes())
         if config.shard_optimizer:
             self.owners = owners(self.optimizer, list(self.trained.values()), self.data_world)
             whole = self.optimizer.predicted_state_bytes()
@@ -51,6 +60,21 @@ class Replicas(Replicated):
             log.info("optimizer state of this process: %s of %s bytes", f"{self.optimizer.predicted_state_bytes():,}", f"{whole:,}")
             self.optimizer.register_step_pre_hook(lambda *_: self._leave_to_owners())
             self.optimizer.register_step_post_hook(lambda *_: self._take_from_owners())
+
+    @torch.no_grad()
+    def _share_refreshes(self) -> None:
+        """The new bases of this step: matrix i's by rank i mod world, then one broadcast for each."""
+        due = [p for p in self.projected if p.grad is not None and self.optimizer.refresh_is_due(p)]
+        # without a basis there is nothing to share: the optimizer keeps the old one, or refuses the gradient by name
+        due = [p for p in due if p.grad is not None and 0 < float(torch.linalg.vector_norm(p.grad, torch.inf)) < torch.inf]
+        sources = {p: self.optimizer._address(p).index % self.data_world for p in due}
+        mine = {p: self.optimizer.find_bases(p) for p in due if sources[p] == self.data_rank}
+        for parameter in due:
+            shapes = self.optimizer._basis_shapes(self.optimizer._group_of(parameter), parameter).values()
+            bases = mine.get(parameter) or tuple(parameter.new_empty(shape, dtype=work_dtype(parameter.dtype)) for shape in shapes)
+            for basis in bases:
+                torch_dist.broadcast(basis, src=sources[parameter])
+            self.optimizer.found[parameter] = bases
 
     def _owns(self, parameter: nn.Parameter) -> bool:
         return not self.owners or self.owners[parameter] == self.data_rank
@@ -145,6 +169,7 @@ class LowRankReduction(Replicas):
     def step(self) -> float | None:
         due = [p for p in self.matrices if self.optimizer.refresh_is_due(p)]
         self._reduce()
+        self._share_refreshes()
         self._sum_low([p for p in self.matrices if p not in set(due)])
         for parameter in [p for p in due if p.grad is not None]:
             self.low[parameter] = self.optimizer._accumulate_low(self._group(parameter), parameter, first=True)

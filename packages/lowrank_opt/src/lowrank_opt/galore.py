@@ -58,6 +58,8 @@ class GaLoreAdamW(MatrixOptimizer):
     # Whether compat hands matrices to the module of that name, or changes details of this class's own update.
     _mirrors = True
     _refreshed: dict[Tensor, tuple[float, int]]
+    # Bases for refreshes of the coming step that an engine has had computed elsewhere.
+    found: dict[Tensor, tuple[Tensor, ...]]
     _identity: tuple[str, ...] = (*MatrixOptimizer._identity, "rank", "proj_type", "proj_dtype", "full_rank_policy", "compat")
 
     def __init__(
@@ -94,12 +96,12 @@ class GaLoreAdamW(MatrixOptimizer):
         settings["state_bits"] = state_bits or self._state_bits
         # galore-torch's own default differs
         settings["eps"] = eps if eps is not None else 1e-6 if compat == "galore_torch" else 1e-8
-        self._refreshed = {}
+        self._refreshed, self.found = {}, {}
         BaseOptimizer.__init__(self, params, settings)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._refreshed = {}
+        self._refreshed, self.found = {}, {}
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
@@ -272,7 +274,15 @@ class GaLoreAdamW(MatrixOptimizer):
         state["refreshes"] += 1
         state["refresh_step"] = state["step"]
 
+    def find_bases(self, parameter: Tensor) -> tuple[Tensor, ...]:
+        """The bases that the coming step would compute for a matrix whose refresh is due, from its present gradient."""
+        group = self._group_of(parameter)
+        gradient = self._gradient(parameter).reshape(matrix_shape(parameter))
+        return self._find(group, parameter, gradient, self._matrix_state(group, parameter))[0]
+
     def _find(self, group: Group, parameter: Tensor, gradient: Tensor, state: State) -> tuple[tuple[Tensor, ...], int]:
+        if (given := self.found.pop(parameter, None)) is not None:
+            return given, 0
         rank = rank_of(group["rank"], matrix_shape(parameter))
         sides = ("left", "right") if state["side"] == "full" else (state["side"],)
         draw = gaussian(group["seed"], self._address(parameter).index, state["refreshes"])
@@ -336,7 +346,7 @@ class GaLoreAdamW(MatrixOptimizer):
     @torch.no_grad()
     def set_basis(self, parameter: Tensor, *new: Tensor) -> None:
         """Use `new` (r x k with orthonormal rows; two of them, left and right, for proj_type full) until the next refresh."""
-        group = next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
+        group = self._group_of(parameter)
         shapes = self._basis_shapes(group, parameter) if self._is_matrix(group, parameter) else {}
         if [tuple(tensor.shape) for tensor in new] != list(shapes.values()):
             needed = " and ".join(str(shape) for shape in shapes.values()) or "none: it is dense"

@@ -52,7 +52,7 @@ class LDAdamW(GaLoreAdamW):
         # what GaLore's groups have and this optimizer fixes: every step refreshes, and L's step is taken whole
         settings.update(update_proj_gap=1, scale=1.0, proj_method="gram", moment_transfer="project", stagger=False, adaptive=False)
         settings.update(oversample=0, power_iters=1, compat="none")
-        self._refreshed = {}
+        self._refreshed, self.found = {}, {}
         BaseOptimizer.__init__(self, params, settings)
 
     def _check_group(self, group: Group) -> None:

@@ -10,15 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from kernels_cuda.head import linear_cross_entropy
+from lm_core import dist
 from lm_core.config import leaves
 from lm_core.data.vocab import build_tokenizer
+from lm_core.deepspeed_settings import engine_kind
 from lm_core.errors import ConfigError
 from lm_core.memory import current_bytes
 from lm_core.method import Batch, Loss, Method
 from lm_core.models import CausalLoss, checkpoint_activations, hf_model, load_model, lora, merged
 from lowrank_opt.base import BaseOptimizer, Group
 from lowrank_opt.choose import low_rank_settings, make_optimizer
-from lowrank_opt.config import LOW_RANK, GaloreOptions, LoraOptions, TrainConfig, again, moment_bits
+from lowrank_opt.config import LOW_RANK, PROJECTED, GaloreOptions, LoraOptions, TrainConfig, again, moment_bits
 from lowrank_opt.csv_sink import CsvSink
 from lowrank_opt.groups import auto_targets, matching
 from lowrank_opt.layerwise import attach_per_layer
@@ -149,7 +151,8 @@ class LowRank(Method):
 
     def engine(self, model: nn.Module, device: torch.device) -> Engine | None:
         config = self.config
-        if config.engine != "lowrank" and not config.verify_replicas_every and not config.shard_optimizer:
+        shares = config.optimizer in PROJECTED and dist.world() > 1 and engine_kind(config) == "replicated"
+        if not (config.engine == "lowrank" or config.verify_replicas_every or config.shard_optimizer or shares):
             return None
         from lowrank_opt import engine
 

@@ -10,7 +10,7 @@ import pytest
 from lm_core.config import build, leaves, to_dict
 from lm_core.errors import ConfigError
 from lm_core.progress import Progress, Size
-from lowrank_opt.config import TrainConfig, refuse_unused, resolved, with_data
+from lowrank_opt.config import TrainConfig, refuse_unused, resolved, with_data, without_foreign
 
 # the original guide's options: flag, default, choices
 GUIDE: list[tuple[str, Any]] = [
@@ -169,6 +169,26 @@ def test_a_default_that_the_command_line_repeats_is_chosen_and_a_smoke_test_repl
     with pytest.raises(ConfigError, match="num_epochs"):
         refuse_unused(build(TrainConfig, layer, given=[{"num_epochs": 30}]))
     refuse_unused(build(TrainConfig, layer, given=[{"num_epochs": 30, "test": True}]))
+
+
+def test_another_optimizer_on_the_command_line_leaves_out_what_a_file_says_for_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    preset = {"mode": "pretraining", "optimizer": "galore", "model": "llama_test", "data": ["synthetic:markov"]}
+    preset |= {"galore": {"rank": 16, "scale": 0.5, "proj_type": "left"}}
+
+    def chosen(**given: Any) -> TrainConfig:
+        config = without_foreign(build(TrainConfig, preset, given=[given]))
+        refuse_unused(config)
+        return config
+
+    assert chosen(optimizer="baseline").galore == make().galore
+    assert "--optimizer baseline does not use galore.proj_type, galore.rank, galore.scale of the file" in caplog.text
+    ldadam = chosen(optimizer="ldadam").galore
+    assert (ldadam.rank, ldadam.proj_type, ldadam.scale) == (16, "left", 0.25)
+    assert chosen(optimizer="fira").galore.scale == 0.5
+    with pytest.raises(ConfigError, match=r"galore.scale: .*not to --optimizer muon"):
+        chosen(optimizer="muon", **{"galore.scale": 0.3})
+    with pytest.raises(ConfigError, match="belongs to galore"):
+        refuse_unused(without_foreign(build(TrainConfig, {**preset, "optimizer": "baseline"})))
 
 
 def test_a_total_batch_is_a_number_of_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:

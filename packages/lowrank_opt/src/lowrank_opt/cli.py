@@ -11,7 +11,7 @@ from lm_core.cli import command_group, configured
 from lm_core.cli import main as run_cli
 from lm_core.harness import add_harness
 from lowrank_opt.commands import BenchConfig, CompareConfig, EvalConfig, ExportConfig, InspectConfig, PresetsConfig
-from lowrank_opt.config import TrainConfig, refuse_unused, resolved, with_data
+from lowrank_opt.config import TrainConfig, refuse_unused, resolved, with_data, without_foreign
 
 cli = command_group("Train language models in little memory: LoRA, GaLore and full-rank baselines.")
 
@@ -23,6 +23,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     Example: lowrank-opt train --mode finetuning --optimizer galore --model smollm2-135m --data builtin:python-docs --precision bf16
     """
+    config = without_foreign(config)
     refuse_unused(config)
     config = resolved(config)
     if config.dry_run and not config.data:
@@ -54,6 +55,7 @@ def estimate(config: TrainConfig) -> dict[str, Any]:
 
     Takes the options of train; without --data only the table is made.
     """
+    config = without_foreign(config)
     refuse_unused(config)
     from lowrank_opt import estimation
 

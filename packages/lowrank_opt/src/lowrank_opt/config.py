@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lm_core.config import Count, Mistakes, change, config, explicit, load, opt, section
+from lm_core.config import Count, Mistakes, change, config, explicit, leaves, load, opt, section
 from lm_core.deepspeed_settings import engine_kind, split
 from lm_core.errors import ConfigError
 from lm_core.options import DataOptions, EngineOptions, ModelOptions, OptimOptions, OutputOptions, RunConfig
@@ -459,6 +459,23 @@ def used_by(config: TrainConfig, path: str) -> tuple[str, ...] | None:
     lora = ("lora", "lora+galore", "lora+galore8bit")
     projected = (*PROJECTED, "ldadam") if name in OF_LDADAM else PROJECTED
     return {"galore": projected, "lora": lora, "apollo": ("apollo", "apollo-mini"), "ldadam": ("ldadam",)}.get(head)
+
+
+def without_foreign(config: TrainConfig) -> TrainConfig:
+    """`config` without what a file says for its own optimizer, where the command line names another; what is left out is logged."""
+    given = vars(config).get("_given", frozenset())
+    if "optimizer" not in given or given & {"galore_config", "lora_config"}:
+        return config
+    found = {path for path in explicit(config) - given if (users := used_by(config, path)) and config.optimizer not in users}
+    if not found:
+        return config
+    log.warning("optimizer: --optimizer %s does not use %s of the file; they are left out", config.optimizer, ", ".join(sorted(found)))
+    foreign = [leaf for leaf in leaves(TrainConfig) if leaf.path in found]
+    sections = {leaf.path.partition(".")[0] for leaf in foreign}
+    defaults = {
+        name: {leaf.path.partition(".")[2]: leaf.default for leaf in foreign if leaf.path.startswith(name + ".")} for name in sections
+    }
+    return again(config, **{name: replace(getattr(config, name), **values) for name, values in defaults.items()})
 
 
 def refuse_unused(config: TrainConfig) -> None:

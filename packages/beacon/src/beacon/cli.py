@@ -20,6 +20,7 @@ from beacon.options import (
     NeedleConfig,
     PasskeyConfig,
     PretrainDataConfig,
+    RecallDataConfig,
     ShortConfig,
     TopicConfig,
     TrainConfig,
@@ -52,6 +53,18 @@ def pretrain_data(config: PretrainDataConfig) -> dict[str, Any]:
     Example: beacon pretrain-data --model smollm2-135m --train-data docs=builtin:python-docs code=builtin:stdlib --num-token 1024:100k --output-dir data/packed
     """
     from beacon.data.pretrain import run
+
+    return run(config)
+
+
+@cli.command("recall-data")
+@configured(RecallDataConfig)
+def recall_data(config: RecallDataConfig) -> dict[str, Any]:
+    """Write rows that ask for what they said before, to be mixed with text.
+
+    Example: beacon recall-data --model smollm2-135m --haystack builtin:python-docs --length 512 --num-rows 2000 --output-dir data/recall
+    """
+    from beacon.data.recall import run
 
     return run(config)
 

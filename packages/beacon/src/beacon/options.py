@@ -442,6 +442,27 @@ class PretrainDataConfig:
 
 
 @config
+class RecallDataConfig:
+    """Rows that ask for what they said before."""
+
+    output_dir: Path = opt(help="Folder to write.", flags=("-o",))
+    model: str = change(ModelOptions, "model", flags=("--model-name-or-path",), help="Model whose tokenizer is used.")
+    tokenizer: str | None = change(ModelOptions, "tokenizer")
+    haystack: list[str] = opt(
+        ["synthetic:markov"], "Text around what is asked for: data arguments, without their held-out documents.", min_length=1
+    )
+    text_column: str = change(DataOptions, "text_column")
+    kinds: list[Literal["passkey", "keys", "needle", "copy"]] = opt(
+        ["passkey", "keys", "copy", "needle"],
+        "What rows ask for, in turn: a number, several numbers, sentences of drawn words, or the whole text again.",
+        min_length=1,
+    )
+    num_rows: int = opt(2000, "Rows.", ge=1)
+    length: int = opt(512, "Tokens of a row.", ge=8)
+    seed: int = change(OutputOptions, "seed", default=42)
+
+
+@config
 class BenchConfig:
     """Ratios beside their baselines."""
 

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -16,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from beacon.data.encoded import PlainEncoder, encoded
+from beacon.data.saved import require_empty, write_rows
 from lm_core import counter
+from lm_core.config import to_dict
 from lm_core.data import FIXED_HOLD_OUT
 from lm_core.data.shards import Source
 from lm_core.data.sources import parse, resolve
@@ -35,8 +36,7 @@ Block = dict[str, Any]
 def run(config: PretrainDataConfig) -> dict[str, Any]:
     """Write `output_dir` as `datasets` reads it, with stats.json beside the rows; returns the content of that file."""
     targets = lengths_and_counts(config.num_token)
-    if config.output_dir.exists() and any(config.output_dir.iterdir()):
-        raise ConfigError(f"output_dir: {config.output_dir} is not empty; choose another folder")
+    require_empty(config.output_dir)
     sources = dict(sorted(named_sources(config.train_data).items()))
     shares = mixture(config.mixture, sources, from_folder=not any("=" in text for text in config.train_data))
     if absent := sorted(name for name, share in shares.items() if share > 0 and name not in sources):
@@ -244,52 +244,9 @@ class Packing:
 
 
 def _write(config: PretrainDataConfig, pieces: list[Packing]) -> None:
-    """All blocks, streamed; the folder is complete or absent."""
-    import datasets
-
-    features = {"input_ids": datasets.Sequence(datasets.Value("int32")), "length": datasets.Value("int32")}
-    if config.doc_ids:
-        features["doc_ids"] = datasets.Sequence(datasets.Value("int32"))
-
-    def rows() -> Iterator[Block]:
-        for packing in pieces:
-            for block in packing.blocks():
-                yield {name: block[name] for name in features}
-
-    partial = config.output_dir.with_name(f".{config.output_dir.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    bars = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        path = str(partial / "rows.arrow")
-        with datasets.arrow_writer.ArrowWriter(path=path, features=datasets.Features(features), writer_batch_size=256) as writer:
-            count = 0
-            for row in rows():
-                writer.write(row)
-                count += 1
-            if not count:
-                raise InputError("num_token: no source fills a single block; ask for shorter blocks, or give more text")
-            writer.finalize()
-        table: Any = datasets.Dataset.from_file(path)
-        # by default a fingerprint of the moment: the same blocks shall be the same files
-        table._fingerprint = _fingerprint(config, count)
-        table.save_to_disk(str(partial / "data"), max_shard_size=config.shard_size)
-        del table
-        if config.output_dir.exists():
-            config.output_dir.rmdir()
-        config.output_dir.parent.mkdir(parents=True, exist_ok=True)
-        (partial / "data").rename(config.output_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if not bars:
-            datasets.enable_progress_bars()
-
-
-def _fingerprint(config: PretrainDataConfig, count: int) -> str:
-    """The fingerprint of a data set: that of the options which decide its rows."""
-    from lm_core import cache
-    from lm_core.config import to_dict
-
+    """All blocks, streamed."""
+    columns = {"input_ids": True, "length": False, **({"doc_ids": True} if config.doc_ids else {})}
     decides = {name: value for name, value in to_dict(config).items() if name not in ("output_dir", "num_proc", "shard_size")}
-    return cache.key_of(decides, count)[:16]
+    blocks = (block for packing in pieces for block in packing.blocks())
+    empty = "num_token: no source fills a single block; ask for shorter blocks, or give more text"
+    write_rows(config.output_dir, blocks, columns, decides, empty, config.shard_size)

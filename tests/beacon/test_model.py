@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from beacon.config import BeaconConfig
+from beacon.errors import BackendError
 from beacon.modeling import tiles
 from beacon.modeling.attention import attend
 from beacon.plan import build_plan
@@ -29,8 +30,8 @@ each_mode = pytest.mark.parametrize(
 )
 
 
-# the parallel engine with either attention; tiles of 3 queries cut across every window of these tests
-ENGINES = ("loop", "parallel-eager", "parallel-tiled")
+# the parallel engine with every attention that has gradients; tiles of 3 queries cut across every window of these tests
+ENGINES = ("loop", "parallel-eager", "parallel-auto", "parallel-sdpa")
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +42,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 def chosen(model: Any, engine: str) -> str:
     """Set the attention of the parallel engine; returns the engine's name."""
     name, _, attention = engine.partition("-")
-    model.attn_backend = "eager" if attention == "eager" else "auto"
+    model.attn_backend = attention or "auto"
     return name
 
 
@@ -272,7 +273,7 @@ def test_other_families_read_like_their_stock_models(kind: str, sliding: int | N
 def test_tiles_equal_eager_attention_in_lower_precision(dtype: torch.dtype) -> None:
     model, rows = beacon_model(dtype, sink_size=1).train(), ids(2, 43)
     found = []
-    for engine in ("parallel-eager", "parallel-tiled"):
+    for engine in ("parallel-eager", "parallel-auto"):
         model.zero_grad()
         out = model(rows, labels=rows, ratios=[2], engine=chosen(model, engine))
         out.loss.backward()
@@ -280,6 +281,21 @@ def test_tiles_equal_eager_attention_in_lower_precision(dtype: torch.dtype) -> N
     for one, other in zip(*found):
         assert other.dtype == dtype
         assert (one - other).norm() <= (1e-5 if dtype == torch.float32 else 5e-2) * one.norm()
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_flex_attention_equals_eager_attention_and_has_no_gradients_here(documents: bool) -> None:
+    model, rows = beacon_model(torch.float32, stride=4, ratio=[2, 4], sink_size=1), ids(2, 43)
+    doc = torch.tensor([[0] * 9 + [1] * 34, [0] * 43]) if documents else None
+    mask = torch.ones_like(rows)
+    mask[1, :7] = 0
+    options = {"ratios": [2, 4], "attention_mask": None if documents else mask, "doc_ids": doc}
+    with torch.no_grad():
+        one, other = (model(rows, engine=chosen(model, f"parallel-{name}"), **options).logits for name in ("eager", "flex"))
+    real = torch.ones_like(mask) if documents else mask
+    torch.testing.assert_close(one[real == 1], other[real == 1], rtol=1e-4, atol=1e-5)
+    with pytest.raises(BackendError, match="attn_impl: flex has no gradients on a CPU"):
+        model.train()(rows, labels=rows, ratios=[2, 4])
 
 
 def test_tiles_compute_little_that_is_hidden() -> None:

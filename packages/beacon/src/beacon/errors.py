@@ -15,3 +15,7 @@ class CapacityError(UserError):
     def __init__(self, message: str, begun: bool) -> None:
         super().__init__(message)
         self.code = 3 if begun else 2
+
+
+class BackendError(UserError):
+    """A way of computing that this machine cannot offer."""

@@ -44,14 +44,16 @@ class BeaconOptions:
         None, "When a text needs more positions than the model has, outside training: stop (default), go on, or drop the oldest windows."
     )
     prefill_block_windows: int | None = opt(None, "Windows that are read at once outside training; default: 8.", ge=1)
-    attn_impl: Literal["auto", "eager", "flash_attention_2"] = opt(
-        "auto", "How attention is computed: auto, or eager, one dense softmax as the reference; flash_attention_2 means auto."
+    attn_impl: Literal["auto", "eager", "sdpa", "flex", "flash_attention_2"] = opt(
+        "auto",
+        "How attention is computed: eager, one dense softmax, the reference; sdpa, torch's fused kernels window by window; flex, FlexAttention "
+        "over all windows, for GPUs; auto: by tiles of our own on a CPU, else sdpa; flash_attention_2 means auto.",
     )
 
     @property
-    def attn_backend(self) -> Literal["auto", "eager"]:
+    def attn_backend(self) -> Literal["auto", "eager", "sdpa", "flex"]:
         """The backend that `attn_impl` means."""
-        return "eager" if self.attn_impl == "eager" else "auto"
+        return "auto" if self.attn_impl == "flash_attention_2" else self.attn_impl
 
     def chosen(self) -> dict[str, Any]:
         """Given settings, under the names of BeaconConfig."""

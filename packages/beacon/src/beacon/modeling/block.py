@@ -7,8 +7,8 @@ raw tokens first, beacons behind them, so that every projection is one product p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from beacon.modeling.tiles import Tiles, make_tiles
 from beacon.plan import NEW_BEACON, NEW_RAW, Cursor, Entries, Integers, Segment
 
 # B rows, R segments per row, T queries and K keys per segment, N tokens of the block (raw, then beacons), M memory entries, d head size
+
+
+Attention = Literal["dense", "tiles", "sdpa", "flex"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Queries:
     local_BRTK: Tensor | None  # None: everything is seen
     memory_BRTM: Tensor | None
     tiles: Tiles | None  # instead of both masks
+    kind: Attention
+    memo: dict[str, Any] = field(default_factory=dict)  # what attention makes of the masks, once for all layers
 
 
 @dataclass(frozen=True)
@@ -90,11 +95,11 @@ class Angles:
         return self.frequencies.device
 
 
-def make_block(rows: Sequence[Row], keep: Sequence[Integers] | None, angles: Angles, tiled: bool = False) -> Block:
+def make_block(rows: Sequence[Row], keep: Sequence[Integers] | None, angles: Angles, kind: Attention = "dense") -> Block:
     """The block of rows that have been walked; rows that are equal are given once.
 
-    `keep` names per row the raw tokens of this block that the last layer is asked for (None: all). `tiled` attention computes
-    only what is seen.
+    `keep` names per row the raw tokens of this block that the last layer is asked for (None: all). `kind` is how attention
+    will be computed.
     """
     num_raw = max(row.num_raw for row in rows)
     num_beacons = max(row.num_beacons for row in rows)
@@ -123,10 +128,10 @@ def make_block(rows: Sequence[Row], keep: Sequence[Integers] | None, angles: Ang
     return Block(
         num_raw,
         num_beacons,
-        main=_queries(rows, shape, angles, None, beacons=True, tiled=tiled),
+        main=_queries(rows, shape, angles, None, beacons=True, kind=kind),
         last=None
         if asked is not None and not any(len(kept) for kept in asked)
-        else _queries(rows, shape, angles, asked, beacons=False, tiled=tiled),
+        else _queries(rows, shape, angles, asked, beacons=False, kind=kind),
         keys_BRK=None if plain else _tensor(keys, angles),
         key_rotation=angles(key_pos),
         memory_BM=_tensor(fresh, angles) if seen_memory else None,
@@ -170,7 +175,9 @@ class _Shape:
     seen_memory: int
 
 
-def _queries(rows: Sequence[Row], shape: _Shape, angles: Angles, keep: Sequence[Integers] | None, beacons: bool, tiled: bool) -> Queries:
+def _queries(
+    rows: Sequence[Row], shape: _Shape, angles: Angles, keep: Sequence[Integers] | None, beacons: bool, kind: Attention
+) -> Queries:
     """Queries of a layer: all raw tokens or those of `keep`, with the beacons or without."""
     num_raw = shape.num_raw if keep is None else max(len(kept) for kept in keep)
     num_tokens = num_raw + (shape.num_beacons if beacons else 0)
@@ -210,18 +217,19 @@ def _queries(rows: Sequence[Row], shape: _Shape, angles: Angles, keep: Sequence[
             table[b, : len(kept)] = kept
         raw = _tensor(table, angles)
     tiles = None
-    if tiled:
+    if kind in ("tiles", "sdpa"):
         counts = [max((len(row[r][0]) for row in picked if r < len(row)), default=0) for r in range(segments)]
-        tiles = make_tiles(counts, local, memory, angles.dtype, angles.device)
+        tiles = make_tiles(counts, local, memory, angles.dtype, angles.device, rows=None if kind == "tiles" else length)
     return Queries(
         raw,
         beacons and shape.num_beacons > 0,
         None if plain else _tensor(index, angles),
         None if plain else _tensor(back, angles),
         angles(position),
-        None if tiled or local.all() else _tensor(local, angles),
-        None if tiled or memory.all() else _tensor(memory, angles),
+        None if tiles or local.all() else _tensor(local, angles),
+        None if tiles or memory.all() else _tensor(memory, angles),
         tiles,
+        kind,
     )
 
 

@@ -56,8 +56,8 @@ class BeaconMixin(Generation):
     lm_head: Any
     training: bool
     _stock = False
-    # eager: one dense softmax, the reference; auto: on a CPU, many windows at once go tile by tile
-    attn_backend: Literal["auto", "eager"] = "auto"
+    # eager: one dense softmax, the reference; auto: tile by tile on a CPU, else sdpa
+    attn_backend: Literal["auto", "eager", "sdpa", "flex"] = "auto"
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]

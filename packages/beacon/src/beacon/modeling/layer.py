@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from beacon.modeling.attention import attend, gather, rotate
 from beacon.modeling.block import Block, Queries
+from beacon.modeling.fused import attend_flex, attend_sdpa
 from beacon.modeling.tiles import attend_tiles
 
 # B rows, N tokens (raw, then beacons), D hidden size, G key heads, M memory entries, K open window, d head size
@@ -78,7 +79,10 @@ def _attention(
     near_k, near_v = (x[:, None] if block.keys_BRK is None else gather(x, block.keys_BRK) for x in (k, v))
     near_k = rotate(near_k, block.key_rotation)
     if queries.tiles is not None:
-        out = attend_tiles(q, near_k, near_v, far, queries.tiles, attn.scaling)
+        by_tiles = attend_sdpa if queries.kind == "sdpa" else attend_tiles
+        out = by_tiles(q, near_k, near_v, far, queries.tiles, attn.scaling)
+    elif queries.kind == "flex":
+        out = attend_flex(q, near_k, near_v, far, queries, attn.scaling)
     else:
         out = attend(q, near_k, near_v, queries.local_BRTK, far, queries.memory_BRTM, attn.scaling)
     if queries.back_BN is None:

@@ -41,20 +41,26 @@ class Tiles:
 
 
 def make_tiles(
-    counts: Sequence[int], local_BRTK: NDArray[np.bool_], memory_BRTM: NDArray[np.bool_], dtype: torch.dtype, device: torch.device
+    counts: Sequence[int],
+    local_BRTK: NDArray[np.bool_],
+    memory_BRTM: NDArray[np.bool_],
+    dtype: torch.dtype,
+    device: torch.device,
+    rows: int | None = None,
 ) -> Tiles:
-    """Tiles of segments with `counts` queries each, from who sees whom."""
+    """Tiles of `rows` queries (default: ROWS) of segments with `counts` queries each, from who sees whom."""
+    size = rows or ROWS
     tiles, memory, keys = [], [], []
     for r, count in enumerate(counts):
         near, far = local_BRTK[:, r, :count], memory_BRTM[:, r, :count]
         memory.append(_end(_any(far)))
         keys.append(_end(_any(near)))
         seen_BTN = np.concatenate([far[..., : memory[r]], near[..., : keys[r]]], axis=-1)
-        for begin in range(0, count, ROWS):
-            rows = slice(begin, min(begin + ROWS, count))
-            some, every = _any(seen_BTN[:, rows]), ~_any(~seen_BTN[:, rows])
+        for begin in range(0, count, size):
+            own_rows = slice(begin, min(begin + size, count))
+            some, every = _any(seen_BTN[:, own_rows]), ~_any(~seen_BTN[:, own_rows])
             columns = slice(int(some.argmax()), _end(some))
-            own, complete = seen_BTN[:, rows, columns], every[columns]
+            own, complete = seen_BTN[:, own_rows, columns], every[columns]
             first = len(complete) if complete.all() else int(complete.argmin())
             hidden = None
             if first < len(complete):
@@ -63,7 +69,7 @@ def make_tiles(
                     .masked_fill_(torch.from_numpy(~own[..., first:]), -torch.inf)
                     .to(device)
                 )
-            tiles.append(Tile(r, rows, columns, first, hidden))
+            tiles.append(Tile(r, own_rows, columns, first, hidden))
     return Tiles(tuple(tiles), tuple(memory), tuple(keys))
 
 
@@ -98,11 +104,11 @@ class _TiledAttention(torch.autograd.Function):
         G = k.shape[3]
         learns = any(ctx.needs_input_grad)
         with torch.autocast(q.device.type, enabled=False):
-            joined: dict[int, tuple[Tensor, Tensor]] = {}
+            segment: dict[int, tuple[Tensor, Tensor]] = {}
             for tile in tiles.tiles:
-                if tile.segment not in joined:
-                    joined = {tile.segment: _joined(tiles, tile.segment, k, v, far_k, far_v)}
-                keys, values = (x[:, :, tile.columns] for x in joined[tile.segment])
+                if tile.segment not in segment:
+                    segment = {tile.segment: joined(tiles, tile.segment, k, v, (far_k, far_v))}
+                keys, values = (x[:, :, tile.columns] for x in segment[tile.segment])
                 scores = _rows(q, tile, G) @ keys.transpose(2, 3)
                 if tile.hidden_BtN is not None:
                     t = tile.rows.stop - tile.rows.start
@@ -127,7 +133,7 @@ class _TiledAttention(torch.autograd.Function):
             own = [tile for tile in tiles.tiles if tile.segment == r]
             if not own:
                 continue
-            keys, values = _joined(tiles, r, k, v, far_k, far_v)
+            keys, values = joined(tiles, r, k, v, (far_k, far_v))
             dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
             for tile in own:
                 weights, out_gradient = kept[at], _rows(gradient, tile, G)
@@ -143,11 +149,13 @@ class _TiledAttention(torch.autograd.Function):
         return dq, dk, dv, dfar_k, dfar_v, None
 
 
-def _joined(tiles: Tiles, r: int, k: Tensor, v: Tensor, far_k: Tensor, far_v: Tensor) -> tuple[Tensor, Tensor]:
+def joined(tiles: Tiles, r: int, k: Tensor, v: Tensor, memory: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
     """Keys and values of a segment, B x G x (M + K) x d."""
     M, K = tiles.memory[r], tiles.keys[r]
-    keys, values = (torch.cat((far[:, :, :M], near[:, r, :K].transpose(1, 2)), dim=2) for far, near in ((far_k, k), (far_v, v)))
-    return keys, values
+    keys, values = (near[:, r, :K].transpose(1, 2) for near in (k, v))
+    if memory is None:
+        return keys, values
+    return torch.cat((memory[0][:, :, :M], keys), dim=2), torch.cat((memory[1][:, :, :M], values), dim=2)
 
 
 def _rows(x_BRTHd: Tensor, tile: Tile, G: int) -> Tensor:

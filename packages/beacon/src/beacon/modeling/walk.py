@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from beacon.cache import BeaconCache
-from beacon.modeling.block import Row, make_block
+from beacon.errors import BackendError
+from beacon.modeling.block import Attention, Row, make_block
 from beacon.modeling.layer import normed
 from beacon.plan import Cursor, Integers, Segment, label_mask, read_documents
 from lm_core.errors import InputError
@@ -105,9 +106,7 @@ class Walk:
     def _compute(self, rows: list[Row], tokens: list[Integers], keep: list[Integers]) -> Tensor:
         model, cache = self.model.model, self.cache
         angles = self.model.angles()
-        # one window has little to skip; elsewhere than on a CPU many small products have not been measured
-        tiled = self.model.attn_backend == "auto" and angles.device.type == "cpu" and any(len(row.segments) > 1 for row in rows)
-        block = make_block(rows, keep if self.first_kept else None, angles, tiled)
+        block = make_block(rows, keep if self.first_kept else None, angles, self._attention(rows, angles.device.type))
         columns = np.zeros((len(rows), block.num_raw), dtype=np.int64)
         for b, own in enumerate(tokens):
             columns[b, : len(own)] = own
@@ -123,6 +122,19 @@ class Walk:
             if stays:
                 cache.store(number, k, v, block)
         return normed(model.norm, raw)
+
+    def _attention(self, rows: list[Row], device: str) -> Attention:
+        backend: str = self.model.attn_backend
+        if backend == "flex" and device == "cpu" and torch.is_grad_enabled() and self.model.training:
+            raise BackendError("attn_impl: flex has no gradients on a CPU; use auto, or sdpa")
+        if backend == "auto" and device == "cpu":
+            # one window has little to skip
+            return "tiles" if any(len(row.segments) > 1 for row in rows) else "dense"
+        # a single token reads the memory in place, which fused kernels would need joined with the open window
+        single = all(len(segment.queries) == 1 for row in rows for segment in row.segments)
+        if backend == "eager" or single:
+            return "dense"
+        return "flex" if backend == "flex" else "sdpa"
 
     def hidden(self) -> Hidden:
         """States in the columns of the input, and which predictions count."""

@@ -357,3 +357,19 @@ def test_spellings_of_the_guide_mean_options_of_core(words: list[str], expected:
 def test_options_that_contradict_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         config(**options)
+
+
+def test_held_out_rows_have_limits_of_their_own() -> None:
+    evaluated = {"eval_every": "1", "max_length": 300}
+    plain = data_of(**evaluated)
+    limited = data_of(**evaluated, eval_max_length=120, eval_min_length=90, max_eval_num=1)
+    for one, other in zip(plain.train.values(), limited.train.values()):
+        assert one.fingerprint == other.fingerprint
+    (held,), (cut,) = plain.valid.values(), limited.valid.values()
+    assert len(cut) == 1 < len(held)
+    assert cut.length(0) == 120
+    assert np.array_equal(cut[0]["input_ids"], held[0]["input_ids"][:120])
+    given = data_of(**evaluated, eval_data=["synthetic:markov[5]"], eval_max_length=150)
+    assert {given.valid["markov"].length(k) for k in range(5)} == {150}
+    with pytest.raises(InputError, match="eval_min_length: markov holds out no row of 9999 tokens"):
+        data_of(**evaluated, eval_min_length=9999)

@@ -16,6 +16,7 @@ from beacon.losses import BeaconLoss
 from beacon.modeling.causal_lm import BeaconMixin, RatioRule, is_beacon
 from beacon.options import TrainConfig, settings
 from beacon.plan import counted_tokens, first_counted
+from beacon.positions import override_positions
 from beacon.ratios import Rule, choose, training_ratios
 from beacon.sizes import PRESETS
 from lm_core import dist
@@ -39,6 +40,7 @@ class Beacon(Method):
     # the budget in other words, and how the same numbers are computed
     resumable = frozenset(
         {"max_steps", "num_train_epochs", "beacon_engine", "eval_beacon_ratio", "eval_beacon_ratio_mix", "save_format"}
+        | {"eval_max_length", "eval_min_length", "max_eval_num"}
     ) | frozenset({"save_strategy", "evaluation_strategy", "report_to", "cpu", "attn_impl", "num_proc", "prefill_block_windows"})
     module: BeaconLoss
     model: Any  # inside the module
@@ -50,6 +52,7 @@ class Beacon(Method):
         if folder != self.config.model:
             log.info("model: %s", folder)
         model: Any = load_model(folder, presets=PRESETS, seed=self.config.seed)
+        override_positions(model, self.config)
         if not self.config.enable_beacon:
             return self._plain(model)
         if isinstance(model, BeaconMixin):

@@ -142,6 +142,18 @@ class TrainConfig(RunConfig, TrainerSpellings, BeaconOptions):
     save_format: Literal["full", "adapter"] = opt("full", "What final/ holds: the whole model, or the beacon weights alone.")
     eval_beacon_ratio: list[int] = opt(help="Compression ratios of evaluations; default: those of training.", factory=list, ge=0)
     eval_beacon_ratio_mix: str | None = opt(None, "How a ratio is chosen in evaluations; default: as in inference.")
+    eval_max_length: int | None = opt(None, "Tokens of a held-out row at most; default: max_length.", ge=2)
+    eval_min_length: int = opt(2, "Shortest held-out row in tokens; shorter ones are left out.", ge=2)
+    max_eval_num: int | None = opt(None, "Held-out rows of a source at most; default: all.", ge=1)
+    rope_theta: float | None = opt(None, "Base of the rotary embedding, instead of the checkpoint's.", gt=0)
+    rope_method: Literal["linear", "dynamic", "yarn", "llama3"] | None = opt(
+        None, "How the rotary embedding is scaled to longer texts (needs --rope-factor), instead of the checkpoint's way."
+    )
+    rope_factor: float | None = opt(None, "Factor of that scaling.", ge=1)
+    max_position_embeddings: int | None = opt(None, "Positions that the model was made for, instead of the checkpoint's.", ge=1)
+    mistral_sliding_window: int | None = opt(
+        None, "Tokens that a raw token of mistral looks back, instead of the checkpoint's; 0: all.", ge=0
+    )
 
     @classmethod
     def meanings(cls, values: Mapping[str, Any]) -> dict[str, list[Meaning]]:
@@ -188,6 +200,9 @@ class TrainConfig(RunConfig, TrainerSpellings, BeaconOptions):
             raise ConfigError("beacon_engine: loop runs modules once per window, which sharded weights cannot follow; use parallel")
         if self.save_format == "adapter" and (not self.only_train_beacon or self.lora_tune):
             raise ConfigError("save_format: adapter would lose the trained backbone; use full")
+        changed = (self.rope_theta, self.rope_method, self.rope_factor, self.max_position_embeddings, self.mistral_sliding_window)
+        if self.save_format == "adapter" and any(value is not None for value in changed):
+            raise ConfigError("save_format: adapter refers to a base with its own positions, which this run changes; use full")
         if self.packing == "best-fit" and not self.beacon_doc_mask:
             raise ConfigError(
                 "packing: best-fit joins documents that would see each other; add --beacon-doc-mask true, or use document or stream"

@@ -42,13 +42,14 @@ def training_data(config: TrainConfig, settings: BeaconConfig | None, tokenizer:
     evaluates = config.eval_every != "never"
     hold_out = config.hold_out if evaluates and not config.eval_data else 0.0
     documents = settings is not None and settings.doc_mask
+    longest = config.eval_max_length or config.max_length
     arguments = named(located(config.data, config.data_root), "data")
     if not arguments:
         raise ConfigError("train_data: nothing to train on; give --train-data, for example --train-data builtin:python-docs")
     train: dict[str, Rows] = {}
     valid: dict[str, Rows] = {}
     for name, argument in arguments.items():
-        part = _source(config, argument, tokenizer, hold_out)
+        part = _source(config, argument, tokenizer, hold_out, config.max_length)
         train[name] = teaching(
             name,
             part.train,
@@ -62,22 +63,28 @@ def training_data(config: TrainConfig, settings: BeaconConfig | None, tokenizer:
         _warn_of_documents(name, part.train, documents, len(tokenizer))
         _warn_of_length(name, train[name], config.max_length)
         if part.valid is not None:
-            valid[name] = _readable(part.valid, documents)
+            # the same texts, cut elsewhere
+            held = part if longest == config.max_length else _source(config, argument, tokenizer, hold_out, longest)
+            valid[name] = _readable(name, held.valid, config, documents)
     for name, argument in named(located(config.eval_data, config.data_root), "eval_data").items() if evaluates else ():
-        part = _source(config, argument, tokenizer, FIXED_HOLD_OUT)
-        valid[name] = _readable(part.valid if part.fixed and part.valid is not None else part.train, documents)
+        part = _source(config, argument, tokenizer, FIXED_HOLD_OUT, longest)
+        valid[name] = _readable(name, part.valid if part.fixed and part.valid is not None else part.train, config, documents)
     if evaluates and not valid:
         log.warning("eval_data: nothing is held out, so nothing will be evaluated; give --eval-data, or --hold-out above 0")
     data = Data(train=train, valid=valid, weights=weights_of(arguments, train))
     return _in_order(config, settings, arguments, data, world)
 
 
-def _readable(rows: Any, documents: bool) -> Kept:
-    return Kept(rows, [k for k in range(len(rows)) if rows.length(k) > 1], documents)
+def _readable(name: str, rows: Any, config: TrainConfig, documents: bool) -> Kept:
+    """Held-out rows that an evaluation reads."""
+    places = [k for k in range(len(rows)) if rows.length(k) >= config.eval_min_length]
+    if not places and len(rows):
+        raise InputError(f"eval_min_length: {name} holds out no row of {config.eval_min_length} tokens; use a smaller one, or longer texts")
+    return Kept(rows, places[: config.max_eval_num], documents)
 
 
-def _source(config: TrainConfig, argument: Argument, tokenizer: PreTrainedTokenizerBase, hold_out: float) -> _Part:
-    """Rows of one data argument, by what its content is."""
+def _source(config: TrainConfig, argument: Argument, tokenizer: PreTrainedTokenizerBase, hold_out: float, longest: int) -> _Part:
+    """Rows of one data argument, by what its content is; text is cut to `longest` tokens."""
     path = Path(argument.source).expanduser()
     if holds_blocks(path):
         pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
@@ -86,11 +93,11 @@ def _source(config: TrainConfig, argument: Argument, tokenizer: PreTrainedTokeni
     corpus = resolve(argument)
     first = None if corpus.folder is not None else next(corpus.rows(), None)
     if first is not None and "conversations" in first.fields:
-        return _chat(config, corpus, tokenizer, hold_out)
+        return _chat(config, corpus, tokenizer, hold_out, longest)
     weightless = f"{argument.source}[{argument.samples}]" if argument.samples else argument.source
     asked = SimpleNamespace(
         data=[weightless], eval_data=[], hold_out=hold_out, text_column=config.text_column, packing=config.packing,
-        max_length=config.max_length, shuffle=config.shuffle and config.group_by_stride == config.sort_by_stride == "none", seed=config.seed,
+        max_length=longest, shuffle=config.shuffle and config.group_by_stride == config.sort_by_stride == "none", seed=config.seed,
     )  # fmt: skip
     built = build_data(asked, tokenizer)
     (rows,) = built.train.values()
@@ -109,7 +116,7 @@ class _Part:
     fixed: bool = False
 
 
-def _chat(config: TrainConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, hold_out: float) -> _Part:
+def _chat(config: TrainConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, hold_out: float, longest: int) -> _Part:
     template = config.chat_template
     own = getattr(tokenizer, "chat_template", None) if template == "hf" else None
     source = encoded(corpus, tokenizer, ChatEncoder(tokenizer, template), ["chat", template, own], labels=True, workers=config.num_proc)
@@ -119,9 +126,9 @@ def _chat(config: TrainConfig, corpus: Corpus, tokenizer: PreTrainedTokenizerBas
     if corpus.argument.samples is not None:
         source = source.take(corpus.argument.samples)
     pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
-    size = int(source.length.max(initial=config.max_length))
-    valid = None if held is None else OneDocument(held, config.max_length, pad, name=f"held-out {corpus.argument.name}")
-    return _Part(OneDocument(source, size, pad), valid, least=config.min_length, most=config.max_length, chosen=True)
+    size = int(source.length.max(initial=longest))
+    valid = None if held is None else OneDocument(held, longest, pad, name=f"held-out {corpus.argument.name}")
+    return _Part(OneDocument(source, size, pad), valid, least=config.min_length, most=longest, chosen=True)
 
 
 def _in_order(config: TrainConfig, settings: BeaconConfig | None, arguments: Mapping[str, Argument], data: Data, world: int) -> Data:

@@ -1,10 +1,12 @@
-"""Ratios that the method should keep, each beside its floor or its baseline: `beacon bench --only P1,P2`."""
+"""Ratios that the method should keep, each beside its floor or baseline and its target: `beacon bench --only P1,P2`."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,99 +17,140 @@ from torch.utils.flop_counter import FlopCounterMode
 from beacon.attach import attach_beacon
 from beacon.config import BeaconConfig
 from beacon.options import BenchConfig
+from lm_core import dist
 
-LENGTH, WINDOW, RATIO, HIDDEN, LAYERS, VOCABULARY = 4096, 512, 8, 256, 4, 512
+HIDDEN, LAYERS, VOCABULARY, RATIO = 256, 4, 512, 8
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where is measured, how often, and on which shape."""
+
+    device: torch.device
+    repeats: int
+
+    @property
+    def gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def length(self) -> int:
+        return 8192 if self.gpu else 4096
+
+    @property
+    def window(self) -> int:
+        return self.length // 8
+
+    def model(self, **config: Any) -> Any:
+        """A random llama of the measured shape, with beacons."""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        stock = LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=4 * HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=4,
+            num_key_value_heads=4, max_position_embeddings=65536, eos_token_id=1, pad_token_id=0,
+        )  # fmt: skip
+        settings = {"window": self.window, "stride": self.window, "ratio": [RATIO], **config}
+        made: Any = LlamaForCausalLM(stock)
+        return attach_beacon(made.to(self.device), BeaconConfig(**settings))
+
+    def tokens(self, length: int | None = None, vocabulary: int = VOCABULARY) -> torch.Tensor:
+        return torch.randint(0, vocabulary, (1, length or self.length), device=self.device)
+
+    def clock(self) -> float:
+        """Seconds of this process' processor time, or on a GPU of the clock once its work is done."""
+        if not self.gpu:
+            return time.process_time()
+        torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def seconds(self, *jobs: Callable[[], Any]) -> list[float]:
+        """Median seconds of each job, taking turns; the first turn warms up."""
+        taken: list[list[float]] = [[] for _ in jobs]
+        for number in range(self.repeats + 1):
+            for job, own in zip(jobs, taken):
+                began = self.clock()
+                job()
+                if number:
+                    own.append(self.clock() - began)
+        return [statistics.median(own) for own in taken]
 
 
 def run(config: BenchConfig) -> dict[str, Any]:
-    """Measure what was asked for; prints one line each."""
+    """Measure what was asked for; prints one line each, with its target and whether it is met."""
     torch.set_num_threads(config.threads)
+    machine = Machine(dist.init(config.device), config.repeats)
     results: dict[str, Any] = {}
     asked: list[str] = [*config.only] or [*MEASURES]
     for name in asked:
         title, measure = MEASURES[name]
         torch.manual_seed(config.seed)
-        results[name] = measure(config.repeats)
-        values = "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in results[name].items())
+        found = measure(machine)
+        results[name] = found
+        values = "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in found.items())
         print(f"{name}  {title}: {values}")
     return results
 
 
-def model(**config: Any) -> Any:
-    """A random llama of the measured shape, with beacons."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    stock = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=4 * HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=65536, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
-    settings = {"window": WINDOW, "stride": WINDOW, "ratio": [RATIO], **config}
-    return attach_beacon(LlamaForCausalLM(stock), BeaconConfig(**settings))
+def judged(found: dict[str, Any], target: str, met: bool) -> dict[str, Any]:
+    return {**found, "target": target, "met": met}
 
 
-def tokens(length: int = LENGTH) -> torch.Tensor:
-    return torch.randint(0, VOCABULARY, (1, length))
-
-
-def compared(one: Callable[[], Any], other: Callable[[], Any], repeats: int) -> dict[str, Any]:
-    """Median processor seconds of both, taking turns, and their ratio."""
-    taken: tuple[list[float], list[float]] = ([], [])
-    for number in range(repeats + 1):
-        for job, seconds in zip((one, other), taken):
-            began = time.process_time()
-            job()
-            # the first turn warms up
-            if number:
-                seconds.append(time.process_time() - began)
-    first, second = (statistics.median(seconds) for seconds in taken)
-    return {"loop": second, "parallel": first, "speedup": second / first}
-
-
-def train_step(repeats: int) -> dict[str, Any]:
-    trained, ids = model().train(), tokens()
+def train_step(machine: Machine) -> dict[str, Any]:
+    trained, ids = machine.model().train(), machine.tokens()
 
     def step(engine: str) -> None:
         trained.zero_grad()
         trained(ids, labels=ids, engine=engine).loss.backward()
 
-    return compared(lambda: step("parallel"), lambda: step("loop"), repeats)
+    return _engines(machine, step, 2.0 if machine.gpu else 1.2)
 
 
-def prefill(repeats: int) -> dict[str, Any]:
-    reader, ids = model().eval(), tokens()
+def prefill(machine: Machine) -> dict[str, Any]:
+    reader, ids = machine.model().eval(), machine.tokens()
 
     @torch.no_grad()
     def read(engine: str) -> None:
         reader(ids, engine=engine, logits_to_keep=1)
 
-    return compared(lambda: read("parallel"), lambda: read("loop"), repeats)
+    return _engines(machine, read, 1.5 if machine.gpu else 1.2)
+
+
+def _engines(machine: Machine, job: Callable[[str], None], least: float) -> dict[str, Any]:
+    parallel, loop = machine.seconds(lambda: job("parallel"), lambda: job("loop"))
+    speedup = loop / parallel
+    return judged({"loop": loop, "parallel": parallel, "speedup": speedup}, f"speedup >= {least}", speedup >= least)
 
 
 @torch.no_grad()
-def prefill_flops(repeats: int) -> dict[str, Any]:
+def prefill_flops(machine: Machine) -> dict[str, Any]:
     """Products with weights, attention excluded, beside the least that the method needs."""
-    reader, ids = model().eval(), tokens()
+    reader, ids = machine.model().eval(), machine.tokens()
     with FlopCounterMode(display=False) as counter:
         cache = reader(ids, logits_to_keep=1).past_key_values
     counted = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if "bmm" not in str(op))
     square = HIDDEN * HIDDEN
-    layer, stored, beacons = 4 * square + 3 * 4 * square, cache.nbytes // (2 * LAYERS * HIDDEN * 4), LENGTH // RATIO
-    floor = 2 * layer * (LENGTH + beacons) * (LAYERS - 1) + 2 * 2 * square * stored + 2 * (2 * square + 12 * square + HIDDEN * VOCABULARY)
-    return {"flops": counted, "floor": floor, "ratio": counted / floor}
+    layer, stored, beacons = 4 * square + 3 * 4 * square, cache.nbytes // (2 * LAYERS * HIDDEN * 4), machine.length // RATIO
+    floor = (
+        2 * layer * (machine.length + beacons) * (LAYERS - 1)
+        + 2 * 2 * square * stored
+        + 2 * (2 * square + 12 * square + HIDDEN * VOCABULARY)
+    )
+    return judged({"flops": counted, "floor": floor, "ratio": counted / floor}, "ratio <= 1.05", counted / floor <= 1.05)
 
 
 @torch.no_grad()
-def kv_bytes(repeats: int) -> dict[str, Any]:
+def kv_bytes(machine: Machine) -> dict[str, Any]:
     """Bytes held after any length, beside the formula."""
-    wrong, cache = 0, None
-    reader = model(sink_size=4).eval()
-    for n in (1, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW + 7, LENGTH):
-        cache = reader.compress(tokens(n))
-        count = n // WINDOW
-        entries = (4 if count else 0) + count * WINDOW // RATIO + n - count * WINDOW
+    wrong, cache, window = 0, None, machine.window
+    reader = machine.model(sink_size=4).eval()
+    for n in (1, window - 1, window, window + 1, 3 * window + 7, machine.length):
+        cache = reader.compress(machine.tokens(n))
+        count = n // window
+        entries = (4 if count else 0) + count * window // RATIO + n - count * window
         wrong += cache.nbytes != 2 * LAYERS * HIDDEN * 4 * entries
     assert cache is not None
-    return {"bytes": cache.nbytes, "full_attention": 2 * LAYERS * HIDDEN * 4 * LENGTH, "lengths_off_the_formula": wrong}
+    found = {"bytes": cache.nbytes, "full_attention": 2 * LAYERS * HIDDEN * 4 * machine.length, "lengths_off_the_formula": wrong}
+    return judged(found, "no length off the formula", wrong == 0)
 
 
 class Allocated(TorchDispatchMode):
@@ -127,34 +170,98 @@ class Allocated(TorchDispatchMode):
 
 
 @torch.no_grad()
-def decode_bytes(repeats: int) -> dict[str, Any]:
+def decode_bytes(machine: Machine) -> dict[str, Any]:
     """Bytes that one decode step allocates with a long and with a short memory, beside the long memory's own."""
-    reader, found = model().eval(), {}
+    reader, found = machine.model().eval(), {}
     for entries in (4096, 256):
-        cache = reader.compress(tokens(entries * RATIO + 1), ratios=[RATIO])
+        cache = reader.compress(machine.tokens(entries * RATIO + 1), ratios=[RATIO])
         with Allocated() as counter:
-            reader(tokens(1), past_key_values=cache)
+            reader(machine.tokens(1), past_key_values=cache)
         found[entries] = counter.bytes
     memory = 2 * LAYERS * HIDDEN * 4 * 4096
-    return {"bytes_4096": found[4096], "bytes_256": found[256], "memory": memory, "share": (found[4096] - found[256]) / memory}
+    share = (found[4096] - found[256]) / memory
+    return judged({"bytes_4096": found[4096], "bytes_256": found[256], "memory": memory, "share": share}, "share < 0.01", share < 0.01)
 
 
 @torch.no_grad()
-def stream(repeats: int) -> dict[str, Any]:
-    """Bytes held while 200 windows stream through a bounded memory."""
-    reader = model(window=32, stride=32, memory_budget=64, on_budget="evict").eval()
-    cache, held = reader.compress(tokens(32)), []
+def stream(machine: Machine) -> dict[str, Any]:
+    """Bytes held, and allocated per window, while 200 windows stream through a bounded memory."""
+    reader = machine.model(window=32, stride=32, memory_budget=64, on_budget="evict").eval()
+    cache, held, made = reader.compress(machine.tokens(32)), [], []
     for _ in range(200):
-        cache.append(tokens(32))
+        with Allocated() as counter:
+            cache.append(machine.tokens(32))
         held.append(cache.nbytes)
-    return {"bytes": held[-1], "different_after_filling": len(set(held[40:])) - 1}
+        made.append(counter.bytes)
+    growth = max(made[40:]) / made[40] - 1
+    found = {"bytes": held[-1], "different_after_filling": len(set(held[40:])) - 1, "growth": growth}
+    return judged(found, "no difference, growth < 0.01", len(set(held[40:])) == 1 and growth < 0.01)
 
 
-MEASURES: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
-    "P1": ("train step, processor seconds, all windows at once against one by one", train_step),
-    "P2": ("prefill, processor seconds, all windows at once against one by one", prefill),
+@torch.no_grad()
+def long_context(machine: Machine) -> dict[str, Any]:
+    """Prefill of a long text beside its products at the measured rate, and beside full attention; 8B weights and 128K tokens on a GPU."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = (32, 4096, 14336, 32, 8, 128256) if machine.gpu else (LAYERS, HIDDEN, 4 * HIDDEN, 4, 2, VOCABULARY)
+    layers, hidden, inner, heads, groups, vocabulary = shape
+    n, w = (131072, 1024) if machine.gpu else (2 * machine.length, machine.window)
+    kind = torch.bfloat16 if machine.gpu else torch.float32
+    stock = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=groups, max_position_embeddings=2 * n, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    with machine.device, _default(kind):
+        reader: Any = attach_beacon(LlamaForCausalLM(stock), BeaconConfig(window=w, stride=w, ratio=[RATIO])).eval()
+    ids, held = machine.tokens(n, vocabulary), dict[str, int]()
+
+    def read() -> None:
+        held["beacon"] = reader(ids, logits_to_keep=1).past_key_values.nbytes
+
+    def full() -> None:
+        with reader.beacon_disabled():
+            cache = reader(ids, logits_to_keep=1, use_cache=True).past_key_values
+        held["full"] = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+    square = torch.randn(4096 if machine.gpu else 1024, 4096 if machine.gpu else 1024, device=machine.device, dtype=kind)
+    seconds, whole, product = machine.seconds(read, full, lambda: square @ square)
+    b, d = w // RATIO, hidden // heads
+    layer = 2 * hidden * hidden + 2 * hidden * d * groups + 3 * hidden * inner
+    # every window: tokens and beacons over the memory before it, and over half of itself
+    pairs = sum((w + b) * (i * b) + w * w / 2 + b * w / 2 + b * b / 2 for i in range(n // w))
+    flops = layers * (2 * layer * (n + n // RATIO) + 4 * hidden * pairs)
+    floor = flops * product / (2 * square.shape[0] ** 3)
+    ratio = held["full"] / held["beacon"]
+    found = {
+        "prefill": seconds,
+        "floor": floor,
+        "full": whole,
+        "times_floor": seconds / floor,
+        "speedup": whole / seconds,
+        "kv_ratio": ratio,
+    }
+    if not machine.gpu:
+        return judged(found, "kv_ratio >= 7 (seconds: on a GPU)", ratio >= 7)
+    met = ratio >= 7 and seconds <= 2 * floor and whole >= 1.6 * seconds
+    return judged(found, "times_floor <= 2, speedup >= 1.6, kv_ratio >= 7", met)
+
+
+@contextmanager
+def _default(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+MEASURES: dict[str, tuple[str, Callable[[Machine], dict[str, Any]]]] = {
+    "P1": ("train step, all windows at once against one by one", train_step),
+    "P2": ("prefill, all windows at once against one by one", prefill),
     "P3": ("products with weights of a prefill, beside the floor", prefill_flops),
     "P4": ("bytes of keys and values, beside the formula", kv_bytes),
-    "P5": ("bytes allocated by a decode step, memory of 4096 against 256 entries (difference at most 0.01 of the memory)", decode_bytes),
-    "P6": ("bytes of a bounded stream of 200 windows", stream),
+    "P5": ("bytes allocated by a decode step, memory of 4096 against 256 entries, beside the long memory", decode_bytes),
+    "P6": ("a bounded stream of 200 windows: bytes held, growth of bytes allocated per window", stream),
+    "P9": ("prefill of a long text beside its floor and beside full attention", long_context),
 }

@@ -483,7 +483,8 @@ class RecallDataConfig:
 class BenchConfig:
     """Ratios beside their baselines."""
 
-    only: list[Literal["P1", "P2", "P3", "P4", "P5", "P6"]] = opt(help="What to measure; default: everything.", factory=list)
+    only: list[Literal["P1", "P2", "P3", "P4", "P5", "P6", "P9"]] = opt(help="What to measure; default: everything.", factory=list)
     repeats: int = opt(3, "Measurements of each; the median counts.", ge=3)
     threads: int = opt(1, "Threads of the tensor operations.", ge=1)
+    device: Literal["auto", "cpu", "cuda"] = change(EngineOptions, "device", help="Device to run on.")
     seed: int = opt(0, "Seed of weights and tokens.", ge=0)

@@ -239,7 +239,7 @@ def test_an_aligned_document_is_read_as_if_alone() -> None:
     torch.testing.assert_close(packed, alone, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", ["mistral", "qwen2"])
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("sliding", [None, 5])
 def test_other_families_read_like_their_stock_models(kind: str, sliding: int | None) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -255,7 +255,7 @@ def test_other_families_read_like_their_stock_models(kind: str, sliding: int | N
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     }
-    more = {"use_sliding_window": sliding is not None, "max_window_layers": 0} if kind == "qwen2" else {}
+    more = {"use_sliding_window": sliding is not None, "max_window_layers": 0} if kind.startswith("qwen") else {}
     config = AutoConfig.for_model(
         kind, **sizes, **more, sliding_window=sliding, max_position_embeddings=256, eos_token_id=3, pad_token_id=0
     )
@@ -323,7 +323,7 @@ def test_an_unknown_architecture_is_refused() -> None:
 
     from beacon.attach import attach_beacon
 
-    with pytest.raises(ConfigError, match=r"model: the architecture gpt2 .*supported: llama, mistral, qwen2"):
+    with pytest.raises(ConfigError, match=r"model: the architecture gpt2 .*supported: llama, mistral, qwen2, qwen3"):
         attach_beacon(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=20)), BeaconConfig())
 
 

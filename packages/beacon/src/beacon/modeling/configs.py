@@ -8,6 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.mistral.configuration_mistral import MistralConfig
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 
 @strict
@@ -28,4 +29,12 @@ class BeaconQwen2Config(Qwen2Config):  # type: ignore[no-untyped-call]
     beacon: dict[str, Any] | None = None
 
 
-CONFIGS: dict[str, Any] = {"llama": BeaconLlamaConfig, "mistral": BeaconMistralConfig, "qwen2": BeaconQwen2Config}
+@strict
+class BeaconQwen3Config(Qwen3Config):  # type: ignore[no-untyped-call]
+    model_type = "beacon_qwen3"
+    beacon: dict[str, Any] | None = None
+
+
+CONFIGS: dict[str, Any] = {
+    "llama": BeaconLlamaConfig, "mistral": BeaconMistralConfig, "qwen2": BeaconQwen2Config, "qwen3": BeaconQwen3Config,
+}  # fmt: skip

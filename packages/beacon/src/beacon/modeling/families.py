@@ -10,9 +10,10 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
 
 from beacon.modeling.causal_lm import BeaconLayer, BeaconMixin
-from beacon.modeling.configs import BeaconLlamaConfig, BeaconMistralConfig, BeaconQwen2Config
+from beacon.modeling.configs import BeaconLlamaConfig, BeaconMistralConfig, BeaconQwen2Config, BeaconQwen3Config
 
 
 class BeaconLlamaDecoderLayer(BeaconLayer, LlamaDecoderLayer):  # type: ignore[no-untyped-call]
@@ -45,6 +46,16 @@ class BeaconQwen2ForCausalLM(BeaconMixin, Qwen2ForCausalLM):  # type: ignore[mis
     _no_split_modules = ["BeaconQwen2DecoderLayer"]
 
 
+class BeaconQwen3DecoderLayer(BeaconLayer, Qwen3DecoderLayer):  # type: ignore[no-untyped-call]
+    pass
+
+
+class BeaconQwen3ForCausalLM(BeaconMixin, Qwen3ForCausalLM):  # type: ignore[misc, no-untyped-call]
+    config: BeaconQwen3Config
+    config_class = BeaconQwen3Config
+    _no_split_modules = ["BeaconQwen3DecoderLayer"]
+
+
 @dataclass(frozen=True)
 class Family:
     """Stock and beacon classes of one architecture."""
@@ -59,4 +70,5 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(LlamaForCausalLM, BeaconLlamaConfig, BeaconLlamaDecoderLayer, BeaconLlamaForCausalLM),
     "mistral": Family(MistralForCausalLM, BeaconMistralConfig, BeaconMistralDecoderLayer, BeaconMistralForCausalLM),
     "qwen2": Family(Qwen2ForCausalLM, BeaconQwen2Config, BeaconQwen2DecoderLayer, BeaconQwen2ForCausalLM),
+    "qwen3": Family(Qwen3ForCausalLM, BeaconQwen3Config, BeaconQwen3DecoderLayer, BeaconQwen3ForCausalLM),
 }

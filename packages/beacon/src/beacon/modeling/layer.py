@@ -51,7 +51,9 @@ def _project(attn: Any, letter: str, raw_BND: Tensor, beacon_BND: Tensor) -> Ten
     if beacon_BND.shape[1]:
         out = torch.cat((out, getattr(attn, f"beacon_{letter}_proj", project)(beacon_BND)), dim=1)
     heads: Tensor = out.view(*out.shape[:2], -1, attn.head_dim)
-    return heads
+    # qwen3 has a norm of queries and keys, which raw tokens and beacons share
+    norm = getattr(attn, f"{letter}_norm", None)
+    return heads if norm is None else normed(norm, heads)
 
 
 def _rows(hidden_BND: Tensor, index: Tensor) -> Tensor:

@@ -87,8 +87,11 @@ void forward_head(const Wkv6& in, int64_t sequence, int64_t head, const float* i
     }
     for (int part = 0; part < N / width; ++part) {
       const int from = part * width;
-      for (int t = 0; t < size; ++t)
+      for (int t = 0; t < size; ++t) {
+        const int64_t ahead = first + chunk_tokens + t;
+        if (part == 0 && ahead < count) fetch_rows({in.r, in.k, in.v, in.w}, in.type, tokens.place(ahead), N);
         update<N, width>(at.state.parts_of[part][0], at.r[t], at.decay[t], at.k[t], at.v[t] + from, at.bonus[t], at.y[t] + from);
+      }
     }
     for (int t = 0; t < size; ++t) narrow_row(y, at.y[t], in.type, tokens.place(first + t), N);
   }
@@ -198,7 +201,12 @@ void backward_head(const Wkv6& in, int64_t sequence, int64_t head, const float* 
     }
     for (auto* sums_over_values : {&at.dr, &at.dd, &at.dk}) memset(*sums_over_values, 0, sizeof at.dr);
     const float* state = kept + ((sequences.first_chunk(sequence) + chunk) * sequences.heads + head) * N * N;
-    for (int value = 0; value < N; value += backward_rows<N>) backward_of_rows<N>(at, state, value, size);
+    for (int value = 0; value < N; value += backward_rows<N>) {
+      // the chunk before, a part with every few rows
+      for (int64_t ahead = value * chunk_tokens / N; chunk > 0 && ahead < (value + backward_rows<N>) * chunk_tokens / N; ++ahead)
+        fetch_rows({in.r, in.k, in.v, in.w, dy}, in.type, tokens.place(first - chunk_tokens + ahead), N);
+      backward_of_rows<N>(at, state, value, size);
+    }
     for (int t = size - 1; t >= 0; --t) {
       const int64_t offset = tokens.place(first + t);
       floats total = splat(0);

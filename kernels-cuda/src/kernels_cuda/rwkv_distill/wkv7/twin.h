@@ -101,6 +101,8 @@ void forward_head(const Wkv7& in, int64_t sequence, int64_t head, const float* i
     for (int part = 0; part < N / width; ++part) {
       const int from = part * width;
       for (int t = 0; t < size; ++t) {
+        const int64_t ahead = first + chunk_tokens + t;
+        if (part == 0 && ahead < count) fetch_rows({in.r, in.w, in.k, in.v, in.a, in.b}, in.type, tokens.place(ahead), N);
         if (kept_removed) memcpy(kept_removed + tokens.place(first + t) + from, at.removed + from, sizeof(float) * width);
         update<N, width>(at.state.parts_of[part][0], at.r[t], at.decay[t], at.k[t], at.b[t], at.next_a[t], at.v[t] + from,
                          at.removed + from, at.y[t] + from);

@@ -151,7 +151,7 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
         right.set_ylabel("KL of its rows (nats)")
         for axes in (left, right):
             axes.set_ylim(bottom=0)
-        left.legend()
+        figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=3)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -168,6 +169,16 @@ def test_derivatives_and_their_sums_are_those_of_the_law(free: chinchilla.Free) 
     weight, residual = random.random(value.shape), random.standard_normal(value.shape)
     for found, expected in zip(slopes.normal(weight, residual), Dense(slopes.dense()).normal(weight, residual)):
         np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_wild_constants_give_numbers_without_a_warning() -> None:
+    """A fit passes through constants whose powers no float holds; infinite is an answer, no number is none."""
+    points = [replace(point, U=point.U / 4) for point in single(CHINCHILLA)]
+    for a, b, alpha, beta in ((525.0, 3.3, 53.0, 0.19), (1.2, 17.7, 0.002, 1.85), (3.0, 500.0, 0.2, 50.0)):
+        theta = np.array([[a, b, -600.0, alpha, beta, 1.0, 1.0]])
+        assert np.isfinite(constrained.predictions(theta, points)).all()
+        law = Law("wild", a, b, -600.0, alpha, beta, 2.7, 2.7)
+        assert not np.isnan([law.loss(p.N, p.D, p.U) for p in points]).any()
 
 
 def test_starts_are_solved_independently() -> None:

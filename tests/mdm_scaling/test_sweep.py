@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from lm_core.errors import ConfigError, InputError, Interrupted
 from mdm_scaling import commands, plots, sizes, study, sweep
 from mdm_scaling.analysis import AdviseConfig, ChinchillaConfig, CrossoverConfig, PlanConfig, PlotConfig, StartConfig, StudyConfig
 from mdm_scaling.config import PretrainConfig
+from mdm_scaling.fit import chinchilla
 from mdm_scaling.fit.laws import BUILT_IN
-from mdm_scaling.fit.points import write_table
+from mdm_scaling.fit.points import Point, write_table
 
 BASE: dict[str, Any] = {"data": ["synthetic:markov"], "tokenizer": "bytes", "max_length": 32, "micro_batch_size": 4, "global_batch_size": 4}
 
@@ -79,6 +81,19 @@ def test_a_run_that_is_stopped_ends_the_manifest_and_the_same_command_goes_on(tm
         sweep.start(entries, tmp_path)
     assert [sweep.status(tmp_path / entry["id"]) for entry in entries] == ["preempted", ""]
     assert sweep.start(entries[:1], tmp_path) == {"0": "done"}
+
+
+@pytest.mark.parametrize("preset", study.GRIDS)
+def test_single_epoch_runs_of_a_study_are_of_the_budgets_it_names(preset: str) -> None:
+    """Whole updates move a run's FLOPs, by less than what makes another budget."""
+    points = []
+    for entry in study.manifest(preset, "synthetic:markov"):
+        config = build(PretrainConfig, entry["config"])
+        if config.objective == "ar" and not config.unique_tokens:
+            tokens = config.limits().limits["samples"] * config.max_length
+            points.append(Point("ar", config.count, tokens, tokens, 6 * config.count * tokens, 1.0, math.nan))
+    groups = chinchilla.budgets(points)
+    assert [len(group) for group in groups] == [len(names) for _, names in study.GRIDS[preset].single]
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import numpy as np
 
 from lm_core.errors import InputError
 from mdm_scaling.fit import chinchilla
-from mdm_scaling.fit.laws import Law
+from mdm_scaling.fit.laws import MOST, Law
 from mdm_scaling.fit.points import Point
 from mdm_scaling.fit.solver import Floats, minimise, numeric
 
@@ -29,7 +29,7 @@ def predictions(theta: Floats, points: Sequence[Point]) -> Floats:
     N, D, U = (np.array([getattr(point, name) for point in points]) for name in ("N", "D", "U"))
     a, b, e, alpha, beta, log_D, log_N = (theta[:, at, None] for at in range(7))
     log_factor = (np.log(np.maximum(alpha, 1e-9) / np.maximum(beta, 1e-9)) + a - b) / (alpha + beta)
-    best = np.exp(np.minimum((np.log(U) + log_factor) * beta / alpha + log_factor, 700))
+    best = np.exp(np.clip((np.log(U) + log_factor) * beta / alpha + log_factor, -MOST, MOST))
     unique_N = np.minimum(N, best)
     decay_D, decay_N = (np.exp(np.clip(log, *LIMITS)) for log in (log_D, log_N))
     worth_D = U - U * decay_D * np.expm1(-(D / U - 1) / decay_D)

@@ -26,6 +26,8 @@ from numpy.typing import ArrayLike, NDArray
 from lm_core.errors import InputError
 
 Floats = NDArray[np.float64]
+# largest logarithm that a size or an amount gets: a fit may pass through constants whose powers no float holds
+MOST = 600.0
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,11 @@ class Law:
     @property
     def factor(self) -> float:
         """Gf = (alpha A / (beta B))^(1 / (alpha + beta))."""
-        return math.exp((math.log(self.alpha / self.beta) + self.a - self.b) / (self.alpha + self.beta))
+        return math.exp(self.log_factor)
+
+    @property
+    def log_factor(self) -> float:
+        return (math.log(self.alpha / self.beta) + self.a - self.b) / (self.alpha + self.beta)
 
     def loss(self, N: ArrayLike, D: ArrayLike, U: ArrayLike | None = None) -> Floats:
         """The loss of N parameters after D tokens of which U are unique (default: all).
@@ -58,8 +64,11 @@ class Law:
         if U is not None:
             unique = np.minimum(np.asarray(U, dtype=np.float64), D)
             D = _worth(D, unique, self.K_D)
-            N = _worth(N, np.minimum(N, (unique * self.factor) ** (self.beta / self.alpha) * self.factor), self.K_N)
-        result: Floats = math.exp(self.e) + np.exp(self.a - self.alpha * np.log(N)) + np.exp(self.b - self.beta * np.log(D))
+            log_best = (np.log(unique) + self.log_factor) * self.beta / self.alpha + self.log_factor
+            N = _worth(N, np.minimum(N, np.exp(np.clip(log_best, -MOST, MOST))), self.K_N)
+        # a loss beyond all floats is infinite
+        with np.errstate(over="ignore"):
+            result: Floats = math.exp(self.e) + np.exp(self.a - self.alpha * np.log(N)) + np.exp(self.b - self.beta * np.log(D))
         return result
 
     def optimum(self, C: float) -> tuple[float, float]:

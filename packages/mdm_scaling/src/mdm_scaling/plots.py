@@ -130,7 +130,10 @@ def data_value(points: Sequence[Point], out: Path, laws: Sequence[Law] = ()) -> 
         for (U, N, objective), group in series.items():
             axis, colour = np.atleast_1d(axes)[amounts.index(U)], SHADES[sizes.index(N) % len(SHADES)]
             axis.set_xscale("log")
-            axis.set_title(f"{U:.2g} unique tokens", fontsize=10)
+            axis.set_title(f"{group[0].U:,.0f} unique tokens", fontsize=10)
+            axis.set_xticks(sorted({round(point.epochs) for point in group}), minor=False)
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter("")
             epochs, lost, spread = zip(*((point.epochs, point.loss, _se(point)) for point in group))
             axis.errorbar(
                 epochs, lost, spread, fmt="o-" if objective == "ar" else "s--", color=colour, label=f"{objective}  N {N:.2g}", markersize=4

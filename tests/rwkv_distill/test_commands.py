@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -180,17 +178,6 @@ def test_consolidated_weights_are_those_of_the_run(folder: Path, tmp_path: Path)
     for found in (load_file(tmp_path / "all.safetensors"), torch.load(tmp_path / "all.bin", weights_only=True)):
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert "neither .safetensors nor .bin" in refused(f"consolidate {folder}/s2 -o {tmp_path}/x.pt")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ["--engine sharded", "-S 3"])
-def test_checkpoints_in_parts_become_one_file(engine: str, folder: Path, tmp_path: Path) -> None:
-    line = f"{TRAIN} -s 2 -k {folder}/s1 --budget 1steps {engine} -o {tmp_path}/run"
-    # in a process of its own, since a process group stays
-    subprocess.run([sys.executable, "-c", "from rwkv_distill.cli import main; main()", *line.split()], check=True, capture_output=True)
-    invoke(f"consolidate {tmp_path}/run -o {tmp_path}/all.safetensors")
-    found, expected = load_file(tmp_path / "all.safetensors"), load_file(tmp_path / "run/final/model.safetensors")
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_generation_goes_on_from_a_file(folder: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,7 +22,7 @@ from rwkv_distill.finetune import Finetune, LabelledText
 from rwkv_distill.hf.modeling_rwkv_distill import RwkvDistillForCausalLM
 from rwkv_distill.student import StudentModel, untie
 from rwkv_distill.student_config import StudentConfig
-from rwkv_distill.weights import load_into
+from rwkv_distill.weights import consolidate, load_into
 from tests.rwkv_distill.small import student, teacher, tokens
 from tests.rwkv_distill.test_method import TINY
 
@@ -262,26 +262,34 @@ def test_the_student_is_a_transformers_model() -> None:
     assert isinstance(student(), RwkvDistillForCausalLM)
 
 
+SHARING = {"sharded": {"engine": "sharded"}, "zero": {"zero_stage": 3}}
+
+
 def _shares(folder: Path) -> list[float]:
-    """Part of the teacher's weights that this process holds, by engine."""
+    """Part of the teacher's weights that this process holds, by engine; a run of each is left in `folder`."""
     from lm_core.engine.replicated import local
 
     found = []
-    for engine in ({"engine": "sharded"}, {"zero_stage": 3}):
+    for name, engine in SHARING.items():
         suite = TestDistill()
         _, made, _ = suite.assemble(suite.options(folder, **engine))
         inner: Any = made.model.module if made.kind == "deepspeed" else made.model
         weights = list(inner.lender.parameters())
         found.append(sum(local(weight).numel() for weight in weights) / sum(weight.numel() for weight in weights))
+        suite.run(folder / name, budget="1 steps", micro_batch_size=2, eval_every="never", save_every="never", **engine)
     return found
 
 
 @pytest.mark.slow
-def test_a_teacher_is_shared_out_where_its_student_is(tmp_path: Path) -> None:
+def test_a_teacher_is_shared_out_where_its_student_is_and_checkpoints_in_parts_become_one_file(tmp_path: Path) -> None:
     from lm_core.testing import spawn
 
     # what both learn is part of the conformance suite
     assert all(share <= 0.6 for process in spawn(_shares, tmp_path) for share in process)
+    for name in SHARING:
+        consolidate(tmp_path / name, tmp_path / "all.safetensors")
+        found, expected = load_file(tmp_path / "all.safetensors"), load_file(tmp_path / name / "final/model.safetensors")
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items()), name
 
 
 def test_the_loss_on_logits_is_that_of_the_fused_head() -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lm_core import dist
+from lm_core.estimate import parameters
 from lm_core.config import build
 from lm_core.engine import make_engine
 from lm_core.errors import ConfigError
@@ -77,7 +78,7 @@ def engine_of(**changes: Any) -> tuple[Any, Pretrain]:
 
 
 def gradients(**changes: Any) -> dict[str, Tensor]:
-    """Of one micro-batch, whole, by name, as far as this process has them; and the norm that clipping sees."""
+    """Of one micro-batch, whole, by name, as far as this process has them; the norm that clipping sees; and the model's size."""
     engine, method = engine_of(**changes)
     engine.start(1e-3)
     engine.accumulate(method, [first_batch()], 64)
@@ -85,7 +86,8 @@ def gradients(**changes: Any) -> dict[str, Tensor]:
         name: (parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad).clone()
         for name, parameter in engine.model.named_parameters()
     }
-    return {**found, "norm": torch.tensor(engine.step())}
+    total = (engine.counts or parameters(engine.model)).total
+    return {**found, "norm": torch.tensor(engine.step()), "total": torch.tensor(total)}
 
 
 def losses_twice(**changes: Any) -> tuple[float, float]:

@@ -90,10 +90,9 @@ class Estimate:
         )
 
 
-def estimate(engine: Engine, method: Method, data: Loader, budget: Budget, flops: float, counts: Parameters | None = None) -> Estimate:
+def estimate(engine: Engine, method: Method, data: Loader, budget: Budget, flops: float) -> Estimate:
     """Predict the run that `engine` and `data` are about to start from its first steps; every rank must call it.
 
-    `counts` are those of the whole model, where an engine may have left this process with some of its layers.
     Runs one micro-batch, the largest of those steps. Neither weights, nor optimizer state, nor the position in the data change.
     """
     from lm_core.train import measure
@@ -108,7 +107,7 @@ def estimate(engine: Engine, method: Method, data: Loader, budget: Budget, flops
     memory, seconds = _memory(engine, method, largest, accumulate=len(steps[0]))
     seconds *= sum(method.tokens(batch) for batches in steps for batch in batches) / PEEK / max(1, method.tokens(largest))
     return Estimate(
-        parameters=counts or parameters(engine.model),
+        parameters=engine.counts or parameters(engine.model),
         memory=memory,
         samples=size.samples,
         tokens=size.tokens,

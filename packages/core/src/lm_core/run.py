@@ -24,7 +24,7 @@ from lm_core.data.loader import Loader
 from lm_core.engine import make_engine
 from lm_core.engine.state import write_json
 from lm_core.errors import DISK_ERRORS, ConfigError, Interrupted, RunFailed
-from lm_core.estimate import Estimate, estimate, parameters, peak_bytes, reset_peak
+from lm_core.estimate import Estimate, estimate, peak_bytes, reset_peak
 from lm_core.evaluate import Scores, evaluate
 from lm_core.export import export
 from lm_core.generate import continue_text
@@ -76,10 +76,10 @@ def run(config: RunConfig, method: Method) -> dict[str, Any]:
             return unbuilt.to_dict()
     torch.manual_seed(config.seed)
     model = method.build()
-    flops, counts = method.flops_per_token(model), parameters(model)
+    flops = method.flops_per_token(model)
     engine = make_engine(config, method, model, device)
     loader = make_loader(config, data, engine.data_rank, engine.data_world)
-    foreseen = estimate(engine, method, loader, config.limits(), flops, counts)
+    foreseen = estimate(engine, method, loader, config.limits(), flops)
     if dist.rank() == 0:
         print(foreseen)
     if config.dry_run:

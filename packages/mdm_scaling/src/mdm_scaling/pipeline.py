@@ -20,6 +20,7 @@ from lm_core.counter import reseed
 from lm_core.engine import state
 from lm_core.engine.base import Sums
 from lm_core.errors import ConfigError
+from lm_core.estimate import parameters
 from lm_core.method import Batch, Method
 from lm_core.models import decoder_layers
 from mdm_scaling.model import Scorer
@@ -53,6 +54,7 @@ class Pipeline(TensorParallel):
         self.stage, self.stages = self.pipeline_mesh.get_local_rank(), self.pipeline_mesh.size()
         model = cast(Scorer, super()._place(model))
         self.model = model
+        self.counts = parameters(model)
         self.everywhere, self.all_hf_names = state.weights(model).keys(), super()._hf_names()
         inner: Any = self.method.hf_model(model)
         self.width = int(inner.config.hidden_size)

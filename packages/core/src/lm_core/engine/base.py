@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lm_core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from lm_core.estimate import Parameters
     from lm_core.method import Batch, Method
 
 
@@ -39,6 +40,8 @@ class Engine:
     # files of a checkpoint (glob patterns) without which it can no longer be resumed, only read
     optimizer_files: tuple[str, ...] = ("optimizer*", "optimizer/*")
     model: nn.Module
+    # of the whole model, where the engine leaves a process only some of its layers
+    counts: Parameters | None = None
     # whether one process can run the model without the others
     alone: bool = False
     optimizer: torch.optim.Optimizer

@@ -14,7 +14,7 @@ from mdm_scaling import commands, plots, sizes, study, sweep
 from mdm_scaling.analysis import AdviseConfig, ChinchillaConfig, CrossoverConfig, PlanConfig, PlotConfig, StartConfig, StudyConfig
 from mdm_scaling.config import PretrainConfig
 from mdm_scaling.fit import chinchilla
-from mdm_scaling.fit.laws import BUILT_IN
+from mdm_scaling.fit.laws import BUILT_IN, Law
 from mdm_scaling.fit.points import Point, write_table
 
 BASE: dict[str, Any] = {"data": ["synthetic:markov"], "tokenizer": "bytes", "max_length": 32, "micro_batch_size": 4, "global_batch_size": 4}
@@ -94,6 +94,12 @@ def test_single_epoch_runs_of_a_study_are_of_the_budgets_it_names(preset: str) -
             points.append(Point("ar", config.count, tokens, tokens, 6 * config.count * tokens, 1.0, math.nan))
     groups = chinchilla.budgets(points)
     assert [len(group) for group in groups] == [len(names) for _, names in study.GRIDS[preset].single]
+
+
+def test_a_report_prints_constants_that_no_float_holds() -> None:
+    law = Law("wild", a=1985.0, b=3.0, e=-2909.0, alpha=200.0, beta=0.2, about={"r2": 0.9, "n_points": 12})
+    assert study._row(law) == "| ar | 1e-1263 | 1e+862 | 20.1 | 200 | 0.2 | inf | inf | 0.900 | 12 |"
+    assert math.isfinite(law.factor)
 
 
 @pytest.mark.slow

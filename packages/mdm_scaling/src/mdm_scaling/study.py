@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from mdm_scaling import plots, sizes, sweep
 from mdm_scaling.analysis import StudyConfig
 from mdm_scaling.fit import chinchilla, constrained, crossover
 from mdm_scaling.fit.crossover import Crossing
-from mdm_scaling.fit.laws import Law
+from mdm_scaling.fit.laws import Law, power
 from mdm_scaling.fit.points import Point, read_points
 
 logger = logging.getLogger(__name__)
@@ -231,5 +230,5 @@ def _pairs(points: list[Point], ended: list[Point]) -> list[str]:
 def _row(law: Law) -> str:
     weak = law.about.get("weakly_identified", [])
     decays = [f"{getattr(law, name):.3g}{'*' if name in weak else ''}" for name in ("K_D", "K_N")]
-    numbers = [f"{math.exp(law.e):.3g}", f"{math.exp(law.a):.3g}", f"{math.exp(law.b):.3g}", f"{law.alpha:.3g}", f"{law.beta:.3g}", *decays]
+    numbers = [*(power(log) for log in (law.e, law.a, law.b)), f"{law.alpha:.3g}", f"{law.beta:.3g}", *decays]
     return f"| {law.objective} | {' | '.join(numbers)} | {law.about['r2']:.3f} | {law.about['n_points']} |"

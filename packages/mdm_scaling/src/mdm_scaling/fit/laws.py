@@ -48,7 +48,7 @@ class Law:
     @property
     def factor(self) -> float:
         """Gf = (alpha A / (beta B))^(1 / (alpha + beta))."""
-        return math.exp(self.log_factor)
+        return math.exp(min(max(self.log_factor, -MOST), MOST))
 
     @property
     def log_factor(self) -> float:
@@ -93,6 +93,15 @@ class Law:
         values = asdict(self)
         about = values.pop("about")
         return json.dumps({name: None if value == math.inf else value for name, value in values.items()} | dict(about), indent=1) + "\n"
+
+
+def power(log: float) -> str:
+    """e^log in three digits, also where no float holds it.
+
+    >>> power(1.0), power(-1000.0), power(1000.0)
+    ('2.72', '1e-434', '1e+434')
+    """
+    return f"{math.exp(log):.3g}" if abs(log) < MOST else f"1e{log / math.log(10):+.0f}"
 
 
 def _worth(amount: Floats, unique: Floats, decay: float) -> Floats:

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lm_core import dist
-from lm_core.estimate import parameters
 from lm_core.config import build
 from lm_core.engine import make_engine
 from lm_core.errors import ConfigError
+from lm_core.estimate import parameters
 from lm_core.method import Batch
 from lm_core.run import run
 from lm_core.testing import spawn

@@ -372,8 +372,19 @@ def test_a_run_that_met_one_goes_on_without_that_step(tmp_path: Path) -> None:
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 
-def test_a_run_that_drops_every_step_ends_with_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(NextToken, "losses", lambda self, model, batch: iter([Loss(model(**batch) * math.nan)]))
-    result = train(tmp_path, nonfinite="drop", eval_every="never")
+@pytest.mark.parametrize(
+    ("spoil", "precision", "steps"),
+    [("not a number", "fp32", 10), ("not a number", "fp16", 10), ("infinite gradient", "fp32", 10), ("infinite gradient", "fp16", 40)],
+)
+def test_a_run_that_drops_every_step_ends_with_3(
+    spoil: str, precision: str, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def losses(self: NextToken, model: nn.Module, batch: Batch) -> Iterator[Loss]:
+        loss = model(**batch)
+        # a root of zero adds nothing, with an infinite slope
+        yield Loss(loss * math.nan if spoil == "not a number" else loss + (loss - loss.detach()).sqrt())
+
+    monkeypatch.setattr(NextToken, "losses", losses)
+    result = train(tmp_path, nonfinite="drop", eval_every="never", precision=precision)
     assert result.exit_code == 3
-    assert "error: nonfinite: 10 steps in a row were dropped; lower --lr" in result.stderr
+    assert f"error: nonfinite: {steps} steps in a row were dropped; lower --lr" in result.stderr

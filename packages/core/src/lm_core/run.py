@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 # steps without a target, or not finite under --nonfinite drop, that end a run when they follow one another
 EMPTY_IN_A_ROW = 3
 DROPPED_IN_A_ROW = 10
+# more of them in float16, whose scale is halved with each until the gradients fit
+HALVINGS = 30
 
 
 def run(config: RunConfig, method: Method) -> dict[str, Any]:
@@ -278,13 +280,14 @@ class Run:
     def advance(self, progress: Progress, report: Report) -> Progress:
         """Progress after the step. Raises RunFailed when steps without targets or finite numbers follow one another."""
         self.empty = self.empty + 1 if report.size.targets == 0 else 0
-        self.dropped = self.dropped + 1 if report.skipped and not math.isfinite(report.loss) and report.size.targets else 0
+        self.dropped = self.dropped + 1 if report.skipped and report.size.targets else 0
+        patience = DROPPED_IN_A_ROW + (HALVINGS if self.config.precision == "fp16" and math.isfinite(report.loss) else 0)
         if self.empty:
             logger.warning("step %d has no position with a label; skipped", progress.steps + 1)
         if self.empty == EMPTY_IN_A_ROW:
             raise RunFailed(f"data: {EMPTY_IN_A_ROW} steps in a row had no position with a label; check the labels of --data")
-        if self.dropped == DROPPED_IN_A_ROW:
-            raise RunFailed(f"nonfinite: {DROPPED_IN_A_ROW} steps in a row were dropped; lower --lr or resume from an earlier checkpoint")
+        if self.dropped >= patience:
+            raise RunFailed(f"nonfinite: {self.dropped} steps in a row were dropped; lower --lr or resume from an earlier checkpoint")
         seconds = time.monotonic() - self.clock
         if "hours" in self.budget.limits:
             seconds = dist.broadcast_object(seconds)

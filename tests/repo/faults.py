@@ -1,6 +1,6 @@
 """docs/faults.md: how many faults each method survived, from what the tests noted.
 
-Written by `nox -s faults`: python -m tests.repo.faults faults.jsonl docs/faults.md
+Written by `nox -s faults`: python -m tests.repo.faults docs/faults.jsonl docs/faults.md
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.repo.tree import ROOT, methods
 HEAD = """\
 # Faults
 
-Written by `nox -s faults`, last on {date} at commit {commit}; counts of earlier runs stay. Each number counts faults that a method's real command met on its tiny preset and survived:
+Written by `nox -s faults` from [faults.jsonl](faults.jsonl), last on {date} at commit {commit}; counts of earlier runs stay. Each number counts faults that a method's real command met on its tiny preset and survived:
 the run goes on with the same command and ends with the bytes of an uninterrupted one (with two processes: with every step once), or it ends in one
 clear error with exit code 2 (input) or 3 (run), without a traceback. [tests/repo/test_faults.py](../tests/repo/test_faults.py) says how
 each fault is made; `tests/core/test_faults.py` also kills a small run at chosen changes of its files.

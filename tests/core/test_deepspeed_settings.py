@@ -71,7 +71,7 @@ def test_counts_that_agree_are_accepted_and_left_to_the_loop(tmp_path: Path) -> 
         ({"fp16": {"enabled": True}}, {}, "the section fp16 of .* would not be used"),
         ({"zero_optimization": 2}, {}, "holds no settings of DeepSpeed"),
         ({}, {"engine": "sharded"}, "belongs to the deepspeed engine, not to sharded"),
-        ({}, {"zero_stage": 0}, "stage 0 is the replicated engine"),
+        ({"zero_optimization": {"stage": 2}}, {"zero_stage": 0}, "says zero_optimization.stage = 2, the options 0"),
     ],
 )
 def test_contradictions_are_refused_with_both_values(
@@ -79,6 +79,14 @@ def test_contradictions_are_refused_with_both_values(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         of(tmp_path, content, **changed)
+
+
+def test_a_file_of_stage_0_leaves_the_engine_replicated_and_must_hold(tmp_path: Path) -> None:
+    path = tmp_path / "stage0.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 0}, "train_micro_batch_size_per_gpu": 2}))
+    assert tiny(engine="auto", zero_stage=0, deepspeed_config=path, micro_batch_size=2).kind == "replicated"
+    with pytest.raises(ConfigError, match="says train_micro_batch_size_per_gpu = 2, the options 1"):
+        tiny(engine="auto", zero_stage=0, deepspeed_config=path, micro_batch_size=1)
 
 
 def test_a_file_that_is_missing_or_no_json_is_named(tmp_path: Path) -> None:

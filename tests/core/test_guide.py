@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
-from lm_core.config import build, change, config
+from lm_core.cli import command_group, configured
+from lm_core.config import build, change, config, leaves
 from lm_core.errors import ConfigError
+from lm_core.flags import split
 from lm_core.guide import TrainerSpellings
 from lm_core.options import OptimOptions, RunConfig
 
@@ -58,3 +60,37 @@ def test_contradictions_and_wrong_values_are_refused(given: dict[str, Any], name
 def test_what_is_typed_beside_a_spelling_and_differs_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"adam_beta1: 0.5 means betas \(0.5, 0.95\), but betas is \(0.9, 0.99\); drop one"):
         build(Options, {"model": "m", "data": ["d"], "adam_beta1": 0.5, "betas": (0.9, 0.99)})
+
+
+def test_what_a_guide_says_of_what_holds_anyway_is_read_and_anything_else_refused() -> None:
+    args = [
+        "--do_train",
+        "--optim",
+        "adamw_torch",
+        "--lr",
+        "1",
+        "--log_level",
+        "info",
+        "--ddp-find-unused-parameters=False",
+        "--optim",
+        "sgd",
+    ]
+    found = split(args, options=[*leaves(Options)], others=[], positional=False, words=Options.words)
+    assert found.values == {"lr": "1"}
+    assert found.notices == ["--log_level: has no effect here; notices and warnings are always shown"]
+    assert found.mistakes == ["--optim sgd: cannot be had; AdamW is the optimizer"]
+
+
+def test_commands_read_the_words_of_their_options_and_the_rank_of_deepspeeds_launcher() -> None:
+    cli = command_group("A guide's.")
+    learned = []
+
+    @cli.command()
+    @configured(Options)
+    def train(options: Options) -> None:
+        learned.append(options.lr)
+
+    cli.main(
+        ["--local_rank=1", "train", "--model", "m", "--data", "d", "--lr", "0.5", "--do_train", "--ddp_timeout", "3"], standalone_mode=False
+    )
+    assert learned == [0.5]

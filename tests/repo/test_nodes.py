@@ -67,7 +67,8 @@ def test_two_machines_give_the_losses_of_one(package: Package, how: tuple[str, .
         (package.folder / "presets/tiny.yaml").read_text().splitlines()[0].removeprefix("# ").partition(" --output-dir")[0]
     )
     command += ["--budget", f"{STEPS} steps", "--log-every", "1", "--eval-every", "never", "--save-every", "never"]
-    command += ["--micro-batch-size", "2", "--precision", "fp32"]
+    # as many samples per step as the presets have, of which mdm-scaling names the number
+    command += ["--micro-batch-size", "4", "--precision", "fp32"]
     script = tmp_path / "job.sh"
     script.write_text(f'set -euo pipefail\nsource {ROOT}/launchers/lib.sh\nlaunch {shlex.join(command)} "$@"\n')
     launcher, *engine = how

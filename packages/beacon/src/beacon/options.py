@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from beacon.config import BeaconConfig
 from lm_core.config import Count, change, config, opt
 from lm_core.deepspeed_settings import split
 from lm_core.errors import ConfigError
+from lm_core.flags import Word
 from lm_core.guide import Meaning, TrainerSpellings, right
 from lm_core.options import DataOptions, EngineOptions, ModelOptions, OptimOptions, OutputOptions, RunConfig
 from lm_core.progress import Budget
@@ -75,6 +76,15 @@ def settings(options: Any, stored: BeaconConfig | None) -> BeaconConfig:
 class TrainConfig(RunConfig, TrainerSpellings, BeaconOptions):
     """Beacons on a frozen language model, trained by next-token prediction."""
 
+    words: ClassVar[Mapping[str, Word]] = {
+        **TrainerSpellings.words,
+        "--gradient-checkpointing-kwargs": Word("checkpointing is never reentrant", ('{"use_reentrant": false}',)),
+        "--model-cache-dir": Word("HF_HOME in the environment says where models are kept"),
+        "--dataset-cache-dir": Word("LM_CORE_CACHE in the environment says where data are kept"),
+        "--padding-side": Word("no token attends to padding"),
+        "--use-fast": Word("the tokenizer is always the fast one", ("true",)),
+        "--per-device-eval-batch-size": Word("evaluation reads one row at a time"),
+    }
     model: str = change(ModelOptions, "model", flags=("--model-name-or-path",))
     data: list[str] = change(
         DataOptions,

@@ -59,6 +59,7 @@ class Command(_ExitCodes):
             options=[param.leaf for param in params if isinstance(param, Flag)],
             others=[param for param in params if isinstance(param, click.Option) and not isinstance(param, Flag)],
             positional=any(isinstance(param, click.Argument) for param in params),
+            words=getattr(getattr(self.callback, "config_class", None), "words", None),
         )
         ctx.meta[_SPLIT] = found
         try:
@@ -78,6 +79,10 @@ class Group(_ExitCodes, click.Group):
 
     command_class = Command
     group_class = type  # groups inside are of this class, too
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        # deepspeed's launcher puts this in front unless told not to; processes read LOCAL_RANK
+        return super().parse_args(ctx, [word for word in args[:1] if not word.startswith("--local_rank=")] + args[1:])
 
 
 class Flag(click.Option):
@@ -117,6 +122,8 @@ def configured(cls: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     A class may read files that its own options name: `further_layers(values) -> list of mappings` gets the values by
     path as they stand, and what it returns comes after the files of --config.
 
+    A class may name flags of a guide that have no option: `words`, a mapping of flag to `lm_core.flags.Word`.
+
     A flag wins over --set, which wins over a later file, an earlier file, and the default. An option named
     `config` takes --config over; --config-file always reads a file.
     """
@@ -135,6 +142,8 @@ def configured(cls: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             if _SPLIT not in context.meta:
                 raise TypeError(f"{context.command_path}: make it with command_group(...).command(), or with click.command(cls=Command)")
             config = resolve(cls, lm_files, lm_set, context.meta[_SPLIT])
+            for notice in context.meta[_SPLIT].notices:
+                logger.info(notice)
             if lm_print_config:
                 click.echo(json.dumps(to_dict(config)) if lm_json else to_yaml(config), nl=lm_json)
                 return

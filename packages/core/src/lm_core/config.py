@@ -152,7 +152,8 @@ def config(cls: type[C]) -> type[C]:
     method `check(self) -> None` may raise ConfigError for options that do not fit together; those of all
     bases are called. Raises TypeError here, at import, when two options claim one flag or a declaration is wrong.
     """
-    own = inspect.get_annotations(cls, locals=sys._getframe(1).f_locals, eval_str=True)
+    annotated = inspect.get_annotations(cls, locals=sys._getframe(1).f_locals, eval_str=True)
+    own = {name: kind for name, kind in annotated.items() if getattr(kind, "__origin__", None) is not typing.ClassVar}
     inherited = [base for base in cls.__mro__[1:] if "_own_types" in vars(base)]
     # dataclasses let the last base win even if it merely inherited an option; Python's own order, the MRO, is what a reader expects
     for name in dict.fromkeys(name for base in reversed(inherited) for name in base._own_types):  # type: ignore[attr-defined]

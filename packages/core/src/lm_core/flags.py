@@ -45,36 +45,54 @@ class Foreign(Protocol):
     def count(self) -> bool: ...
 
 
+class Word(NamedTuple):
+    """A flag of a guide where there is nothing to choose here: `instead` says what holds or stands for it.
+
+    `values` are those that say what holds anyway (of a switch: "true"); where there are none, any value is read and has no effect.
+    """
+
+    instead: str
+    values: tuple[str, ...] = ()
+
+
 class Spelled(NamedTuple):
-    """The options found, as text by path (a list for repeatable ones), the arguments left, and what was wrong."""
+    """The options found, as text by path (a list for repeatable ones), the arguments left, what was wrong, and what has no effect."""
 
     values: Mapping[str, Any]
     rest: list[str]
     mistakes: list[str]
+    notices: list[str]
 
 
-def split(args: Sequence[str], *, options: Sequence[Any], others: Sequence[Any], positional: bool) -> Spelled:
+def split(
+    args: Sequence[str], *, options: Sequence[Any], others: Sequence[Any], positional: bool, words: Mapping[str, Word] | None = None
+) -> Spelled:
     """Read the flags of `options` out of `args`.
 
-    `options` are leaves, `others` the click options of the same command, whose flags are left in place.
+    `options` are leaves, `others` the click options of the same command, whose flags are left in place, `words` flags of a guide
+    without an option, such as `--swiglu`.
     `positional` says whether the command takes arguments; if not, a list takes all values that follow its
     flag, and a stray word is a mistake.
 
     >>> from lm_core.config import leaves
     >>> from lm_core.options import DataOptions
     >>> split(["--no_shuffle", "--data", "a", "b", "--packin", "x"], options=list(leaves(DataOptions)), others=[], positional=False)
-    Spelled(values={'shuffle': 'false', 'data': ['a', 'b']}, rest=[], mistakes=['--packin: is not an option; did you mean --packing?'])
+    Spelled(values={'shuffle': 'false', 'data': ['a', 'b']}, rest=[], mistakes=['--packin: is not an option; did you mean --packing?'], notices=[])
     """
-    return _Splitter(args, options, others, positional).split()
+    return _Splitter(args, options, others, positional, words or {}).split()
 
 
 class _Splitter:
-    def __init__(self, args: Sequence[str], options: Sequence[Spelling], others: Sequence[Foreign], positional: bool) -> None:
+    def __init__(
+        self, args: Sequence[str], options: Sequence[Spelling], others: Sequence[Foreign], positional: bool, words: Mapping[str, Word]
+    ) -> None:
         self.left = list(args)
         self.positional = positional
         self.values: dict[str, Any] = {}
         self.rest: list[str] = []
         self.mistakes: list[str] = []
+        self.notices: list[str] = []
+        self.words = {_same(flag): word for flag, word in words.items()}
         self.written: dict[str, str] = {}  # path -> the spelling it was given by
         self.known: dict[str, tuple[Spelling, bool]] = {}  # flag -> option, and whether the flag turns it off
         for option in options:
@@ -98,7 +116,7 @@ class _Splitter:
                 self.rest.append(word)
             else:
                 self.mistakes.append(f"{word!r}: is neither an option nor the value of one; options start with --")
-        return Spelled(self.values, self.rest, self.mistakes)
+        return Spelled(self.values, self.rest, self.mistakes, self.notices)
 
     def _long(self, word: str) -> None:
         written, sign, value = word.partition("=")
@@ -116,8 +134,19 @@ class _Splitter:
             self.rest.append(declared + sign + value)
             if not sign:
                 self._leave_values(other)
+        elif flag in self.words:
+            self._word(self.words[flag], written, value if sign else None)
         else:
             self._unknown(written, sign)
+
+    def _word(self, word: Word, written: str, value: str | None) -> None:
+        """Read a flag that has no option: a value that says something else than what holds is a mistake."""
+        if value is None:
+            value = "true" if not self.left or self._looks_like_flag(self.left[0]) else self.left.pop(0)
+        if not word.values:
+            self.notices.append(f"{written}: has no effect here; {word.instead}")
+        elif value.lower() not in word.values:
+            self.mistakes.append(f"{written} {value}: cannot be had; {word.instead}")
 
     def _short(self, word: str) -> None:
         flag, attached = word[:2], word[2:]

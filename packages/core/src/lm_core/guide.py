@@ -1,15 +1,17 @@
 """Options that the guides of the original code and of transformers' Trainer write differently, in core's words. Imports no torch.
 
-A configuration that takes one of these classes among its bases reads the further spellings; one of its own adds to `meanings`.
+A configuration that takes one of these classes among its bases reads the further spellings; one of its own adds to `meanings`, and to
+`words` what a guide writes where there is nothing to choose.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from lm_core.config import config, opt
 from lm_core.errors import ConfigError
+from lm_core.flags import Word
 from lm_core.values import read
 
 
@@ -54,6 +56,17 @@ class AdamSpellings:
 class TrainerSpellings(AdamSpellings):
     """What transformers' Trainer calls arithmetic and reports, too."""
 
+    words: ClassVar[Mapping[str, Word]] = {
+        "--do-train": Word("this command trains", ("true",)),
+        "--optim": Word("AdamW is the optimizer", ("adamw_torch", "adamw_torch_fused", "adamw_hf")),
+        "--logging-strategy": Word("--log-every counts steps", ("steps",)),
+        "--dataloader-pin-memory": Word("batches are copied as the device wants them"),
+        "--ddp-timeout": Word("the launcher's environment says how long processes wait"),
+        "--ddp-find-unused-parameters": Word("every trained weight takes part in every step", ("false",)),
+        "--log-level": Word("notices and warnings are always shown"),
+        "--log-level-replica": Word("further processes show warnings alone"),
+        "--log-on-each-node": Word("the first process writes the log", ("false",)),
+    }
     bf16: bool | None = opt(None, "--precision bf16; false needs another --precision.")
     fp16: bool | None = opt(None, "--precision fp16; false needs another --precision.")
     report_to: list[Literal["wandb", "tensorboard", "none"]] = opt(

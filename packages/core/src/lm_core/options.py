@@ -128,10 +128,6 @@ class RunConfig(ModelOptions, DataOptions, OptimOptions, EngineOptions, OutputOp
             raise ConfigError(
                 f"deepspeed_config: {self.deepspeed_config} belongs to the deepspeed engine, not to {self.engine}; drop one of the two"
             )
-        if self.deepspeed_config is not None and self.zero_stage == 0:
-            raise ConfigError(
-                f"deepspeed_config: {self.deepspeed_config} is for ZeRO, and stage 0 is the replicated engine; drop --zero-stage 0"
-            )
         if self.overwrite and self.resume != "none":
             raise ConfigError(f"overwrite: a run cannot be deleted and resumed ({self.resume}) at once; drop --overwrite or --resume")
         # lengths that depend on the data are checked again when it is known

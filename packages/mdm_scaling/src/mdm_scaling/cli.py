@@ -50,6 +50,10 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     Example: mdm-scaling pretrain --objective mdm --init-from smollm2-135m --data builtin:python-docs --seq-length 256 --train-samples 160
     """
     config = settled(config)
+    if config.skip_train:
+        from mdm_scaling.evaluate import held_out_loss
+
+        return held_out_loss(config)
     from mdm_scaling.train import pretrain as train
 
     return train(config)

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lm_core.config import Count, change, config, explicit, opt
 from lm_core.deepspeed_settings import engine_kind
 from lm_core.errors import ConfigError
+from lm_core.flags import Word
 from lm_core.guide import AdamSpellings, Meaning, right
 from lm_core.options import DataOptions, EngineOptions, ModelOptions, OptimOptions, OutputOptions, RunConfig
 from lm_core.progress import Budget, Progress, Size
@@ -97,6 +98,25 @@ class ExperimentOptions:
 class PretrainConfig(RunConfig, AdamSpellings, ShapeOptions, DiffusionOptions, ExperimentOptions):
     """Pre-training by masked diffusion or next-token prediction."""
 
+    words: ClassVar[Mapping[str, Word]] = {
+        "--optimizer": Word("AdamW is the optimizer", ("adam", "adamw")),
+        "--use-rotary-position-embeddings": Word("positions are rotary", ("true",)),
+        "--normalization": Word("norms are RMSNorm", ("rmsnorm",)),
+        "--swiglu": Word("feed-forward layers are SwiGLU", ("true",)),
+        "--data-impl": Word("corpora are mapped into memory", ("mmap",)),
+        "--use-order-list": Word("--num-order-list alone asks for orders", ("true",)),
+        "--no-pipeline-parallel": Word("--pipeline-model-parallel-size is 1 unless given", ("true",)),
+        "--exit-signal-handler": Word("a signal always saves before the run ends", ("true",)),
+        "--tensorboard-dir": Word("the run folder holds what TensorBoard reads"),
+        "--tensorboard-queue-size": Word("records are written when they are logged"),
+        "--log-timers-to-tensorboard": Word("speed is always logged", ("true",)),
+        "--log-batch-size-to-tensorboard": Word("samples are always logged", ("true",)),
+        "--log-validation-ppl-to-tensorboard": Word("held-out losses are always logged", ("true",)),
+        "--wandb-save-dir": Word("the run folder holds wandb/"),
+        "--test-data-path-file": Word("mdm-scaling eval loss scores further corpora"),
+        "--master-addr": Word("the launcher says where processes meet"),
+        "--master-port": Word("the launcher says where processes meet"),
+    }
     objective: Literal["ar", "mdm"] = opt(help="Autoregressive, or masked diffusion.")
     model: str = change(
         ModelOptions,
@@ -119,6 +139,8 @@ class PretrainConfig(RunConfig, AdamSpellings, ShapeOptions, DiffusionOptions, E
         "Shares of the documents, in their order, to train on, hold out and leave: A,B,C; default: 969,30,1 for .bin files, else --hold-out.",
     )
     text_column: str = change(DataOptions, "text_column", flags=("--json-key",))
+    vocab_file: Path | None = opt(None, "GPT-2's vocabulary as JSON, with --merge-file in place of --tokenizer.")
+    merge_file: Path | None = opt(None, "GPT-2's merges, one pair per line.")
     data_cache_dir: Path | None = opt(
         None,
         "Folder for tokenised data and the order of samples; default: $LM_CORE_CACHE, else ~/.cache/lm_core.",
@@ -185,6 +207,7 @@ class PretrainConfig(RunConfig, AdamSpellings, ShapeOptions, DiffusionOptions, E
     keep_checkpoints: int = change(OutputOptions, "keep_checkpoints", flags=("--keep-last",))
     keep_best: bool = change(OutputOptions, "keep_best", default=True)
     eval_every: str = change(OutputOptions, "eval_every", default="1000", flags=("--eval-interval",))
+    skip_train: bool = opt(False, "Train nothing: score the held-out corpora under the model in --load, by --num-mc draws.")
     eval_iters: int = opt(100, "Global batches of an evaluation, at most one pass; --eval-tokens wins.", ge=1)
     log_every: int = change(OutputOptions, "log_every", flags=("--log-interval",))
     kill_file: Path | None = change(OutputOptions, "kill_file", flags=("--kill-switch-file",))
@@ -236,6 +259,12 @@ class PretrainConfig(RunConfig, AdamSpellings, ShapeOptions, DiffusionOptions, E
             raise ConfigError("train_data_path_file: --data is given, too; use one of them")
         if self.eval_data and self.valid_data_path_file:
             raise ConfigError("valid_data_path_file: --eval-data is given, too; use one of them")
+        if (self.vocab_file is None) != (self.merge_file is None):
+            raise ConfigError("vocab_file: comes with --merge-file; give both, or --tokenizer FOLDER")
+        if self.vocab_file and self.tokenizer:
+            raise ConfigError(f"vocab_file: --tokenizer {self.tokenizer} is given, too; use one of them")
+        if self.skip_train and not (self.eval_data or self.valid_data_path_file):
+            raise ConfigError("skip_train: nothing to score; give --valid-data-path-file or --eval-data")
         if self.rampup_batch_size:
             start, more, samples = self.rampup_batch_size
             full = self.global_batch_size
@@ -399,6 +428,10 @@ def settled(options: PretrainConfig) -> PretrainConfig:
             f"rampup_batch_size: {wrong[0]} is not a multiple of {one} ({options.micro_batch_size} sequences on each copy of the model); "
             "change --micro-batch-size"
         )
+    if options.vocab_file and options.merge_file:
+        from mdm_scaling.data.vocabulary import gpt2
+
+        options = replace(options, tokenizer=str(gpt2(options.vocab_file, options.merge_file)), vocab_file=None, merge_file=None)
     if not options.eval_tokens:
         options = replace(options, eval_tokens=options.eval_iters * options.global_batch_size * options.max_length)
     if options.resume not in ("auto", "none") and Path(options.resume).resolve() == options.run_folder().resolve():

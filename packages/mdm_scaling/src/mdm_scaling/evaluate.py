@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lm_core.config import build
 from lm_core.errors import InputError
 from lm_core.models import load_tokenizer
 from mdm_scaling import losses
-from mdm_scaling.config import EvalConfig
+from mdm_scaling.config import EvalConfig, PretrainConfig
+from mdm_scaling.data import pathfile
 from mdm_scaling.data.corpus import open_held_out
 from mdm_scaling.data.tokens import Part
 from mdm_scaling.model import Scorer, checkpoint_folder, load_network, objective_of, vocabulary_of
@@ -57,6 +59,22 @@ def corpus_loss(config: EvalConfig) -> dict[str, Any]:
         )
         print(line(part.name, results[part.name], bound=objective == "mdm" and name != "chain"))
     return {"objective": objective, "checkpoint": config.checkpoint, "max_length": config.max_length, "sources": results}
+
+
+def held_out_loss(config: PretrainConfig) -> dict[str, Any]:
+    """What `--skip-train` scores: the held-out corpora of a run under its newest model."""
+    texts = pathfile.read(config.valid_data_path_file) if config.valid_data_path_file else config.eval_data
+    checkpoint = str(config.run_folder()) if config.resume in ("auto", "none") else config.resume
+    return corpus_loss(
+        build(
+            EvalConfig,
+            {
+                "checkpoint": checkpoint, "data": pathfile.weighted(texts)[0], "text_column": config.text_column, "num_mc": config.num_mc,
+                "mask_eps": config.mask_eps, "eval_seed": config.eval_seed, "max_length": config.max_length,
+                "limit": config.eval_iters * config.global_batch_size, "micro_batch_size": config.micro_batch_size,
+            },
+        )
+    )  # fmt: skip
 
 
 def windows(part: Part, size: int, limit: int | None) -> Tensor:

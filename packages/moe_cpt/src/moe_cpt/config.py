@@ -8,10 +8,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lm_core.config import Count, change, config, explicit, opt
 from lm_core.errors import ConfigError
+from lm_core.flags import Word
 from lm_core.guide import Meaning, TrainerSpellings, right
 from lm_core.options import DataOptions, EngineOptions, ModelOptions, OptimOptions, OutputOptions, RunConfig
 from lm_core.progress import Budget, Every, Progress, Size
@@ -418,6 +419,12 @@ class BenchConfig:
 class TrainConfig(RunConfig, TrainerSpellings):
     """Continued pre-training of a mixture of experts made from a dense LLaMA."""
 
+    words: ClassVar[Mapping[str, Word]] = {
+        **TrainerSpellings.words,
+        "--num-train-epochs": Word("--max_steps, --num_tokens or --budget sets the length"),
+        "--save-strategy": Word("--save_steps counts steps", ("steps",)),
+        "--evaluation-strategy": Word("--eval_steps counts steps", ("steps",)),
+    }
     model: str = change(
         ModelOptions,
         "model",
@@ -480,6 +487,8 @@ class TrainConfig(RunConfig, TrainerSpellings):
         help="Held-out data, written like --data, or a folder with one file per source; default: the held-out split of --data.",
         flags=("--validation_dir",),
     )
+    validation_split_percentage: float | None = opt(None, "--hold-out in percent.", gt=0, lt=100)
+    num_workers: int = change(DataOptions, "num_workers", flags=("--dataloader_num_workers",))
     data_cache_dir: Path | None = opt(None, "Folder for tokenised data; default: $LM_CORE_CACHE, else ~/.cache/lm_core.")
     prob_map: str | None = opt(
         None,
@@ -553,6 +562,8 @@ class TrainConfig(RunConfig, TrainerSpellings):
         precision = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(str(values.get("torch_dtype")))
         if precision:
             found["torch_dtype"] = [Meaning("precision", precision)]
+        if percent := right(float, values.get("validation_split_percentage")):
+            found["validation_split_percentage"] = [Meaning("hold_out", percent / 100)]
         if eval_tokens := right(Count, values.get("eval_tokens")):
             found["eval_tokens"] = [Meaning("eval_every", str(max(1, int(eval_tokens) // tokens_of_step(cls, values))))]
         if warmup_tokens := right(Count, values.get("warmup_tokens")):

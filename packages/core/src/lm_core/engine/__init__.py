@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lm_core.deepspeed_settings import engine_kind
+from lm_core import dist
+from lm_core.deepspeed_settings import engine_kind, settings
 from lm_core.engine.base import Engine, Sums
 
 if TYPE_CHECKING:
@@ -23,9 +24,12 @@ def make_engine(config: RunConfig, method: Method, model: nn.Module, device: tor
     `auto` is replicated, unless a ZeRO stage above 0, an offload or a DeepSpeed file asks for deepspeed. Raises ConfigError for a combination
     that cannot work.
     """
+    kind = engine_kind(config)
+    if kind == "replicated" and config.deepspeed_config is not None:
+        # a file of stage 0 configures nothing, but what it says must hold
+        settings(config, dist.world())
     if (own := method.engine(model, device)) is not None:
         return own
-    kind = engine_kind(config)
     if kind == "deepspeed":
         from lm_core.engine.deepspeed import DeepSpeed
 

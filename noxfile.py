@@ -162,6 +162,13 @@ def faults(session: nox.Session) -> None:
 
 
 @nox.session
+def guides(session: nox.Session) -> None:
+    """Run the commands of docs/from-the-guides.md by --dry-run, with tiny models where the guides have theirs; `-- beacon` those of one script."""
+    prepare(session, *PACKAGES)
+    session.run("python", "-m", "tests.repo.guides", str(Path(session.create_tmp(), "world")), *session.posargs)
+
+
+@nox.session
 def nodes(session: nox.Session) -> None:
     """Every method on two machines: network namespaces joined by a cable. As root, with Debian's package iproute2."""
     prepare(session, *PACKAGES)

@@ -7,6 +7,7 @@ micro-batch. What makes data is run, on less of it, and so is what a later comma
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lm_core.data.vocab import byte_tokenizer
+from mdm_scaling.data.vocabulary import gpt2
 from tests.repo.test_commands import SCRIPTS
 from tests.repo.test_guides import COMMANDS, settle
 
@@ -53,7 +55,7 @@ BEFORE = {
         "moe-cpt convert --model_path models/llama_7B --split_file_path split.safetensors --save_path models/llama_7B_MoE_16Select4-l2_norm",
     ],
     "mdm-scaling pretrain": [
-        "mdm-scaling data tokenize --input data/redpajama/train.json --tokenizer meta-llama/Llama-2-7b-chat-hf --output-prefix data/c4",
+        "mdm-scaling data tokenize --input data/redpajama/train.json --tokenizer models/gpt2 --output-prefix data/c4",
     ],
 }  # fmt: skip
 
@@ -79,8 +81,9 @@ def furnish(folder: Path) -> None:
     # the bytes are the first entries of every vocabulary of GPT-2
     vocabulary = byte_tokenizer().get_vocab()
     bytes_alone = {word: number for word, number in vocabulary.items() if number < 256}
-    (folder / "data/gpt2-vocab.json").write_text(json.dumps(bytes_alone | {"<|endoftext|>": 258}))
+    (folder / "data/gpt2-vocab.json").write_text(json.dumps(bytes_alone | {"<|endoftext|>": 256}))
     (folder / "data/gpt2-merges.txt").write_text("#version: 0.2\n")
+    shutil.copytree(gpt2(folder / "data/gpt2-vocab.json", folder / "data/gpt2-merges.txt"), folder / "models/gpt2")
 
 
 def smaller(words: list[str], sizes: Mapping[str, str]) -> list[str]:

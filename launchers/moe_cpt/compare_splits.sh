@@ -40,7 +40,7 @@ trained() {
 
 # mixture NAME SPLIT OPTIONS OF CONVERT...
 mixture() {
-    once "$out/$1/moe" moe-cpt convert --model_path "$model" --split_file_path "$out/$2.safetensors" --num_selects 4 -o "$out/$1/moe" "${@:3}"
+    once "$out/$1/moe" moe-cpt convert --model_path "$model" --split_file_path "$out/$2.safetensors" --num_selects "${selects:-4}" -o "$out/$1/moe" "${@:3}"
     trained "$1" "$1" --eval_every "${EVAL_EVERY:-0.5}"
 }
 
@@ -48,11 +48,16 @@ once "$out/act" moe-cpt features --model_path "$model" "${data[@]}" --what input
 once "$out/up" moe-cpt features --model_path "$model" "${data[@]}" --what up --block_size 512 --max_tokens $((tokens / 4)) -o "$out/up"
 once "$out/clusters" moe-cpt cluster-text "${data[@]}" -n 16 -m "$out/centres" -o "$out/clusters"
 once "$out/score.safetensors" moe-cpt score --model "$model" --dataset "$out/clusters" --block_size 512 --max_tokens 1024 -o "$out/score.safetensors"
+once "$out/clusters14" moe-cpt cluster-text "${data[@]}" -n 14 -m "$out/centres14" -o "$out/clusters14"
+once "$out/score14.safetensors" moe-cpt score --model "$model" --dataset "$out/clusters14" --block_size 512 --max_tokens 1024 -o "$out/score14.safetensors"
 split random
 split clustering
 split activation --features "$out/act"
 split graph --hidden_features_path "$out/up"
 split gradient --score_file_path "$out/score.safetensors"
+# 14 routed and 2 shared experts are 16 equal parts; with 2 routed ones selected 4 of the 16 see a token, as in the others
+once "$out/residual.safetensors" moe-cpt split residual --model_path "$model" --num_experts 14 --num_experts_residual 2 \
+    --score_file_path "$out/score14.safetensors" -o "$out/residual.safetensors"
 once "$out/gate.safetensors" moe-cpt train-gate --model_path "$model" --split_file_path "$out/activation.safetensors" \
     --hidden_features_path "$out/act" --gate_network linear --epochs 30 -o "$out/gate.safetensors"
 
@@ -63,6 +68,7 @@ ridge=(--gate_network linear --gate_init ridge --calibration_tokens $((tokens / 
 for method in random clustering activation graph gradient; do
     mixture "$method-ridge" "$method" "${ridge[@]}"
 done
+selects=2 mixture residual-ridge residual "${ridge[@]}"
 mixture activation-normal-mlp activation
 mixture activation-normal-linear activation --gate_network linear
 mixture activation-centroid activation --gate_network linear --gate_init centroid

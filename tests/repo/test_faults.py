@@ -123,7 +123,9 @@ def test_kills_at_random_moments_change_nothing(package: Package, whole: Any, tm
 def test_a_damaged_checkpoint_is_passed_over(package: Package, whole: Any, tmp_path_factory: Any, tmp_path: Path) -> None:
     reference, _ = uninterrupted(package, whole, tmp_path_factory)
     folder, log = tmp_path / "run", tmp_path / "log"
-    assert start(command(package, folder, "--stop-every", "6"), log).wait() == 130
+    # some methods keep one by default
+    kept = ["--keep-checkpoints", "2", "--keep-optimizer", "2"]
+    assert start(command(package, folder, "--stop-every", "6", *kept), log).wait() == 130
     for damage in ("cut", "flip"):
         file = max(newest(folder).glob("*.safetensors"), key=lambda path: path.stat().st_size)
         content = bytearray(file.read_bytes())
@@ -134,7 +136,7 @@ def test_a_damaged_checkpoint_is_passed_over(package: Package, whole: Any, tmp_p
         file.write_bytes(content)
         log.unlink()
         more, code = (["--stop-every", "6"], 130) if damage == "cut" else ([], 0)
-        assert start(command(package, folder, *more), log).wait() == code, log.read_text()
+        assert start(command(package, folder, *kept, *more), log).wait() == code, log.read_text()
         assert f"{file.name}" in log.read_text()
         assert "passed over" in log.read_text()
     assert outcome(folder) == outcome(reference)

@@ -27,6 +27,10 @@ from moe_cpt.split.random import permutation
 
 # T tokens, D hidden size, N experts, K of them for a token, E neurons of each
 TOKENS, HIDDEN, EXPERTS, SELECTS, SIZE = 2048, 1024, 16, 4, 176
+# forward and twice that backward
+FLOPS = 3 * 2 * TOKENS * SELECTS * 3 * HIDDEN * SIZE
+# weights are read twice and their gradients written; x goes in three times, y and dx out; forward's inner values go out and in again
+ELEMENTS = 3 * 3 * EXPERTS * HIDDEN * SIZE + 5 * TOKENS * HIDDEN + 2 * 4 * TOKENS * SELECTS * SIZE
 SHAPE = {"T": TOKENS, "d": HIDDEN, "N": EXPERTS, "K": SELECTS, "e": SIZE}
 
 
@@ -95,7 +99,7 @@ def outputs(block: Any, x_BTD: Tensor) -> Tensor:
 
 
 def layer(config: BenchConfig) -> Iterator[Figure]:
-    """Forward and backward of one mixture; the products alone are the floor."""
+    """Forward and backward of one mixture. Its floor is its arithmetic at the speed of one large product, or its bytes at that of a copy."""
     for dtype, of_loop, of_mixtral, of_products in ((torch.float32, 0.75, 0.90, 1.6), (torch.bfloat16, 0.55, 0.55, None)):
         x = numbers(1, TOKENS, HIDDEN).to(dtype).requires_grad_()
         dy, found = numbers(1, TOKENS, HIDDEN, seed=5).to(dtype), blocks(dtype)
@@ -106,16 +110,30 @@ def layer(config: BenchConfig) -> Iterator[Figure]:
         if dtype == torch.float32:
             # in bfloat16 Mixtral's router, which is not computed in float32, sends some tokens elsewhere
             require_equal(found, x)
+        square, wide = numbers(2048, 2048).to(dtype), torch.ones(2, 2**25, dtype=dtype)
         jobs: list[Callable[[], Any]] = [lambda block=block: both(block) for block in found.values()]  # type: ignore[misc]
-        fused, loop, mixtral, bare = in_turns([*jobs, products(cast(LoopBlock, found["loop"]), x)], config.repeats, warm=2, chosen=min)
+        jobs += [
+            products(cast(LoopBlock, found["loop"]), x),
+            lambda square=square: square @ square,
+            lambda wide=wide: wide[0].copy_(wide[1]),
+        ]  # type: ignore[misc]
+        fused, loop, mixtral, bare, large, copy = in_turns(jobs, config.repeats, warm=2, chosen=min)
+        speed, bandwidth = 2 * 2048**3 / large, wide.nbytes / copy
+        floor = max(FLOPS / speed, ELEMENTS * dtype.itemsize / bandwidth)
         kind = str(dtype).removeprefix("torch.")
-        for baseline, seconds, target in (("loop", loop, of_loop), ("mixtral", mixtral, of_mixtral), ("products", bare, of_products)):
+        ratios = (("loop", loop, of_loop), ("mixtral", mixtral, of_mixtral), ("products", bare, of_products), ("floor", floor, None))
+        for baseline, seconds, target in ratios:
             details = {
                 "shape": SHAPE, "dtype": kind, "device": "cpu", "backend": "fused", "time_ms": 1e3 * fused, "baseline": baseline,
                 "baseline_ms": 1e3 * seconds,
             }  # fmt: skip
             what = f"fused layer over {BASELINES[baseline]}, {kind}: {1e3 * fused:.0f} of {1e3 * seconds:.0f} ms"
             yield Figure("layer", what, fused / seconds, target, details=details)
+        what = (
+            f"that floor over {BASELINES['loop']}, {kind}: {FLOPS / 1e9:.1f} GFLOP at {speed / 1e9:.0f} GFLOP/s, "
+            f"{ELEMENTS * dtype.itemsize / 1e6:.0f} MB at {bandwidth / 1e9:.0f} GB/s"
+        )
+        yield Figure("layer", what, floor / loop)
     found = blocks(torch.float32)
     ours, theirs = (saved(block) / TOKENS for block in (found["fused"], found["loop"]))
     what = f"elements that the layer saves for backward over the loop's, {ours:.0f} of {theirs:.0f} per token"
@@ -132,6 +150,7 @@ BASELINES = {
     "loop": "a loop over a ParameterList per expert",
     "mixtral": "stock Mixtral with grouped_mm",
     "products": "its nine products per expert alone",
+    "floor": "its floor",
 }
 
 

@@ -62,15 +62,18 @@ def forward(
             kernels.combine_(y_TD, F.grouped_mm(h_RE, down.contiguous().transpose(1, 2), offs=ends_N), inverse_TK, 0, False)
             return y_TD, first_RF, order_R, inverse_TK, score_R, ends_N
         # expert by expert: what lies between two products then stays in the cache
-        first_RF, sum_TD = x.new_empty(rows, width), x.new_zeros(tokens, x.shape[1], dtype=torch.float32)
+        first_RF, (y_TD, z_RD) = x.new_empty(rows, width), _sums(x, rows)
         for expert, at, (buffer_CD, h_CE) in _experts(ends_N, x, x.shape[1], width // 2):
-            first_CF = first_RF[at]
-            torch.index_select(x, 0, token_R[at], out=buffer_CD)
-            torch.mm(buffer_CD, gate_up[expert].t(), out=first_CF)
+            first_CF, z_CD = first_RF[at], buffer_CD if z_RD is None else z_RD[at]
+            torch.index_select(x, 0, token_R[at], out=z_CD)
+            torch.mm(z_CD, gate_up[expert].t(), out=first_CF)
             kernels.swiglu_score_(first_CF, score_R[at], h_CE)
-            torch.mm(h_CE, down[expert].t(), out=buffer_CD)
-            kernels.combine_(sum_TD, buffer_CD, inverse_TK, at.start, True)
-    return sum_TD.to(x.dtype), first_RF, order_R, inverse_TK, score_R, ends_N
+            torch.mm(h_CE, down[expert].t(), out=z_CD)
+            if z_RD is None:
+                kernels.combine_(y_TD, z_CD, inverse_TK, at.start, True)
+        if z_RD is not None:
+            kernels.combine_(y_TD, z_RD, inverse_TK, 0, False)
+    return y_TD, first_RF, order_R, inverse_TK, score_R, ends_N
 
 
 @torch.library.custom_op("moe::moe_ffn_backward", mutates_args=())
@@ -105,7 +108,7 @@ def backward(
             if x_gradient:
                 kernels.combine_(dx_TD, F.grouped_mm(dfirst_RF, gate_up.contiguous(), offs=ends), inverse, 0, False)
         else:
-            dx_TD = x.new_zeros(x.shape if x_gradient else 0, dtype=torch.float32)
+            dx_TD, z_RD = _sums(x, len(token_R)) if x_gradient else (x.new_empty(0), None)
             dgate_up_NFD, ddown_NDE = gate_up.new_zeros(0), down.new_zeros(0)
             if gate_up_gradient:
                 dgate_up_NFD = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
@@ -113,7 +116,8 @@ def backward(
                 ddown_NDE = torch.empty_like(down, memory_format=torch.contiguous_format)
             _, width, size = down.shape
             _zero_idle(ends, *(gradient for gradient in (dgate_up_NFD, ddown_NDE) if gradient.ndim == 3))
-            for expert, at, (dy_CD, x_CD, h_CE, dh_CE, dfirst_CF) in _experts(ends, x, width, width, size, size, 2 * size):
+            for expert, at, (buffer_CD, x_CD, h_CE, dh_CE, dfirst_CF) in _experts(ends, x, width, width, size, size, 2 * size):
+                dy_CD = buffer_CD if z_RD is None else z_RD[at]
                 torch.index_select(dy_TD, 0, token_R[at], out=dy_CD)
                 torch.mm(dy_CD, down[expert], out=dh_CE)
                 kernels.swiglu_score_backward_(first[at], score[at], dh_CE, h_CE, dfirst_CF, dscore_R[at])
@@ -124,8 +128,10 @@ def backward(
                     torch.mm(dfirst_CF.t(), x_CD, out=dgate_up_NFD[expert])
                 if x_gradient:
                     torch.mm(dfirst_CF, gate_up[expert], out=dy_CD)
-                    kernels.combine_(dx_TD, dy_CD, inverse, at.start, True)
-            dx_TD = dx_TD.to(x.dtype)
+                    if z_RD is None:
+                        kernels.combine_(dx_TD, dy_CD, inverse, at.start, True)
+            if z_RD is not None:
+                kernels.combine_(dx_TD, z_RD, inverse, 0, False)
     return dx_TD, dgate_up_NFD, ddown_NDE, dscore_R.index_select(0, inverse.flatten()).view(inverse.shape)
 
 
@@ -150,6 +156,16 @@ def _experts(ends_N: Tensor, like: Tensor, *widths: int) -> Iterator[tuple[int, 
     for expert, span in enumerate(spans):
         if span.stop > span.start:
             yield expert, span, [buffer[: span.stop - span.start] for buffer in space]
+
+
+def _sums(x_TD: Tensor, rows: int) -> tuple[Tensor, Tensor | None]:
+    """Where the rows of a token are added up, and memory for all rows where that moves less than adding them expert by expert.
+
+    Adding moves a float32 sum in and out for every row; rows of half its width are cheaper to keep until all are there.
+    """
+    if x_TD.dtype == torch.float32:
+        return torch.zeros_like(x_TD), None
+    return torch.empty_like(x_TD), x_TD.new_empty(rows, x_TD.shape[1])
 
 
 def _zero_idle(ends_N: Tensor, *gradients: Tensor) -> None:

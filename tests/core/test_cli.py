@@ -327,6 +327,26 @@ def test_click_options_and_arguments_live_beside_the_configuration() -> None:
     assert got == [(True, ("--a", "b"))]
 
 
+def test_a_quiet_command_gives_warnings_and_its_object_alone(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("lm_core.test_cli")
+
+    @click.command(cls=Command)
+    @configured(Options)
+    def speak(config: Options) -> dict[str, Any]:
+        print("a line")
+        logger.info("a notice")
+        logger.warning("a warning")
+        return {"rank": config.rank}
+
+    cases = {(): ("a line\n", 2), ("--quiet",): ("", 1), ("--quiet", "--json"): ('{"rank": 4}\n', 1)}
+    for words, (out, said) in cases.items():
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "lm_core"):
+            assert CliRunner().invoke(speak, words).stdout == out
+        assert [record.getMessage() for record in caplog.records][-said:] == ["a notice", "a warning"][-said:]
+        assert len(caplog.records) == said
+
+
 def test_print_config_is_a_configuration_file(tmp_path: Path) -> None:
     args = ["--rank", "3", "--data", "a: b", "--learning-rate", "1", "--weights", "x=1"]
     result = invoke("train", "--print-config", *args)
@@ -433,6 +453,7 @@ WORDS = st.one_of(
             "optim={lr: 3}",
             "optim=3",
             "--json",
+            "--quiet",
             "--print-config",
         ]
     ),

@@ -22,7 +22,7 @@ import os
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import click
@@ -33,7 +33,7 @@ from lm_core.flags import Spelled, split
 from lm_core.values import bounds, metavar, takes_text, without_none
 
 logger = logging.getLogger(__name__)
-_OWN = ("--set", "--json", "--print-config", "--help", "--config-file")
+_OWN = ("--set", "--json", "--quiet", "--print-config", "--help", "--config-file")
 _SPLIT = "lm_core.cli.split"
 
 
@@ -111,7 +111,7 @@ def main(cli: click.Command) -> NoReturn:
 
 
 def configured(cls: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a command one flag per option of `cls`, and --config, --config-file, --set, --json and --print-config.
+    """Give a command one flag per option of `cls`, and --config, --config-file, --set, --json, --quiet and --print-config.
 
     The function receives the built configuration first, `json` (whether --json was given) if it has a
     parameter of that name, and whatever further click options and arguments it declares. Under --json
@@ -137,7 +137,9 @@ def configured(cls: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         wants_json = "json" in inspect.signature(function).parameters
 
         @functools.wraps(function)
-        def run(*, lm_files: tuple[str, ...], lm_set: tuple[str, ...], lm_json: bool, lm_print_config: bool, **others: Any) -> None:
+        def run(
+            *, lm_files: tuple[str, ...], lm_set: tuple[str, ...], lm_json: bool, lm_quiet: bool, lm_print_config: bool, **others: Any
+        ) -> None:
             context = click.get_current_context()
             if _SPLIT not in context.meta:
                 raise TypeError(f"{context.command_path}: make it with command_group(...).command(), or with click.command(cls=Command)")
@@ -149,7 +151,7 @@ def configured(cls: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                 return
             if wants_json:
                 others["json"] = lm_json
-            with contextlib.redirect_stdout(sys.stderr) if lm_json else contextlib.nullcontext():
+            with _quietly() if lm_quiet else contextlib.redirect_stdout(sys.stderr) if lm_json else contextlib.nullcontext():
                 try:
                     result = function(config, **others)
                 except BrokenPipeError as error:
@@ -167,6 +169,7 @@ def configured(cls: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                 ["lm_set", "--set"], multiple=True, metavar="KEY=VALUE", help="One option by its key, repeatable; wins over files."
             ),
             click.Option(["lm_json", "--json"], is_flag=True, help="Print one JSON object on stdout, everything else on stderr."),
+            click.Option(["lm_quiet", "--quiet"], is_flag=True, help="Print warnings and errors only, and the object of --json."),
             click.Option(["lm_print_config", "--print-config"], is_flag=True, help="Print the resolved options as YAML and stop."),
         ]
         own = getattr(function, "__click_params__", [])
@@ -176,6 +179,18 @@ def configured(cls: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return run
 
     return decorate
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """No standard output and no notices, while warnings and errors are written as ever."""
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def resolve(cls: type, files: tuple[str, ...], settings: tuple[str, ...], flags: Spelled) -> Any:

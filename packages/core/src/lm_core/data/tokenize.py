@@ -212,8 +212,9 @@ class _bar:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+        disable = not sys.stderr.isatty() or not log.isEnabledFor(logging.INFO)
         columns = (TextColumn("tokenise {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+        self._progress = Progress(*columns, console=Console(stderr=True), transient=True, disable=disable)
         self._task = self._progress.add_task(title, total=count)
 
     def __enter__(self) -> Callable[[int], None]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import tempfile
@@ -267,6 +268,13 @@ def test_a_tokenizer_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
     config = build(TrainConfig, {**TINY, "model": str(dense), "max_length": 32})
     with pytest.raises(ConfigError, match="tokenizer: 259 entries, but"):
         MoeCPT(config).data(byte_tokenizer())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is installed")
+def test_attention_that_is_not_installed_is_refused(tmp_path: Path) -> None:
+    options = {"model": str(mixture_folder(tmp_path)), "data": ["synthetic:markov"], "max_length": 32}
+    with pytest.raises(ConfigError, match="attn_implementation: flash_attention_2 cannot be had here"):
+        MoeCPT(build(TrainConfig, {**options, "attn_implementation": "flash_attention_2"})).build()
 
 
 def test_too_long_samples_are_refused(tmp_path: Path) -> None:

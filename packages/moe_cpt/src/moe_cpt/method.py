@@ -91,7 +91,11 @@ class MoeCPT(Method):
         self.override(model)
         self._mixture = model
         self.select(0)
-        model.set_attn_implementation(config.attn_implementation)
+        try:
+            model.set_attn_implementation(config.attn_implementation)
+        except (ImportError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"attn_implementation: {config.attn_implementation} cannot be had here ({reason}); use sdpa") from None
         module = CausalLoss(self.adapted(model) if config.mode == "lora" else model, loss=linear_cross_entropy)
         if config.gradient_checkpointing:
             checkpoint_activations(module)

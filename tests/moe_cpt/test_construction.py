@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,7 +20,7 @@ from moe_cpt.inspection import load_mixture
 from moe_cpt.router_init import expert_norms, ridge, solved
 from moe_cpt.split import split_ffn
 from moe_cpt.split.activation import layer_split, mark_rate
-from moe_cpt.split.features import read_features, watching, write_features
+from moe_cpt.split.features import read_features, watching, write_features, write_statistics
 from moe_cpt.split.random import permutation
 from tests.moe_cpt.small import dense_folder, dense_model, tokens
 
@@ -76,6 +78,20 @@ def test_features_on_disk_are_what_the_layers_do(tmp_path: Path) -> None:
         read_features(folder, 0, "act", 60)
     with pytest.raises(InputError, match="is missing; write it with moe-cpt features"):
         read_features(folder, 2, "act", 64)
+
+
+def test_statistics_are_means_over_the_tokens_that_would_have_been_written(tmp_path: Path) -> None:
+    model, rows = dense_model(), [tokens(2, 9), tokens(1, 5)]
+    write_features(tmp_path / "all", model, rows, ["act", "inputs"])
+    a_RM = read_features(tmp_path / "all", 1, "act", 64).double().numpy()
+    expected = {"coactivation": np.einsum("ri,rj->ij", abs(a_RM), abs(a_RM)) / 23, "rate": (a_RM > 0).mean(0), "energy": (a_RM**2).mean(0)}
+    for reduce, value in expected.items():
+        size = write_statistics(tmp_path / reduce, model, rows, ["act", "inputs"], reduce)
+        written = load_file(tmp_path / reduce / "layer_1.safetensors")
+        assert np.allclose(written[f"act.{reduce}"].numpy(), value, rtol=0.02, atol=1e-6)
+        assert size == 2 * 4 * sum(tensor.numel() for tensor in written.values())
+        with pytest.raises(InputError, match="holds no act"):
+            read_features(tmp_path / reduce, 1, "act", 64)
 
 
 def test_ridge_is_the_closed_form_of_its_definition() -> None:

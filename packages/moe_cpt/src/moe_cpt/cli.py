@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -49,6 +50,7 @@ from moe_cpt.config import (
     TrainGateConfig,
 )
 
+logger = logging.getLogger(__name__)
 cli = command_group("Dense LLaMA models into mixtures of experts, and their continued pre-training.")
 
 
@@ -176,7 +178,7 @@ def features(config: FeaturesConfig) -> dict[str, Any]:
     """
     from lm_core.models import load_model, load_tokenizer
     from moe_cpt.models import source_folder
-    from moe_cpt.split.features import bytes_of, token_rows, write_features
+    from moe_cpt.split.features import bytes_of, token_rows, write_features, write_statistics
     from moe_cpt.tensors import require_swiglu
 
     if config.save_path.exists() and not config.overwrite:
@@ -194,8 +196,11 @@ def features(config: FeaturesConfig) -> dict[str, Any]:
         batch=config.batch_size,
     )
     tokens = sum(row.numel() for row in rows)
-    print(f"{config.save_path}: {bytes_of(dense.config, tokens, config.what) / 2**20:,.0f} MiB for {tokens:,} tokens")
-    written = write_features(config.save_path, dense, rows, config.what)
+    print(f"{config.save_path}: {bytes_of(dense.config, tokens, config.what, config.reduce) / 2**20:,.1f} MiB for {tokens:,} tokens")
+    if config.reduce == "none":
+        written = write_features(config.save_path, dense, rows, config.what)
+    else:
+        written = write_statistics(config.save_path, dense, rows, config.what, config.reduce)
     return {"save_path": str(config.save_path), "tokens": tokens, "bytes": written}
 
 
@@ -317,7 +322,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         _require(config)
     if not config.limits().limits.keys() & {"epochs", "hours", "targets"} and os.environ.get("RANK", "0") == "0":
         plan = config.plan()
-        print(plan.header, *plan.lines(config.warmup, config.eval_steps()), sep="\n", file=sys.stderr)
+        logger.info("\n".join([plan.header, *plan.lines(config.warmup, config.eval_steps())]))
     from lm_core.run import run
     from moe_cpt.method import MoeCPT
 

@@ -179,6 +179,10 @@ class FeaturesConfig:
         help="Tensors to keep, repeatable: the layer's inputs, its two projections, or their product after the activation.",
         factory=lambda: ["act"],
     )
+    reduce: Literal["none", "coactivation", "rate", "energy"] = opt(
+        "none",
+        "Keep the values of every token, or of the text only the mean over tokens of |a| |a'| for all pairs of values, of a > 0, or of the square.",
+    )
     overwrite: bool = opt(False, "Write into a folder that exists.")
 
 
@@ -472,7 +476,9 @@ class TrainConfig(RunConfig, TrainerSpellings):
         "Begins as the dense model where the first K is all experts and --gate_init was zeros.",
     )
     freeze_router: bool = opt(False, "Do not train the routers.", flags=("--freeze_gate",))
-    attn_implementation: Literal["sdpa", "eager"] = opt("sdpa", "Implementation of attention.")
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = opt(
+        "sdpa", "Implementation of attention; flash_attention_2 needs the package flash-attn and a GPU."
+    )
 
     data: list[str] = change(
         DataOptions,

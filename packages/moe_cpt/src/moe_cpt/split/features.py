@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lm_core.data import build_data
@@ -80,37 +81,79 @@ def write_features(folder: Path, dense: Any, rows: Sequence[Tensor], what: Seque
     Files are laid out first and filled as the model runs, so memory does not grow with the tokens. An interruption leaves nothing
     under `folder`.
     """
-    partial = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     config = dense.config
     tokens = sum(row.numel() for row in rows)
-    widths = {name: config.hidden_size if name == "inputs" else config.intermediate_size for name in what}
-    files = [_layout(partial / f"layer_{layer}.safetensors", tokens, widths) for layer in range(config.num_hidden_layers)]
-    filled = [0] * len(files)
+    widths = {name: width_of(config, name) for name in what}
+    with _completed(folder) as partial:
+        files = [_layout(partial / f"layer_{layer}.safetensors", tokens, widths) for layer in range(config.num_hidden_layers)]
+        filled = [0] * len(files)
 
-    def watch(layer: int, tensors: Mapping[str, Tensor]) -> None:
-        count = len(tensors["act"])
-        for name in what:
-            # numpy knows no bfloat16; the bits are what is stored
-            files[layer][name][filled[layer] : filled[layer] + count] = tensors[name].to(torch.bfloat16).view(torch.int16).numpy()
-        filled[layer] += count
+        def watch(layer: int, tensors: Mapping[str, Tensor]) -> None:
+            count = len(tensors["act"])
+            for name in what:
+                # numpy knows no bfloat16; the bits are what is stored
+                files[layer][name][filled[layer] : filled[layer] + count] = tensors[name].to(torch.bfloat16).view(torch.int16).numpy()
+            filled[layer] += count
 
-    with watching(dense, watch):
-        for row in rows:
-            dense.model(row)
-    for tables in files:
-        for table in tables.values():
-            table.flush()
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+        _run(dense, rows, watch)
+        for tables in files:
+            for table in tables.values():
+                table.flush()
     return bytes_of(config, tokens, what)
 
 
-def bytes_of(config: Any, tokens: int, what: Sequence[str]) -> int:
-    """Size of all files of `write_features`."""
-    width = sum(config.hidden_size if name == "inputs" else config.intermediate_size for name in what)
-    return int(2 * tokens * width * config.num_hidden_layers)
+# values of some tokens (R x M) to what is summed over tokens
+STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
+    "coactivation": lambda a_RM: a_RM.abs().T @ a_RM.abs(),
+    "rate": lambda a_RM: (a_RM > 0).float().sum(0),
+    "energy": lambda a_RM: a_RM.square().sum(0),
+}
+
+
+def write_statistics(folder: Path, dense: Any, rows: Sequence[Tensor], what: Sequence[str], reduce: str) -> int:
+    """Write `layer_<i>.safetensors` with the mean over tokens of one of STATISTICS, float32, as `<what>.<reduce>`; the bytes written."""
+    sums: dict[tuple[int, str], Tensor] = {}
+    tokens = sum(row.numel() for row in rows)
+
+    def watch(layer: int, tensors: Mapping[str, Tensor]) -> None:
+        for name in what:
+            found = STATISTICS[reduce](tensors[name].float()) / tokens
+            sums[layer, name] = sums[layer, name].add_(found) if (layer, name) in sums else found
+
+    with _completed(folder) as partial:
+        _run(dense, rows, watch)
+        for layer in range(dense.config.num_hidden_layers):
+            save_file({f"{name}.{reduce}": sums[layer, name] for name in what}, partial / f"layer_{layer}.safetensors")
+    return bytes_of(dense.config, tokens, what, reduce)
+
+
+@contextmanager
+def _completed(folder: Path) -> Iterator[Path]:
+    """A folder to write into that takes the place of `folder` at the end, and of which nothing stays after an interruption but `.tmp`."""
+    partial = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def _run(dense: Any, rows: Sequence[Tensor], watch: Watch) -> None:
+    with watching(dense, watch):
+        for row in rows:
+            dense.model(row)
+
+
+def width_of(config: Any, name: str) -> int:
+    return int(config.hidden_size if name == "inputs" else config.intermediate_size)
+
+
+def bytes_of(config: Any, tokens: int, what: Sequence[str], reduce: str = "none") -> int:
+    """Size of all tensors that `write_features`, or with `reduce` `write_statistics`, writes."""
+    widths = [width_of(config, name) for name in what]
+    if reduce == "none":
+        return 2 * tokens * sum(widths) * int(config.num_hidden_layers)
+    return 4 * sum(width * (width if reduce == "coactivation" else 1) for width in widths) * int(config.num_hidden_layers)
 
 
 def _layout(path: Path, tokens: int, widths: Mapping[str, int]) -> dict[str, Any]:

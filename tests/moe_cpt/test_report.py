@@ -27,6 +27,7 @@ def test_runs_are_compared_in_a_table_and_pictures(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "table.md").read_text().splitlines()[-1] == "| ridge | 128 | 6.000 ± 0.500 | 5.000 ± 0.250 |"
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {
         "losses.png",
+        "loads.png",
         *(f"{kind}-{name}.png" for kind in ("router", "weights") for name in ("random", "ridge")),
     }
     assert "two of them are called ridge" in call(

@@ -127,12 +127,33 @@ def draw_tables(tables: Mapping[str, list[list[float]]], path: Path) -> Path:
     return path
 
 
+def draw_loads(tables: Mapping[str, Mapping[str, list[list[float]]]], path: Path) -> Path:
+    """Heat maps of the loads of several runs beside each other, on one scale, which ends at four times the mean."""
+    columns = min(4, len(tables))
+    lines = -(-len(tables) // columns)
+    with drawing(path, width=3 * columns) as canvas:
+        canvas.set_figheight(0.6 + 2.6 * lines)
+        grid = canvas.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+        for axes in grid.flat[len(tables) :]:
+            axes.remove()
+        for axes, (name, found) in zip(grid.flat, tables.items()):
+            load = torch.tensor(found["load"], dtype=torch.float64)
+            relative = load / load.mean(1, keepdim=True).clamp(min=1e-12)
+            image = axes.imshow(relative.numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=4)
+            axes.set_title(name, fontsize=10)
+            axes.label_outer()
+        canvas.supxlabel("expert")
+        canvas.supylabel("layer")
+        canvas.colorbar(image, ax=list(grid.flat[: len(tables)]), extend="max", label="load / mean of the layer")
+    return path
+
+
 def compare(runs: Sequence[Path], out: Path) -> dict[str, Any]:
     """Print a table of held-out losses, and draw losses, router loads and source shares of the runs into `out`.
 
     Raises InputError for a folder that is no run.
     """
-    rows, pictures = {}, [plot_runs(runs, out / "losses.png")]
+    rows, pictures, routers = {}, [plot_runs(runs, out / "losses.png")], {}
     for run in runs:
         records = read(run / "metrics.jsonl")
         name = run.name if run.name != "run" else run.parent.name
@@ -140,11 +161,14 @@ def compare(runs: Sequence[Path], out: Path) -> dict[str, Any]:
             raise InputError(f"runs: two of them are called {name}; rename a folder")
         rows[name] = held_out(records)
         if (run / "router.json").is_file():
-            pictures.append(draw_tables(json.loads((run / "router.json").read_text()), out / f"router-{name}.png"))
+            routers[name] = json.loads((run / "router.json").read_text())
+            pictures.append(draw_tables(routers[name], out / f"router-{name}.png"))
         drawn = {path.stem: path for path in plot_run(run)}
         if "weights" in drawn:
             pictures.append(out / f"weights-{name}.png")
             pictures[-1].write_bytes(drawn["weights"].read_bytes())
+    if routers:
+        pictures.append(draw_loads(routers, out / "loads.png"))
     table = markdown(rows)
     (out / "table.md").write_text(table)
     print(table, end="")

@@ -36,11 +36,15 @@ def raw(folder: Path) -> Path:
 
 
 def test_from_text_to_shards_to_a_run(tmp_path: Path) -> None:
-    call("tokenize", "-i", raw(tmp_path / "raw"), "-o", tmp_path / "ids", "-t", "bytes", "-f", "jsonl")
+    call("tokenize", "-i", raw(tmp_path / "raw"), "-o", tmp_path / "ids", "-t", "bytes", "-f", "jsonl", "-p", 1)
     first = json.loads((tmp_path / "ids" / "github" / "part.jsonl").read_text().splitlines()[0])
     assert bytes(first["input_ids"][:-1]).decode() == f"0 {SOURCES['github'] * 3}"
     assert first["input_ids"][-1] == 258
     packed = call("pack", "-i", tmp_path / "ids", "-o", tmp_path / "packed", "-t", "bytes")
+    call("pack", "-i", tmp_path / "ids", "-o", tmp_path / "wide", "-t", "bytes", "--dtype", "uint32")
+    narrow, wide = (Source.open(tmp_path / name / "github") for name in ("packed", "wide"))
+    assert (narrow.meta["dtype"], wide.meta["dtype"]) == ("uint16", "uint32")
+    assert narrow[7].tolist() == wide[7].tolist()
     shards = Source.open(tmp_path / "packed" / "github")
     assert shards[0].tolist() == first["input_ids"]
     assert packed["github"] == {"kept": 20, "dropped": 0, "tokens": shards.tokens}

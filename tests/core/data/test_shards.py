@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm_core.data.shards import Document, ShardWriter, Source
-from lm_core.errors import InputError
+from lm_core.errors import ConfigError, InputError
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 299), min_size=1, max_size=9), min_size=1, max_size=20)
 
@@ -36,6 +36,15 @@ def test_documents_come_back_from_any_number_of_shards(tmp_path_factory, documen
 def test_ids_take_the_fewest_bytes_that_hold_the_vocabulary(tmp_path: Path, vocab_size: int, dtype: str) -> None:
     source = write(tmp_path, [[0, vocab_size - 1]], vocab_size=vocab_size)
     assert (source[0].dtype, source[0].tolist()) == (np.dtype(dtype), [0, vocab_size - 1])
+
+
+def test_ids_take_the_type_that_is_asked_for_where_it_holds_them(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, vocab_size=300, dtype="uint32") as writer:
+        writer.add(Document(np.array([0, 299]), None, 0))
+        writer.close(tokenizer_sha256="", source="")
+    assert Source.open(tmp_path)[0].dtype == np.uint32
+    with pytest.raises(ConfigError, match="dtype: uint16 holds 65536 ids, not the 65537"):
+        ShardWriter(tmp_path / "b", vocab_size=65537, dtype="uint16")
 
 
 def test_a_writer_goes_on_behind_the_last_complete_shard(tmp_path: Path) -> None:

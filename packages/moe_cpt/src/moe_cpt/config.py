@@ -328,7 +328,7 @@ class TokenizeConfig:
     format: Literal["jsonl", "txt"] = opt(help="One JSON object per line, or one document per line.", flags=("-f",))
     content_column: str = opt("content", "Key that holds the text.", flags=("-c",))
     src_tokenizer: str | None = opt(None, "The column holds ids of this tokenizer, which are decoded first.", flags=("-s",))
-    num_proc: int = opt(1, "Files that are worked on at a time.", ge=1, flags=("-p",))
+    num_proc: int | None = opt(None, "Files that are worked on at a time; default: one per processor.", ge=1, flags=("-p",))
     append_eos: bool = opt(True, "End every document with the end token.")
     on_bad_line: Literal["error", "skip"] = opt("error", "What to do with a line that holds no text.")
     overwrite: bool = opt(False, "Write into a folder that exists.")
@@ -342,6 +342,7 @@ class PackConfig:
     output: Path = opt(help="Folder to write, with one folder of shards per source.", flags=("-o",))
     tokenizer: str = opt(help="Tokenizer that made the ids: bytes, a folder, smollm2-135m or a hub id.", flags=("-t",))
     text_column: str = opt("content", "Key of text, in rows that are not tokenised.")
+    dtype: Literal["auto", "uint16", "uint32"] = opt("auto", "Type of the ids; auto is the smaller one that holds the vocabulary.")
     shard_tokens: Count = opt(10**9, "Tokens in one shard.", ge=1)
     overwrite: bool = opt(False, "Write into a folder that exists.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -58,11 +59,12 @@ def tokenize(config: TokenizeConfig) -> dict[str, Count]:
     if config.output.exists() and not config.overwrite:
         raise ConfigError(f"output: {config.output} exists; add --overwrite, or choose another folder")
     one = partial(_tokenize_file, config)
-    if config.num_proc == 1 or len(files) == 1:
+    workers = min(config.num_proc or len(os.sched_getaffinity(0)), len(files))
+    if workers == 1:
         counts = [one(file, target) for file, target in zip(files, targets)]
     else:
         # spawned, since a forked tokenizer may hold locks of threads that the child does not have
-        with ProcessPoolExecutor(min(config.num_proc, len(files)), mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             counts = list(pool.map(one, files, targets))
     return dict(zip(names, counts))
 
@@ -143,7 +145,8 @@ def pack(config: PackConfig) -> dict[str, Count]:
             raise InputError(f"input: {source} holds shards already; name a folder of tokenised .jsonl files")
         name = corpus.argument.name
         encode = TextEncoder(tokenizer, config.text_column)
-        with ShardWriter(config.output / name, vocab_size=len(tokenizer), shard_tokens=int(config.shard_tokens)) as writer:
+        limit = int(config.shard_tokens)
+        with ShardWriter(config.output / name, vocab_size=len(tokenizer), shard_tokens=limit, dtype=config.dtype) as writer:
             empty = write_rows(writer, corpus.rows(), encode, title=name)
             counts[name] = Count(writer.documents, empty, writer.tokens)
             writer.close(tokenizer_sha256=vocab.fingerprint(tokenizer), source=source)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lm_core.data.order import Integers, Permutation
-from lm_core.errors import InputError
+from lm_core.errors import ConfigError, InputError
 
 FORMAT = 1
 # 64 MiB of uint16: what an interrupted run loses at most
@@ -49,9 +49,14 @@ class ShardWriter:
     depend on the documents and on the calls to `mark` alone.
     """
 
-    def __init__(self, folder: Path, *, vocab_size: int, labels: bool = False, shard_tokens: int = _SHARD_TOKENS) -> None:
+    def __init__(
+        self, folder: Path, *, vocab_size: int, labels: bool = False, shard_tokens: int = _SHARD_TOKENS, dtype: str = "auto"
+    ) -> None:
+        """`dtype` of the ids is uint16, uint32, or auto: the smaller one that holds the vocabulary."""
         self._folder, self._limit, self._vocab_size = folder, shard_tokens, vocab_size
-        self._dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+        if dtype == "uint16" and vocab_size > 1 << 16:
+            raise ConfigError(f"dtype: uint16 holds {1 << 16} ids, not the {vocab_size} of the tokenizer; use auto")
+        self._dtype = np.dtype("<u2" if dtype == "uint16" or (dtype == "auto" and vocab_size <= 1 << 16) else "<u4")
         self._has_labels = labels
         folder.mkdir(parents=True, exist_ok=True)
         self._shards: list[dict[str, int]] = []

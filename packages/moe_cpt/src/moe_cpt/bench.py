@@ -6,6 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -111,12 +112,8 @@ def layer(config: BenchConfig) -> Iterator[Figure]:
             # in bfloat16 Mixtral's router, which is not computed in float32, sends some tokens elsewhere
             require_equal(found, x)
         square, wide = numbers(2048, 2048).to(dtype), torch.ones(2, 2**25, dtype=dtype)
-        jobs: list[Callable[[], Any]] = [lambda block=block: both(block) for block in found.values()]  # type: ignore[misc]
-        jobs += [
-            products(cast(LoopBlock, found["loop"]), x),
-            lambda square=square: square @ square,
-            lambda wide=wide: wide[0].copy_(wide[1]),
-        ]  # type: ignore[misc]
+        jobs: list[Callable[[], Any]] = [*(partial(both, block) for block in found.values()), products(cast(LoopBlock, found["loop"]), x)]
+        jobs += [partial(torch.mm, square, square), partial(wide[0].copy_, wide[1])]
         fused, loop, mixtral, bare, large, copy = in_turns(jobs, config.repeats, warm=2, chosen=min)
         speed, bandwidth = 2 * 2048**3 / large, wide.nbytes / copy
         floor = max(FLOPS / speed, ELEMENTS * dtype.itemsize / bandwidth)

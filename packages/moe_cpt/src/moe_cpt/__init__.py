@@ -14,6 +14,7 @@ __all__, __getattr__, __dir__ = public_names(
         "LlamaMoEForCausalLM": "model",
         "MoEBlock": "model",
         "Split": "split",
+        "check_slurm": "slurm",
         "convert": "convert",
         "moe_ffn": "experts",
         "split_ffn": "split",

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from lm_core.figures import Figure, in_turns, optional, report
 from moe_cpt.config import BenchConfig
 from moe_cpt.hf.configuration_llama_moe import LlamaMoEConfig
-from moe_cpt.model import MoEBlock
+from moe_cpt.model import LlamaMoEForCausalLM, MoEBlock
 from moe_cpt.router_init import expert_norms, solved
 from moe_cpt.routing import Router, gate
 from moe_cpt.split.activation import layer_split
@@ -312,11 +312,39 @@ def relative_error(clustered: Sequence[Tensor], parts_NE: Tensor, logits_TN: Ten
     return float((scale * u - f)[2048:].norm() / f[2048:].norm())
 
 
+def train(config: BenchConfig) -> Iterator[Figure]:
+    """Updates of a small mixture by every backend, and of the dense model with as many neurons."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {
+        "vocab_size": 2048, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8,
+    }  # fmt: skip
+    ids = torch.randint(0, 2048, (4, 256), generator=torch.Generator().manual_seed(0))
+    mixtures = {
+        backend: cast(Any, LlamaMoEForCausalLM)(LlamaMoEConfig(**shape, num_experts=16, num_selects=4, experts_backend=backend))
+        for backend in ("fused", "grouped_mm", "loop")
+    }
+    models: dict[str, Any] = {**mixtures, "dense": cast(Any, LlamaForCausalLM)(LlamaConfig(**shape))}
+
+    def update(model: Any, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+
+    jobs = [partial(update, model.train(), torch.optim.AdamW(model.parameters())) for model in models.values()]
+    fused, *others = in_turns(jobs, config.repeats, warm=1, chosen=min)
+    for name, seconds in zip([*models][1:], others):
+        what = f"update of a small mixture (4 of 16) by fused over {name}, float32: {1e3 * fused:.0f} of {1e3 * seconds:.0f} ms"
+        details = {"shape": shape, "dtype": "float32", "backend": "fused", "baseline": name, "tokens_per_second": ids.numel() / fused}
+        yield Figure("train", what, fused / seconds, details=details)
+
+
 MEASUREMENTS: dict[str, Callable[[BenchConfig], Iterator[Figure]]] = {
     "layer": layer,
     "data": data,
     "split": split,
     "construction": construction,
+    "train": train,
 }
 
 

@@ -415,7 +415,7 @@ class ScaleConfig:
 class BenchConfig:
     """Speed, memory and quality beside their targets."""
 
-    only: list[str] = opt(help="Measurements to make: layer, data, split, construction; default: all.", factory=list)
+    only: list[str] = opt(help="Measurements to make: layer, data, split, construction, train; default: all.", factory=list)
     threads: int = opt(1, "Threads of the tensor operations.", ge=1)
     repeats: int = opt(8, "Timed repetitions; the least of them counts.", ge=3)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Cache
 
 from beacon.errors import CacheError
-from beacon.modeling.attention import gather, rotate
+from beacon.modeling.attention import gather, moved, rotate
 from beacon.modeling.block import Block, Rotation
 from beacon.modeling.layer import joined
 from beacon.plan import BEACON, Cursor
@@ -51,8 +51,7 @@ class BeaconCache(Cache):
         update = block.update
         k, v = joined(self.open[layer], k_BNGd, v_BNGd)
         if update.memory_BM is not None and update.memory_rotation is not None:
-            fresh_k = rotate(gather(k, update.memory_BM), update.memory_rotation).transpose(1, 2)
-            fresh = (fresh_k, gather(v, update.memory_BM).transpose(1, 2))
+            fresh = moved(k, v, update.memory_BM, update.memory_rotation)
             self.memory[layer] = _behind(self.memory[layer], fresh, update.merge_BM, update.shift)
         self.open[layer] = (k, v) if update.open_BK is None else (gather(k, update.open_BK), gather(v, update.open_BK))
 

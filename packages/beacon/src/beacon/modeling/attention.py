@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from beacon.modeling.block import Rotation
+from kernels_cuda.beacon import rope_gather
 
 # B rows, R segments, T queries, K keys of the open window, M memory entries, H query heads, G key heads, N tokens, d head size
 
@@ -25,6 +26,14 @@ def rotate(x: Tensor, rotation: Rotation, heads: int = -2) -> Tensor:
     cos, sin = rotation.cos.unsqueeze(heads), rotation.sin.unsqueeze(heads)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def moved(k_BNGd: Tensor, v_BNGd: Tensor, index: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+    """Keys and values by place, as `gather`, the keys rotated: index and rotation B x N (or 1 x N, the same for all rows) -> B x G x N x d."""
+    B, N = len(k_BNGd), index.shape[1]
+    cos, sin = rotation.cos.flatten(0, 1), rotation.sin.flatten(0, 1)
+    pos = torch.arange(len(cos), device=index.device).view(-1, N).expand(B, -1)
+    return rope_gather(k_BNGd.transpose(1, 2), v_BNGd.transpose(1, 2), index.expand(B, -1), pos, cos, sin)
 
 
 def attend(

@@ -31,6 +31,10 @@ class Rotation:
     cos: Tensor
     sin: Tensor
 
+    def flat(self) -> Rotation:
+        """B x R x K x d/2 as B x (R K) x d/2."""
+        return Rotation(self.cos.flatten(1, 2), self.sin.flatten(1, 2))
+
 
 @dataclass(frozen=True)
 class Queries:

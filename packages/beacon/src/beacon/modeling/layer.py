@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from beacon.modeling.attention import attend, gather, rotate
+from beacon.modeling.attention import attend, gather, moved, rotate
 from beacon.modeling.block import Block, Queries
 from beacon.modeling.fused import attend_flex, attend_sdpa
 from beacon.modeling.tiles import attend_tiles
@@ -53,7 +53,7 @@ def _project(attn: Any, letter: str, raw_BND: Tensor, beacon_BND: Tensor) -> Ten
     heads: Tensor = out.view(*out.shape[:2], -1, attn.head_dim)
     # qwen3 has a norm of queries and keys, which raw tokens and beacons share
     norm = getattr(attn, f"{letter}_norm", None)
-    return heads if norm is None else normed(norm, heads)
+    return heads if norm is None else normed(norm, heads).to(heads.dtype)
 
 
 def _rows(hidden_BND: Tensor, index: Tensor) -> Tensor:
@@ -75,11 +75,13 @@ def _attention(
     k, v = joined(open_window, k_BNGd, v_BNGd)
     far = memory
     if block.memory_BM is not None and block.memory_rotation is not None:
-        fresh_k = rotate(gather(k, block.memory_BM), block.memory_rotation).transpose(1, 2)
-        fresh_v = gather(v, block.memory_BM).transpose(1, 2)
+        fresh_k, fresh_v = moved(k, v, block.memory_BM, block.memory_rotation)
         far = (fresh_k, fresh_v) if memory is None else (torch.cat((memory[0], fresh_k), dim=2), torch.cat((memory[1], fresh_v), dim=2))
-    near_k, near_v = (x[:, None] if block.keys_BRK is None else gather(x, block.keys_BRK) for x in (k, v))
-    near_k = rotate(near_k, block.key_rotation)
+    if block.keys_BRK is None:
+        near_k, near_v = rotate(k[:, None], block.key_rotation), v[:, None]
+    else:
+        near = moved(k, v, block.keys_BRK.flatten(1), block.key_rotation.flat())
+        near_k, near_v = (x.unflatten(2, block.keys_BRK.shape[1:]).permute(0, 2, 3, 1, 4) for x in near)
     if queries.tiles is not None:
         by_tiles = attend_sdpa if queries.kind == "sdpa" else attend_tiles
         out = by_tiles(q, near_k, near_v, far, queries.tiles, attn.scaling)

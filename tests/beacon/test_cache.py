@@ -52,6 +52,22 @@ def test_a_saved_memory_reads_on_as_if_it_had_stayed(mode: dict[str, Any], tmp_p
     torch.testing.assert_close(reader(more[:, 9:], past_key_values=streamed).logits, expected[:, 9:], **CLOSE)
 
 
+@each_mode
+@pytest.mark.parametrize("limits", [{}, {"memory_budget": 9, "on_budget": "evict"}], ids=["all", "evicting"])
+def test_memory_written_in_place_is_that_of_copies_with_gradients(mode: dict[str, Any], limits: dict[str, Any]) -> None:
+    reader, rows, mask = model(**mode, **limits), ids(3, 45), torch.ones(3, 45, dtype=torch.long)
+    mask[1, :9], mask[2, :30] = 0, 0
+    copied = reader(rows, attention_mask=mask).past_key_values
+    with torch.no_grad():
+        written = reader(rows, attention_mask=mask).past_key_values
+    for one, other in zip(copied.memory, written.memory):
+        for x, y in zip(one, other):
+            assert x.requires_grad
+            assert not y.requires_grad
+            for b, cursor in enumerate(copied.cursors):
+                torch.testing.assert_close(x[b, :, : len(cursor.memory)], y[b, :, : len(cursor.memory)], **CLOSE)
+
+
 def test_a_memory_belongs_to_its_weights(tmp_path: Path) -> None:
     reader = model()
     reader.compress(ids(1, 20)).save(tmp_path / "text.mem")

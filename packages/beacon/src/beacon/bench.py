@@ -199,6 +199,53 @@ def stream(machine: Machine) -> dict[str, Any]:
 
 
 @torch.no_grad()
+def memory_operators(machine: Machine) -> dict[str, Any]:
+    """Beacons appended to memory, and windows dropped from it, beside the same in plain PyTorch, keys and values of a head of 64."""
+    from kernels_cuda.beacon import rope_evict_, rope_gather_append_
+    from kernels_cuda.beacon.rope_evict_ import reference as evict
+    from kernels_cuda.beacon.rope_gather_append_ import reference as append
+
+    heads, size, held, new = 8, 64, 32768 if machine.gpu else 4096, 1024
+    tokens = torch.randn(1, heads, 2 * new, size, device=machine.device)
+    angle = torch.arange(held + 1, device=machine.device)[:, None] * 0.1 ** torch.linspace(0, 4, size // 2, device=machine.device)
+    cos, sin, src = angle.cos(), angle.sin(), 2 * torch.arange(new, device=machine.device)[None]
+    memory = torch.randn(2, 1, heads, held, size, device=machine.device)
+
+    def number(value: int) -> torch.Tensor:
+        return torch.full((1,), value, dtype=torch.int32, device=machine.device)
+
+    spare = torch.empty_like(tokens)
+    full, room, sink, gone = number(held), number(held - new), number(1), number(new)
+    jobs = [
+        lambda: rope_gather_append_(tokens, tokens, src, cos, sin, memory[0], memory[1], room.clone()),
+        lambda: append.rope_gather_append_(tokens, tokens, src, cos, sin, memory[0], memory[1], room.clone()),
+        lambda: rope_evict_(memory[0], memory[1], full.clone(), sink, gone, cos, sin),
+        lambda: evict.rope_evict_(memory[0], memory[1], full.clone(), sink, gone, cos, sin),
+        lambda: spare.copy_(tokens),
+    ]
+    # one job is too short for a clock
+    times = 20
+    ours, theirs, moved, plain, copied = (
+        taken / times for taken in machine.seconds(*(lambda job=job: [job() for _ in range(times)] for job in jobs))
+    )
+    row = 2 * 2 * heads * size * 4
+    speed = 2 * tokens.nbytes / copied
+    found = {
+        "append": ours,
+        "append_speedup": theirs / ours,
+        "append_of_copy": new * row / ours / speed,
+        "evict": moved,
+        "evict_speedup": plain / moved,
+        "evict_of_copy": (held - new - 1) * row / moved / speed,
+    }
+    least = min(found["append_speedup"], found["evict_speedup"])
+    if not machine.gpu:
+        return judged(found, "speedups >= 1", least >= 1)
+    share = min(found["append_of_copy"], found["evict_of_copy"])
+    return judged(found, "speedups >= 2, at 0.6 of a copy's bandwidth", least >= 2 and share >= 0.6)
+
+
+@torch.no_grad()
 def long_context(machine: Machine) -> dict[str, Any]:
     """Prefill of a long text beside its products at the measured rate, and beside full attention; 8B weights and 128K tokens on a GPU."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -263,5 +310,6 @@ MEASURES: dict[str, tuple[str, Callable[[Machine], dict[str, Any]]]] = {
     "P4": ("bytes of keys and values, beside the formula", kv_bytes),
     "P5": ("bytes allocated by a decode step, memory of 4096 against 256 entries, beside the long memory", decode_bytes),
     "P6": ("a bounded stream of 200 windows: bytes held, growth of bytes allocated per window", stream),
+    "P7": ("operators that append to memory and drop from it, beside plain PyTorch", memory_operators),
     "P9": ("prefill of a long text beside its floor and beside full attention", long_context),
 }

@@ -13,9 +13,10 @@ from transformers import Cache
 
 from beacon.errors import CacheError
 from beacon.modeling.attention import gather, moved, rotate
-from beacon.modeling.block import Block, Rotation
+from beacon.modeling.block import Append, Block, Rotation
 from beacon.modeling.layer import joined
 from beacon.plan import BEACON, Cursor
+from kernels_cuda.beacon import rope_evict_, rope_gather_append_
 
 if TYPE_CHECKING:
     from beacon.modeling.causal_lm import BeaconMixin
@@ -51,8 +52,11 @@ class BeaconCache(Cache):
         update = block.update
         k, v = joined(self.open[layer], k_BNGd, v_BNGd)
         if update.memory_BM is not None and update.memory_rotation is not None:
-            fresh = moved(k, v, update.memory_BM, update.memory_rotation)
-            self.memory[layer] = _behind(self.memory[layer], fresh, update.merge_BM, update.shift)
+            if update.append is not None and not (torch.is_grad_enabled() and k.requires_grad):
+                self.memory[layer] = _appended(self.memory[layer], (k, v), update.memory_BM, update.append)
+            else:
+                fresh = moved(k, v, update.memory_BM, update.memory_rotation)
+                self.memory[layer] = _behind(self.memory[layer], fresh, update.merge_BM, update.shift)
         self.open[layer] = (k, v) if update.open_BK is None else (gather(k, update.open_BK), gather(v, update.open_BK))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -164,6 +168,22 @@ def _lengths(cursor: Cursor) -> dict[str, int]:
         "open_beacons": beacons,
         "seen": cursor.seen,
     }
+
+
+def _appended(memory: Pair | None, tokens_BNGd: Pair, index_BM: Tensor, append: Append) -> Pair:
+    """What `_behind` gives, where no gradient asks for copies in between: each entry is written once, and a tail that moves moves in place."""
+    k, v = (x.transpose(1, 2) for x in tokens_BNGd)
+    B, G, _, d = k.shape
+    # rows of different length are padded by zeros, since what is hidden must be a number
+    out = k.new_zeros(B, G, append.total, d), v.new_zeros(B, G, append.total, d)
+    for new, old in zip(out, memory or ()):
+        new[:, :, : old.shape[2]] = old
+    lengths = append.held_B.expand(B).clone()
+    rope_gather_append_(k, v, index_BM.expand(B, -1), append.places.cos, append.places.sin, *out, lengths)
+    if append.gone_2B is not None:
+        first, count = append.gone_2B.expand(2, B)
+        rope_evict_(*out, lengths, first, count, append.distances.cos, append.distances.sin)
+    return out[0][:, :, : append.kept], out[1][:, :, : append.kept]
 
 
 def _behind(memory: Pair | None, fresh: Pair, merge: Tensor | None, shift: Rotation | None) -> Pair:

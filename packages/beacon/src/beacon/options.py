@@ -493,7 +493,7 @@ class RecallDataConfig:
 class BenchConfig:
     """Ratios beside their baselines."""
 
-    only: list[Literal["P1", "P2", "P3", "P4", "P5", "P6", "P9"]] = opt(help="What to measure; default: everything.", factory=list)
+    only: list[Literal["P1", "P2", "P3", "P4", "P5", "P6", "P7", "P9"]] = opt(help="What to measure; default: everything.", factory=list)
     repeats: int = opt(3, "Measurements of each; the median counts.", ge=3)
     threads: int = opt(1, "Threads of the tensor operations.", ge=1)
     device: Literal["auto", "cpu", "cuda"] = change(EngineOptions, "device", help="Device to run on.")

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from kernels_cuda import check, choice
 from kernels_cuda.beacon.rope_gather import binding, reference
+from kernels_cuda.beacon.tables import DTYPES, check_tables, looked_at
 
 __all__ = ["rope_gather"]
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def rope_gather(k: Tensor, v: Tensor, src: Tensor, pos: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,14 +31,11 @@ def rope_gather(k: Tensor, v: Tensor, src: Tensor, pos: Tensor, cos: Tensor, sin
     check.dtype("k", k, DTYPES)
     check.shapes(k=(k, "BGTd"), v=(v, "BGTd"), src=(src, "BN"), pos=(pos, "BN"), cos=(cos, "Ch"), sin=(sin, "Ch"))
     check.same("dtype", k=k, v=v)
-    for name, table in (("cos", cos), ("sin", sin)):
-        check.dtype(name, table, (torch.promote_types(k.dtype, torch.float32),))
     for name, index in (("src", src), ("pos", pos)):
         check.dtype(name, index, (torch.int64,))
     check.same("device", k=k, v=v, src=src, pos=pos, cos=cos, sin=sin)
-    if k.shape[3] != 2 * cos.shape[1]:
-        check.fail("cos", f"shape {tuple(cos.shape)}", f"does not hold {k.shape[3]} / 2 angles", "give half the head size")
-    if k.device.type == "cpu" and src.numel() and not torch.compiler.is_compiling():
+    check_tables(k, cos, sin)
+    if looked_at(src):
         if (last := int(src.max())) >= k.shape[2]:
             check.fail("src", last, f"is beyond the {k.shape[2]} places", "use 0 to that less 1, or -1 for zeros")
         if int(pos.min()) < 0 or (last := int(pos.max())) >= len(cos):

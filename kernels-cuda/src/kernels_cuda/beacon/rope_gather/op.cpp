@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../../include/registration.h"
+#include "../../include/rope_rows_torch.h"
 
 namespace kernels {
 
@@ -11,15 +11,6 @@ namespace kernels {
 namespace {
 
 constexpr int64_t grain = 64;  // entries, or places, that are worth a thread
-
-template <class T>
-void rotate(const T* __restrict__ from, const Wide<T>* __restrict__ cos, const Wide<T>* __restrict__ sin, int64_t half, T* __restrict__ to) {
-  for (int64_t j = 0; j < half; ++j) {
-    const Wide<T> first = widen(from[j]), second = widen(from[j + half]);
-    to[j] = narrow<T>(first * cos[j] - second * sin[j]);
-    to[j + half] = narrow<T>(second * cos[j] + first * sin[j]);
-  }
-}
 
 template <class T>
 void forward(const RopeGather& in, const int64_t* src, const Rows& k, const Rows& v, const Rows& k_out, const Rows& v_out) {
@@ -35,7 +26,7 @@ void forward(const RopeGather& in, const int64_t* src, const Rows& k, const Rows
           memset(static_cast<void*>(value), 0, bytes);
           continue;
         }
-        rotate<T>(k.row<T>(b, g, place), static_cast<const Wide<T>*>(in.cos) + table, static_cast<const Wide<T>*>(in.sin) + table, in.half, key);
+        turn_row<T>(k.row<T>(b, g, place), static_cast<const Wide<T>*>(in.cos) + table, static_cast<const Wide<T>*>(in.sin) + table, in.half, key);
         memcpy(static_cast<void*>(value), v.row<T>(b, g, place), bytes);
       }
     }
@@ -83,18 +74,16 @@ void backward(const RopeGather& in, const int64_t* order, const int64_t* begin, 
 }  // namespace
 
 void rope_gather_forward(const RopeGather& in, const int64_t* src, const Rows& k, const Rows& v, const Rows& k_out, const Rows& v_out, void*) {
-  with_type(in.type, [&](auto one) { forward<decltype(one)>(in, src, k, v, k_out, v_out); });
+  with_rows_of(in.type, [&](auto one) { forward<decltype(one)>(in, src, k, v, k_out, v_out); });
 }
 
 void rope_gather_backward(const RopeGather& in, const int64_t* order, const int64_t* begin, const Rows& dk_out, const Rows& dv_out,
                           const Rows& dk, const Rows& dv, void*) {
-  with_type(in.type, [&](auto one) { backward<decltype(one)>(in, order, begin, dk_out, dv_out, dk, dv); });
+  with_rows_of(in.type, [&](auto one) { backward<decltype(one)>(in, order, begin, dk_out, dv_out, dk, dv); });
 }
 #endif
 
 namespace {
-
-Rows rows(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 
 RopeGather inputs(const Tensor& k, int64_t length, const Tensor& pos, const Tensor& cos, const Tensor& sin) {
   return {float_type(k),  k.size(0),   k.size(1),      length,        pos.size(1), k.size(3) / 2,

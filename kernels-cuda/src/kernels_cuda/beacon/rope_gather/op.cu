@@ -34,9 +34,9 @@ __global__ void __launch_bounds__(threads) forward_kernel(RopeGather in, const i
   const T* const values = v.row<T>(at.b, at.g, place);
   const Wide<T> cos = static_cast<const Wide<T>*>(in.cos)[position * in.half + at.j];
   const Wide<T> sin = static_cast<const Wide<T>*>(in.sin)[position * in.half + at.j];
-  const Wide<T> first = widen(from[at.j]), second = widen(from[at.j + in.half]);
-  key[at.j] = narrow<T>(first * cos - second * sin);
-  key[at.j + in.half] = narrow<T>(second * cos + first * sin);
+  const Turned<T> turned(from[at.j], from[at.j + in.half], cos, sin);
+  key[at.j] = turned.first;
+  key[at.j + in.half] = turned.second;
   value[at.j] = values[at.j];
   value[at.j + in.half] = values[at.j + in.half];
 }
@@ -70,20 +70,13 @@ __global__ void __launch_bounds__(threads)
 
 dim3 blocks(int64_t pairs) { return dim3(unsigned((pairs + threads - 1) / threads)); }
 
-template <class Run>
-void typed(Float type, Run run) {
-  if (type == Float::float32) run(float{});
-  if (type == Float::float64) run(double{});
-  if (type == Float::bfloat16) run(bfloat16{});
-}
-
 }  // namespace
 
 void rope_gather_forward(const RopeGather& in, const int64_t* src, const Rows& k, const Rows& v, const Rows& k_out, const Rows& v_out,
                          void* stream) {
   const int64_t pairs = in.batch * in.heads * in.entries * in.half;
   if (pairs == 0) return;
-  typed(in.type, [&](auto one) {
+  with_rows_of(in.type, [&](auto one) {
     const auto kernel = forward_kernel<decltype(one)>;
     LAUNCH(kernel, blocks(pairs), dim3(threads), 0, stream)(in, src, k, v, k_out, v_out);
   });
@@ -93,7 +86,7 @@ void rope_gather_backward(const RopeGather& in, const int64_t* order, const int6
                           const Rows& dk, const Rows& dv, void* stream) {
   const int64_t pairs = in.batch * in.heads * in.length * in.half;
   if (pairs == 0) return;
-  typed(in.type, [&](auto one) {
+  with_rows_of(in.type, [&](auto one) {
     const auto kernel = backward_kernel<decltype(one)>;
     LAUNCH(kernel, blocks(pairs), dim3(threads), 0, stream)(in, order, begin, dk_out, dv_out, dk, dv);
   });

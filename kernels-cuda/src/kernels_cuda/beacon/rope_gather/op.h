@@ -1,19 +1,8 @@
 // Launchers of op.cu: raw pointers, sizes and a stream, so that nvcc needs no torch header.
 #pragma once
-#include "../../include/floats.h"
+#include "../../include/rope_rows.h"
 
 namespace kernels {
-
-// [batch][heads][length][2 * half] of any strides, the last being 1.
-struct Rows {
-  void* data;
-  int64_t batch_stride, head_stride, stride;
-
-  template <class T>
-  KERNELS_FN T* row(int64_t b, int64_t g, int64_t t) const {
-    return static_cast<T*>(data) + b * batch_stride + g * head_stride + t * stride;
-  }
-};
 
 // Entry n of row b is place src[b][n], rotated to position pos[b][n] of the tables cos and sin [positions][half] (double for double).
 struct RopeGather {

@@ -56,11 +56,24 @@ class Queries:
 class Update:
     """What stays after the block: new memory entries and the open window, as places in [open window | raw | beacons]."""
 
-    memory_BM: Tensor | None  # None: no compaction
+    memory_BM: Tensor | None  # None: no compaction; -1 behind the entries of a row
     memory_rotation: Rotation | None
     merge_BM: Tensor | None  # places in [memory | new entries] where rows differ in length or lose entries; None: put behind
     shift: Rotation | None  # of merged keys whose place in memory has moved
+    append: Append | None  # the same as numbers per row, to be written in place
     open_BK: Tensor | None  # None: all of them in order
+
+
+@dataclass(frozen=True)
+class Append:
+    """Memory of `total` entries at most, of which `kept` stay: entries held by each row, those it then loses, and rotations by index."""
+
+    total: int
+    kept: int
+    held_B: Tensor
+    gone_2B: Tensor | None  # first and how many; None: no row loses any
+    places: Rotation
+    distances: Rotation
 
 
 @dataclass(frozen=True)
@@ -255,7 +268,7 @@ def _picked(row: Row, r: int, kept: Integers | None, beacons: bool) -> tuple[Int
 def _update(rows: Sequence[Row], at: _Places, held_memory: int, new_memory: int, everything: int, angles: Angles) -> Update:
     width = max(len(row.cursor.open) for row in rows)
     open_ = np.zeros((len(rows), width), dtype=np.int64)
-    memory = np.zeros((len(rows), new_memory), dtype=np.int64)
+    memory = np.full((len(rows), new_memory), -1)
     position = np.zeros_like(memory)
     total = max(len(row.cursor.memory) for row in rows)
     merge = np.zeros((len(rows), total), dtype=np.int64)
@@ -275,7 +288,25 @@ def _update(rows: Sequence[Row], at: _Places, held_memory: int, new_memory: int,
         angles(position) if new_memory else None,
         _tensor(merge, angles) if ragged and new_memory else None,
         angles.shift(shift) if shift.any() else None,
+        _append(rows, total, angles) if new_memory else None,
         None if plain else _tensor(open_, angles),
+    )
+
+
+def _append(rows: Sequence[Row], kept: int, angles: Angles) -> Append:
+    held = np.array([row.held_memory for row in rows])
+    gone = np.zeros((2, len(rows)), dtype=np.int64)
+    for b, row in enumerate(rows):
+        moved = np.flatnonzero(row.cursor.memory.source[: row.kept] != np.arange(row.kept))
+        gone[:, b] = moved[0] if len(moved) else row.kept, row.held_memory - row.kept
+    total = max(row.held_memory + len(row.fresh) for row in rows)
+    return Append(
+        total,
+        kept,
+        _tensor(held, angles).int(),
+        _tensor(gone, angles).int() if gone[1].any() else None,
+        angles(np.arange(total)),
+        angles.shift(np.arange(int(gone[1].max()) + 1)),
     )
 
 

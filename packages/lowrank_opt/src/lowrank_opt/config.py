@@ -45,6 +45,8 @@ ONLY_FOR_SCHEDULE = {
     "restart_every": ("cosine_restarts",),
 }
 PROJECTED = ("galore", "galore8bit", "lora+galore", "lora+galore8bit", "fira", "qgalore")
+# those whose update needs no more of a gradient than L, which --engine lowrank exchanges
+REDUCED = tuple(name for name in PROJECTED if name != "fira")
 EIGHT_BIT = ("galore8bit", "lora+galore8bit", "adamw8bit", "qgalore")
 LOW_RANK = (*PROJECTED, "apollo", "apollo-mini", "ldadam", "muon")
 # of section galore, what LDAdam uses as well
@@ -306,8 +308,11 @@ class TrainConfig(RunConfig):
 
     def check_reduction(self) -> None:
         """Refuse what cannot do with the sum of projected gradients."""
-        if self.optimizer in LOW_RANK and (self.optimizer not in PROJECTED or self.optimizer == "fira"):
-            raise ConfigError(f"engine: lowrank sums projected gradients, and {self.optimizer} needs whole ones; use --engine replicated")
+        if self.optimizer not in REDUCED:
+            why = "needs whole ones" if self.optimizer in LOW_RANK else "projects none"
+            raise ConfigError(
+                f"engine: lowrank sums projected gradients, and {self.optimizer} {why}; use --engine replicated, or one of {', '.join(REDUCED)}"
+            )
         if self.per_layer:
             raise ConfigError("per_layer: --engine lowrank frees the gradients of matrices inside backward by itself; drop --per-layer")
         if self.precision == "fp16":

@@ -29,7 +29,6 @@ from lowrank_opt.projector import (
     gaussian,
     low_shape,
     project,
-    project_in_halves,
     rank_of,
     side_of,
     transfer,
@@ -180,12 +179,7 @@ class GaLoreAdamW(MatrixOptimizer):
 
     def _update_matrix(self, group: Group, parameter: Tensor, gradient: Tensor) -> None:
         self._begin(group, parameter, gradient)
-        bases = self._bases(group, parameter)
-        if bases[0].dtype == torch.bfloat16 and gradient.dtype in (torch.bfloat16, torch.float32):
-            low = project_in_halves(gradient, bases, self.state[parameter]["side"])
-        else:
-            low = self._low(group, parameter, gradient)
-        self._apply(group, parameter, low)
+        self._apply(group, parameter, self._low(group, parameter, gradient))
 
     def _matrix_state(self, group: Group, parameter: Tensor) -> State:
         state: State = self.state[parameter]
@@ -225,13 +219,16 @@ class GaLoreAdamW(MatrixOptimizer):
 
     def _low(self, group: Group, parameter: Tensor, gradient: Tensor) -> Tensor:
         """L of a gradient, m x n."""
-        return project(gradient, self._bases(group, parameter), self.state[parameter]["side"])
+        return project(gradient, self._bases(group, parameter), self.state[parameter]["side"], halves=True)
 
     def _apply(self, group: Group, parameter: Tensor, low: Tensor) -> None:
         """Finish the update with L: moments, then W <- (1 - lr decay) W - lr scale back(N)."""
         state = self.state[parameter]
-        minus_n = normalised_step(low, state, state["step"] - state["reset_step"], group)
-        change = Change(state["side"]).add_back(minus_n, self._bases(group, parameter), rate(group) * group["scale"])
+        bases = self._bases(group, parameter)
+        # products with a basis in bfloat16 take bfloat16 numbers
+        dtype = torch.bfloat16 if bases[0].dtype == torch.bfloat16 else torch.float32
+        minus_n = normalised_step(low, state, state["step"] - state["reset_step"], group, dtype)
+        change = Change(state["side"]).add_back(minus_n, bases, rate(group) * group["scale"])
         self._write(group, parameter, change)
 
     def _write(self, group: Group, parameter: Tensor, change: Change) -> None:

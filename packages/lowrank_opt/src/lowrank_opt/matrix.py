@@ -88,17 +88,17 @@ def check_full_rank(group: Group) -> None:
         log.info("rank %s reaches the smaller side of %d matrices: projection has no effect there", group["rank"], len(full))
 
 
-def normalised_step(low: Tensor, state: State, step: int, group: Group) -> Tensor:
-    """Update the moments with L and return minus Adam's normalised step, r x d, in the type of L; one in bfloat16 is written over."""
-    if "exp_avg" in state and low.dtype == torch.bfloat16:
-        beta1, beta2 = group["betas"]
-        adam_step_(low, state["exp_avg"], state["exp_avg_sq"], low, beta1, beta2, group["eps"], step, alpha=1.0)
-        return low
-    if "exp_avg" in state:
+def normalised_step(low: Tensor, state: State, step: int, group: Group, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Update the moments with L and return minus Adam's normalised step, r x d: in `dtype`, or float64 for a float64 L."""
+    if low.dtype == torch.float64 and "exp_avg" in state:
         return normalised(low, state["exp_avg"], state["exp_avg_sq"], step, group)
-    out = torch.empty_like(low, dtype=torch.float32, memory_format=torch.contiguous_format)
-    Piece(state, group["block_size"]).adam_(low.float().contiguous(), out, step, group, decay=0.0, alpha=1.0)
-    return out.to(low.dtype)
+    if "exp_avg" in state:
+        out = torch.empty_like(low, dtype=dtype, memory_format=torch.contiguous_format)
+        adam_step_(low, state["exp_avg"], state["exp_avg_sq"], out, *group["betas"], group["eps"], step, alpha=1.0)
+        return out
+    out = torch.empty_like(low, memory_format=torch.contiguous_format)
+    Piece(state, group["block_size"]).adam_(low.contiguous(), out, step, group, decay=0.0, alpha=1.0)
+    return out.to(dtype)
 
 
 def uncorrected_step(low: Tensor, state: State, group: Group) -> Tensor:
@@ -140,7 +140,7 @@ class Change:
         shape = matrix_shape(parameter)
         # a weight that is not contiguous goes through a copy
         weight = parameter.detach().contiguous().view(shape)
-        if self.low is not None and self.scaled is None and torch.bfloat16 in (weight.dtype, self.low[0].dtype):
+        if self.low is not None and self.scaled is None and {weight.dtype, self.low[0].dtype} <= {torch.float32, torch.bfloat16}:
             low, bases, alpha = self.low
             if self.side == "full":
                 low = torch.mm(low, bases[1].to(low.dtype))

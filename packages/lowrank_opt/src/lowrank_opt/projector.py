@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels_cuda.lowrank import project_accumulate_
 from lm_core import counter
 from lm_core.errors import ConfigError
-from lowrank_opt.base import CHUNK
 
 log = logging.getLogger("lowrank_opt")
 
@@ -60,27 +60,18 @@ def product_dtype(tensor: Tensor, basis: Tensor) -> torch.dtype:
     return torch.bfloat16 if both else torch.promote_types(tensor.dtype, torch.float32)
 
 
-def project(gradient: Tensor, bases: tuple[Tensor, ...], side: Side) -> Tensor:
-    """L (r x d; r x r for side full) in float32, or float64 for a float64 gradient."""
-    dtype = product_dtype(gradient, bases[0])
-    gradient, first = gradient.to(dtype), bases[0].to(dtype)
-    low = torch.mm(first, gradient.t() if side == "right" else gradient)
-    if side == "full":
-        low = torch.mm(low, bases[1].to(dtype).t())
-    return low.to(torch.promote_types(dtype, torch.float32))
-
-
-def project_in_halves(gradient: Tensor, bases: tuple[Tensor, ...], side: Side) -> Tensor:
-    """L in bfloat16 by products of bfloat16 numbers; a float32 gradient is rounded a part at a time, so no copy of it exists."""
-    matrix = gradient.t() if side == "right" else gradient
-    if matrix.dtype == torch.bfloat16:
-        low = torch.mm(bases[0], matrix)
+def project(gradient: Tensor, bases: tuple[Tensor, ...], side: Side, *, halves: bool = False) -> Tensor:
+    """L (r x d; r x r for side full) in float32, or float64 for a float64 gradient. With `halves`, a basis in bfloat16 means a product
+    of bfloat16 numbers whatever the gradient's type; without, only if the gradient is bfloat16, too."""
+    left = side != "right"
+    dtype = bases[0].dtype if halves and gradient.dtype == torch.float32 else product_dtype(gradient, bases[0])
+    first = bases[0].to(dtype)
+    if gradient.dtype in (torch.float32, torch.bfloat16):
+        low = torch.empty(len(first), gradient.shape[1 if left else 0], device=gradient.device)
+        project_accumulate_(low, gradient, first, "left" if left else "right")
     else:
-        low = bases[0].new_empty(len(bases[0]), matrix.shape[1])
-        columns = max(1, CHUNK // max(1, len(matrix)))
-        for start in range(0, matrix.shape[1], columns):
-            low[:, start : start + columns] = torch.mm(bases[0], matrix[:, start : start + columns].bfloat16())
-    return torch.mm(low, bases[1].t()) if side == "full" else low
+        low = torch.mm(first, (gradient if left else gradient.t()).to(dtype))
+    return torch.mm(low, bases[1].to(low.dtype).t()) if side == "full" else low
 
 
 def factors(low: Tensor, bases: tuple[Tensor, ...], side: Side) -> tuple[Tensor, Tensor]:

@@ -56,10 +56,9 @@ def lowrank_update_(
         reference.lowrank_update_(W, P, N, side, alpha, decay, seed, offset)
         return
     halves = P.dtype == torch.bfloat16 and torch.bfloat16 in (W.dtype, N.dtype)
-    product = torch.bfloat16 if halves else torch.float32
-    first, low = P.to(product), N.to(product)
-    factors = (first.t(), low) if side == "left" else (low.t(), first)
+    P, N = (one if 1 in one.stride() else one.contiguous() for one in (P, N))
+    factors = (P.t(), N) if side == "left" else (N.t(), P)
     weight = W.contiguous()
-    binding.update(getattr(torch.ops, library), weight, *factors, alpha, decay, seed, offset)
+    binding.update(library, weight, *factors, alpha, decay, seed, offset, halves)
     if weight is not W:
         W.copy_(weight)

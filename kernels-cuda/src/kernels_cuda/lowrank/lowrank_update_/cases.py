@@ -84,6 +84,10 @@ def kernel_calls() -> list[Call]:
         Call("lowrank_write_", (weight, back.bfloat16(), 0.9, 0.1, 5, 3, 541 * 3)),
         Call("lowrank_write_", (weight, back, 0.0, 0.1, -1, 0, 7)),
         Call("lowrank_write_", (weight.float(), back.bfloat16(), 0.9, 0.1, -1, 0, 0)),
+        Call("lowrank_project_", (numbers(9, 541, seed=3), numbers(9, 37, seed=4), back, True, False), ("cpu",)),
+        Call("lowrank_project_", (numbers(9, 541, seed=3), numbers(9, 37, seed=4).bfloat16(), back, False, True), ("cpu",)),
+        Call("lowrank_product_", (weight, numbers(37, 9, seed=4), numbers(9, 541, seed=3), 0.9, 0.1, 5, 3, True), ("cpu",)),
+        Call("lowrank_product_", (weight.float(), numbers(37, 9, seed=4), numbers(9, 541, seed=3), 0.9, 0.1, -1, 0, False), ("cpu",)),
     ]
 
 

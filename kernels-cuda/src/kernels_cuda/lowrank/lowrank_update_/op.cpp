@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "../../include/registration.h"
+#include "product.h"
 
 #if !defined(KERNELS_CUDA_BUILD_CUDA) && !defined(KERNELS_CUDA_BUILD_EMULATED)
 namespace kernels {
@@ -60,7 +61,74 @@ void lowrank_write(const Write& in, void*) {
   });
 }
 
+#ifdef KERNELS_HAVE_PRODUCT
+namespace {
+
+constexpr auto over_pieces = [](int64_t count, const auto& run) { torch::stable::parallel_for(0, count, 1, run); };
+
+// A matrix whose one stride is 1, as a factor whose element (x, p) is entry (x, p), or entry (p, x) if `swapped`.
+Factor factor(const Tensor& matrix, bool swapped) {
+  const bool by_rows = matrix.stride(1) == 1;
+  const int64_t stride = matrix.stride(by_rows ? 0 : 1), rows = matrix.size(0), columns = matrix.size(1);
+  return {matrix.data_ptr(), float_type(matrix), stride, by_rows != swapped, swapped ? columns : rows, swapped ? rows : columns};
+}
+
+template <bool halves>
+void write_product(const Write& in, const Factor& left, const Factor& right) {
+  const int64_t size = in.weight_type == Float::float32 ? 4 : 2;
+  rows_of_product<halves>(left, right, over_pieces, [&](int64_t row, int64_t rows, const float* values) {
+    Write part = in;
+    part.weight = static_cast<char*>(in.weight) + row * right.size * size;
+    part.first = row * right.size;
+    write_range(part, values, 0, rows * right.size);
+  });
+}
+
+}  // namespace
+#endif
+
+namespace {
+
+// low <- basis matrix, or that added; a sum of float32 products, or of bfloat16 ones
+void lowrank_project_op(Tensor low, const Tensor basis, const Tensor matrix, bool add, bool halves) {
+#ifdef KERNELS_HAVE_PRODUCT
+  const auto run = [&](auto kind) {
+    thin_times_wide<kind.value>(factor(basis, false), factor(matrix, true), static_cast<float*>(low.data_ptr()), add, over_pieces);
+  };
+  halves ? run(std::true_type{}) : run(std::false_type{});
+#else
+  STD_TORCH_CHECK(false, "this build has no products");
+#endif
+}
+
+// weight <- decay weight - alpha left right, without left right in memory
+void lowrank_product_op(Tensor weight, const Tensor left, const Tensor right, double decay, double alpha, int64_t seed, int64_t offset,
+                        bool halves) {
+#ifdef KERNELS_HAVE_PRODUCT
+  const Write in{weight.data_ptr(), nullptr, float_type(weight), Float::float32, 0, weight.numel(), float(decay), float(alpha), seed >= 0,
+                 Random(seed, offset, rounding_stream)};
+  halves ? write_product<true>(in, factor(left, false), factor(right, true)) : write_product<false>(in, factor(left, false), factor(right, true));
+#else
+  STD_TORCH_CHECK(false, "this build has no products");
+#endif
+}
+
+}  // namespace
 }  // namespace kernels
+
+// 0: no products; 1: those of float32 numbers; 2: those of bfloat16 numbers, too
+extern "C" __attribute__((visibility("default"))) int kernels_lowrank_products() {
+#ifdef KERNELS_HAVE_PRODUCT
+  return kernels::have_halves ? 2 : 1;
+#else
+  return 0;
+#endif
+}
+
+KERNELS_LIBRARY(lowrank, products) {
+  products.impl("lowrank_project_", TORCH_BOX(&kernels::lowrank_project_op));
+  products.impl("lowrank_product_", TORCH_BOX(&kernels::lowrank_product_op));
+}
 #endif
 
 namespace kernels {

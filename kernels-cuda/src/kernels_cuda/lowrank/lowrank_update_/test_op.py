@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from kernels_cuda import testing
-from kernels_cuda.lowrank import lowrank_update_
+from kernels_cuda.lowrank import lowrank_update_, project_accumulate_
 from kernels_cuda.lowrank.lowrank_update_ import binding, reference
 from kernels_cuda.lowrank.lowrank_update_.cases import make
+from kernels_cuda.lowrank.quantize_blockwise.cases import numbers
 
 each_implementation = pytest.mark.parametrize("implementation", ["reference", *testing.implementations()])
 
@@ -118,3 +119,55 @@ def test_slices_of_rows_change_nothing(side: str, dtype: torch.dtype, monkeypatc
     # products of fewer rows may differ in the last bit of float32, and then round elsewhere
     torch.testing.assert_close(sliced, whole, rtol=2**-7 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
     assert (sliced != whole).float().mean() < 0.01
+
+
+# one, fewer than a vector, odd sums, several tiles and parts of a sum, tails in every direction
+SIZES = [(1, 1, 1), (5, 7, 3), (17, 130, 9), (33, 50, 385), (8, 48, 641), (129, 200, 37)]
+
+
+@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("basis", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gradient", [torch.float32, torch.bfloat16])
+def test_projection_is_the_product_in_float64(gradient: torch.dtype, basis: torch.dtype, side: str, implementation: str) -> None:
+    """Of numbers in the basis's type, summed in float32 (rounded once to bfloat16 where the processor has no such product)."""
+    for r, d, k in SIZES:
+        rows, columns = (k, d) if side == "left" else (d, k)
+        for G in (numbers(rows, columns, seed=1).to(gradient), numbers(columns, rows, seed=1).to(gradient).t()):
+            P, L = numbers(r, k, seed=2).to(basis), numbers(r, d, seed=3)
+            taken = G.to(basis).double()
+            product = P.double() @ (taken if side == "left" else taken.t())
+            for beta in (0.0, 1.0, 0.5):
+                found = L.clone() if beta else torch.full_like(L, torch.nan)
+                with testing.using(implementation):
+                    project_accumulate_(found, G, P, side, beta)
+                expected = product + beta * L.double()
+                exact = basis == torch.float32 or implementation == "reference" or (binding.products() == 2 and beta != 0.5)
+                allowed = (1e-5 if exact else 2**-8) * float(product.abs().max() + 1)
+                assert float((found - expected).abs().max()) <= allowed, (r, d, k, beta)
+
+
+def test_projection_refuses_by_name() -> None:
+    for changed, message in (
+        ({"L": torch.ones(2, 6).bfloat16()}, "L: torch.bfloat16 is not supported"),
+        ({"P": torch.ones(2, 5)}, "P: shape .* has k = 5"),
+        ({"side": "full"}, "side: 'full' is not known"),
+    ):
+        arguments = {"L": torch.ones(2, 6), "G": torch.ones(4, 6), "P": torch.ones(2, 4), "side": "left", **changed}
+        with pytest.raises(ValueError, match=message):
+            project_accumulate_(**arguments)
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_an_update_of_any_size_is_the_product_in_float64(side: str, dtype: torch.dtype, halves: bool) -> None:
+    for r, n, m in SIZES:
+        arguments = make(dtype, m, n, r, side, basis=torch.bfloat16 if halves else torch.float32)
+        P, N = arguments["P"], arguments["N"].bfloat16() if halves else arguments["N"]
+        back = (P.t() if side == "left" else N.t()).double() @ (N if side == "left" else P).double()
+        expected = 0.99 * arguments["W"].double() - 0.1 * back
+        with testing.using("cpu"):
+            found = testing.results(lowrank_update_, {**arguments, "N": N})["W"]
+        allowed = (2**-8 if halves or dtype == torch.bfloat16 else 1e-5) * float(expected.abs().max() + 0.1 * back.abs().max())
+        assert float((found - expected).abs().max()) <= allowed, (r, n, m)

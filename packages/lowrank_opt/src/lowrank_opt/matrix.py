@@ -93,8 +93,8 @@ def normalised_step(low: Tensor, state: State, step: int, group: Group, dtype: t
     if low.dtype == torch.float64 and "exp_avg" in state:
         return normalised(low, state["exp_avg"], state["exp_avg_sq"], step, group)
     if "exp_avg" in state:
-        out = torch.empty_like(low, dtype=dtype, memory_format=torch.contiguous_format)
-        adam_step_(low, state["exp_avg"], state["exp_avg_sq"], out, *group["betas"], group["eps"], step, alpha=1.0)
+        out, (beta1, beta2) = torch.empty_like(low, dtype=dtype, memory_format=torch.contiguous_format), group["betas"]
+        adam_step_(low, state["exp_avg"], state["exp_avg_sq"], out, beta1, beta2, group["eps"], step, alpha=1.0)
         return out
     out = torch.empty_like(low, memory_format=torch.contiguous_format)
     Piece(state, group["block_size"]).adam_(low.contiguous(), out, step, group, decay=0.0, alpha=1.0)

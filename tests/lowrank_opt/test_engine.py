@@ -187,8 +187,8 @@ def test_two_processes_equal_one_and_send_little(tmp_path: Path) -> None:
 
 def test_one_process_is_the_ordinary_step() -> None:
     """Without a second process nothing is reduced, and L arrives as in the optimizer's own step."""
-    for optimizer in ("galore", "galore8bit", "baseline"):
-        values: dict[str, Any] = {"optimizer": optimizer, "samples": 1} | ({"galore": {}} if optimizer == "baseline" else {})
+    for optimizer in ("galore", "galore8bit"):
+        values: dict[str, Any] = {"optimizer": optimizer, "samples": 1}
         ours, plain = trained(0, 1, engine="lowrank", **values), trained(0, 1, engine="replicated", **values)
         for name, weight in plain[0].items():
             torch.testing.assert_close(ours[0][name], weight, rtol=1e-6, atol=1e-6)

@@ -1,7 +1,7 @@
 """docs/benchmarks.md: our training beside what a user would pick otherwise, and every package's `bench`, each beside its target.
 
-Written by `nox -s bench`, one part after the other; `python -m tests.repo.benchmarks docs/benchmarks.json docs/benchmarks.md galore moe_cpt`
-measures two parts, keeps the others, and draws the page.
+Written by `nox -s bench`, one part after the other; `python -m tests.repo.benchmarks docs/benchmarks.json docs/benchmarks.md galore "moe-cpt bench"`
+measures two parts, keeps the others, and draws the page. `"moe-cpt bench=FILE"` takes what `moe-cpt bench --json > FILE` left.
 
 End to end, every run is a program of its own on one thread. A stopwatch outside reads its processor time whenever it logs a step, so
 that other work on the machine disturbs little, and the peak of its memory at the end. The first step warms up.
@@ -176,23 +176,38 @@ def benched(script: str, arguments: list[str]) -> dict[str, Any]:
     printed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if printed.returncode:
         raise SystemExit(f"{' '.join(words)}\nended with {printed.returncode}\n{printed.stderr[-3000:]}")
-    found = json.loads(printed.stdout)
-    return {"command": " ".join(words[:-1]), "figures": found["figures"] if "figures" in found else list(figures(found))}
+    return {"command": " ".join(words[:-1]), "figures": figures_of(json.loads(printed.stdout))}
+
+
+def collected(script: str, file: Path) -> dict[str, Any]:
+    """What `SCRIPT bench --json > FILE` left, with its own conditions."""
+    found = json.loads(file.read_text())
+    said = found.get("conditions", {})
+    where = conditions(0, 0.0) | {"date": str(datetime.date.fromtimestamp(file.stat().st_mtime)), "seconds": None}
+    where |= {"commit": (said.get("commit") or "unknown")[:7], "load": [round(load, 1) for load in said.get("load", [])]}
+    return {"command": f"{script} bench", "figures": figures_of(found), "conditions": where}
+
+
+def figures_of(found: dict[str, Any]) -> list[dict[str, Any]]:
+    own: list[dict[str, Any]] | None = found.get("figures")
+    return list(figures(found)) if own is None else own
 
 
 def figures(found: Any, path: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
     """The ratios in what a `bench` returns, wherever they lie."""
     if not isinstance(found, dict):
         return
-    at = next((name for name in ("ratio", "speedup", "share") if isinstance(found.get(name), int | float)), None)
+    # a figure says whether it met its target, in words or by a bound
+    at = next((name for name in ("ratio", "speedup", "share", "met") if isinstance(found.get(name), int | float)), None)
     if at is None:
         for name, inner in found.items():
             yield from figures(inner, (*path, name))
         return
-    value, known = found[at], (at, "at_least", "at_most")
+    value, known = (None if at == "met" else found[at]), (at, "at_least", "at_most", "met")
     details = ", ".join(f"{name} {number:.4g}" for name, number in found.items() if isinstance(number, int | float) and name not in known)
-    target, least = (found["at_least"], True) if "at_least" in found else (found.get("at_most"), False)
-    met = target is None or (value >= target if least else value <= target)
+    least = "at_least" in found
+    target = found.get("at_least" if least else "at_most", found.get("target"))
+    met = found.get("met", target is None or (not isinstance(target, str) and (value >= target if least else value <= target)))
     yield {
         "name": path[0],
         "what": f"{' '.join(path[1:])} ({details})".strip(),
@@ -211,7 +226,7 @@ def conditions(seconds: float, load: float) -> dict[str, Any]:
         (line.partition(": ")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), ""
     )
     return {
-        "date": str(datetime.date.today()), "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else ""),
+        "date": str(datetime.date.today()), "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", ".", ":!docs/benchmarks.*") else ""),
         "machine": f"{processor or platform.machine()}, {os.cpu_count()} cores", "load": [round(load, 1), round(os.getloadavg()[0], 1)],
         "seconds": round(seconds),
     }  # fmt: skip
@@ -252,15 +267,15 @@ def page(parts: dict[str, Any]) -> str:
     for name, part in parts.items():
         if "figures" in part:
             where = part["conditions"]
-            told = f"`{part['command']}`, {where['date']}, commit {where['commit']}, load {where['load'][0]} to {where['load'][1]}, {where['seconds']} s."
+            load = f", load {' to '.join(map(str, where['load']))}" if where["load"] else ""
+            took = f", {where['seconds']} s" if where["seconds"] else ""
+            told = f"`{part['command']}`, {where['date']}, commit {where['commit']}{load}{took}."
             lines += ["", f"## {name.removesuffix(' bench')}", "", told, "", "| figure | value | target | met |", "|---|---|---|---|"]
             for figure in part["figures"]:
-                target = figure.get("target")
-                sign = "≥" if figure.get("least") else "≤"
+                target, value = figure.get("target"), figure["value"]
+                bound = target if isinstance(target, str) else "" if target is None else f"{'≥' if figure.get('least') else '≤'} {target:g}"
                 met = "" if target is None else ("yes" if figure["pass"] else "**no**")
-                lines.append(
-                    f"| {figure['name']}: {figure['what']} | {figure['value']:.4g} | {'' if target is None else f'{sign} {target:g}'} | {met} |"
-                )
+                lines.append(f"| {figure['name']}: {figure['what']} | {'' if value is None else format(value, '.4g')} | {bound} | {met} |")
     machines = sorted({part["conditions"]["machine"] for part in parts.values()})
     return "\n".join([*lines, "", f"Machine: {'; '.join(machines)}.", ""])
 
@@ -283,7 +298,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("page", type=Path)
-    parser.add_argument("parts", nargs="*", help="Parts to measure now; default: all of them.")
+    parser.add_argument("parts", nargs="*", help="Parts to measure now, or bench=FILE; default: all of them.")
     parser.add_argument("--draw", action="store_true", help="Measure nothing, draw the page again.")
     options = parser.parse_args()
     parts = json.loads(options.results.read_text()) if options.results.exists() else {}
@@ -292,13 +307,16 @@ def main() -> None:
         benches = {f"{script} bench": (script, []) for package in methods() for script in package.project.get("scripts", {})}
         for name in [] if options.draw else options.parts or [*known, *benches]:
             # `lowrank-opt bench --only C3` measures some of the figures
+            name, _, file = name.partition("=")
             words = name.split()
             load, began = os.getloadavg()[0], time.monotonic()
-            if name in known:
+            if file:
+                part = collected(words[0], Path(file))
+            elif name in known:
                 part = raced(known[name])
             else:
                 part = benched(words[0], words[2:])
-            parts[" ".join(words[:2])] = part | {"conditions": conditions(time.monotonic() - began, load)}
+            parts[" ".join(words[:2])] = {"conditions": conditions(time.monotonic() - began, load)} | part
             options.results.write_text(json.dumps(parts, indent=1) + "\n")
     options.page.write_text(page(parts), encoding="utf-8")
 

@@ -47,7 +47,7 @@ SMALLER: dict[str, dict[str, str]] = {
 # what a command needs that is no command of its guide, before the first one of a script that begins so
 BEFORE = {
     "rwkv-distill train": [
-        "rwkv-distill init -c configs/qwen_0.5b.yaml -o output/init",
+        "rwkv-distill init -c configs/qwen_0.5b.yaml -M 1 -o output/init",
         "rwkv-distill consolidate output/init -o output/stage1/pytorch_model.bin",
     ],
     "moe-cpt train": [

@@ -42,7 +42,10 @@ class Figure:
         return f"{'pass' if self.passed else 'FAIL'}  {self.name:12} {self.value:8.4f} {sign} {self.target:<7g} {self.what}"
 
     def as_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "what": self.what, "value": self.value, "target": self.target, "pass": self.passed, **self.details}
+        return {
+            "name": self.name, "what": self.what, "value": self.value, "target": self.target, "least": self.least, "pass": self.passed,
+            **self.details,
+        }  # fmt: skip
 
 
 def in_turns(

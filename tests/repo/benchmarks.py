@@ -243,7 +243,8 @@ The same rows, model shape, precision (float32) and number of steps in programs 
 processor time in the median step behind the first one; the ratio is ours over theirs. `first step` is the processor time until it was logged,
 with imports, loading, and for low-rank optimizers the first projection. `peak` is the most memory that the whole program held.
 `floor` is the time that the operations of our step (as `lm_core.estimate` counts them) take at the rate of a large float32 product on one
-thread, over the time of our step. Load: before and after, over all programs on the machine.
+thread, over the time of our step; it is above 1 for masked diffusion, whose head we compute for masked tokens alone, while the estimate
+counts all. Load: before and after, over all programs on the machine.
 """
 
 

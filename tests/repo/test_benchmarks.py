@@ -13,7 +13,10 @@ def test_figures_of_every_shape_become_rows_with_their_targets(tmp_path: Path) -
     said = {
         "a": {"conditions": {"commit": "0123456789"}, "figures": [Figure("C1", "a ratio", 2.0, 3.0, least=True).as_dict()]},
         "b": {"wkv7": {"forward": {"milliseconds": 2.0, "ratio": 20.0, "at_least": 15}}},
-        "c": {"P3": {"flops": 3, "ratio": 1.0, "target": "ratio <= 1.05", "met": True}, "P4": {"bytes": 7, "target": "equal", "met": False}},
+        "c": {
+            "P3": {"flops": 3, "ratio": 1.0, "target": "ratio <= 1.05", "met": True},
+            "P4": {"bytes": 7, "target": "equal", "met": False},
+        },
     }
     for name, found in said.items():
         (tmp_path / name).write_text(json.dumps(found))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,17 @@ from hypothesis import strategies as st
 
 from lm_core.config import Leaf, build, leaves, merge
 from lm_core.data.sources import read
-from lm_core.errors import ConfigError, InputError
+from lm_core.errors import ConfigError, InputError, UserError
 from lm_core.options import RunConfig
 from lm_core.reference import commands
 from tests.fuzz import GARBAGE, valid
+from tests.repo import readers
 
-CLASSES = {name: cls for name, cls in commands() if list(leaves(cls))}
+CLASSES: dict[str, Any] = {name: cls for name, cls in commands() if list(leaves(cls))}
+# and those that no command takes, such as the settings that a model keeps; bases and sections are drawn with what they belong to
+PARTS = {kind for cls in CLASSES.values() for kind in (*cls.__mro__, *cls._types.values()) if isinstance(kind, type)}
+CLASSES |= {f"{cls.__module__}.{cls.__name__}": cls for cls in readers.classes() if cls not in PARTS and list(leaves(cls))}
+
 EDGES = st.sampled_from(
     [0, -1, 1, 0.5, 1e-300, 1e300, float("inf"), float("nan"), 2**63, 10**30, "", " ", "-", "0", "a=1", "/dev/null", "."]
 )
@@ -81,3 +87,39 @@ def test_files_give_rows_or_one_error(suffix: str, content: bytes, tmp_path_fact
         assert all(isinstance(row.fields, dict) for row in read(path))
     except InputError as error:
         assert str(path) in str(error)  # noqa: PT017
+
+
+def safetensors(header: bytes, data: bytes) -> bytes:
+    return struct.pack("<Q", len(header)) + header + data
+
+
+TENSOR = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+HEADERS = st.dictionaries(st.sampled_from(["act", "layers.0.up_proj", "centres", "gate", "x"]), st.just(TENSOR), max_size=1).flatmap(
+    lambda tensors: st.sampled_from([{}, {"__metadata__": {"split": "{}", "gate": "{}", "beacon": "[]"}}]).map(lambda more: tensors | more)
+)
+FILES = (
+    LINES
+    | st.builds(safetensors, HEADERS.map(lambda header: json.dumps(header).encode()), st.binary(max_size=8) | st.just(bytes(8)))
+    | st.binary(max_size=40).map(lambda tail: b"MMIDIDX\0\0" + struct.pack("<QB", 1, 4) + tail)
+    | st.sampled_from(
+        [b"[]", b"[[1]]", b"[1, null]", b'{"messages": 1}', b'[{"role": 1}]', b'{"step": 1}', b"[" * 5000, b'"1.0 x" "y z"', b"- a"]
+    )
+)
+
+
+@pytest.mark.parametrize("reader", readers.FUZZED)
+@settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(content=FILES)
+def test_other_files_are_read_or_refused_by_one_error(reader: str, content: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder: Path = tmp_path_factory.getbasetemp() / reader
+    folder.mkdir(exist_ok=True)
+    (folder / "fuzz").write_bytes(content)
+    try:
+        readers.FUZZED[reader](folder / "fuzz")
+    except UserError as error:
+        assert str(error).replace("\n", "").isprintable()  # noqa: PT017
+
+
+def test_no_reader_goes_without_this() -> None:
+    """A new function that opens a user's file belongs to readers.FUZZED, or to ELSEWHERE with the reason."""
+    assert sorted({*readers.FUZZED, *(name for names in readers.ELSEWHERE.values() for name in names)}) == sorted(set(readers.found()))

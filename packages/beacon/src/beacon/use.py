@@ -24,7 +24,7 @@ from beacon.options import CompressConfig, ExportConfig, GenerateConfig, ImportC
 from lm_core import dist
 from lm_core.data.sources import parse, resolve
 from lm_core.data.tokenize import text_of
-from lm_core.errors import InputError
+from lm_core.errors import InputError, reading
 from lm_core.models import load_tokenizer, quiet
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,8 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
 def _read(path: Path | None) -> str:
     if path is None or not path.is_file():
         raise InputError(f"prompt_file: {path} does not exist; name a text file, or use --prompt")
-    return path.read_text(encoding="utf-8")
+    with reading(f"prompt_file: {path}", "name a text file, or use --prompt"):
+        return path.read_text(encoding="utf-8")
 
 
 def inspect(path: Path) -> None:
@@ -192,10 +193,11 @@ def import_folder(config: ImportConfig) -> dict[str, Any]:
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found |= load_file(file)
-    for file in [] if found else sorted(folder.glob("pytorch_model*.bin")):
-        found |= torch.load(file, map_location="cpu", weights_only=True)
+    with reading(f"from: {folder}", "name a folder with weights"):
+        for file in sorted(folder.glob("*.safetensors")):
+            found |= load_file(file)
+        for file in [] if found else sorted(folder.glob("pytorch_model*.bin")):
+            found |= torch.load(file, map_location="cpu", weights_only=True)
     if not found:
         raise InputError(f"from: {folder} holds neither safetensors nor pytorch_model.bin; name a folder with weights")
     return found

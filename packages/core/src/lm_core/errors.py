@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # what the system says when a disk takes no more: full, over quota, beyond a limit on file sizes, read-only
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
@@ -38,3 +40,20 @@ class Interrupted(UserError):
     """Stopped by a signal after everything was saved."""
 
     code = 130
+
+
+@contextmanager
+def reading(what: str, way_out: str) -> Iterator[None]:
+    """Whatever goes wrong while a user's file is opened and taken apart, as one InputError: every library has kinds of its own for that.
+
+    >>> with reading("data: x.json", "write it again"):
+    ...     int("{")
+    Traceback (most recent call last):
+    lm_core.errors.InputError: data: x.json cannot be read (invalid literal for int() with base 10: '{'); write it again
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise InputError(f"{what} cannot be read ({str(error) or type(error).__name__}); {way_out}") from None

@@ -133,9 +133,7 @@ class Pipeline(TensorParallel):
             if not self.last:
                 assert turn.leaving is not None
                 return turn.leaving
-            sums.loss += loss.total.detach()
-            for name, value in loss.metrics.items():
-                sums.metrics[name] = sums.metrics.get(name, 0) + value.detach()
+            sums.add(loss)
             return loss.total / targets * (1.0 if self.scaler is None else self.scaler.scale)
 
         schedule = self._schedule(len(here), here[0]["input_ids"].shape)

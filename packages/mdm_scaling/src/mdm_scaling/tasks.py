@@ -54,7 +54,7 @@ def _item(line: str, where: str) -> Item:
         if "target" in value:
             return Item(context, (str(value["target"]),), 0)
         item = Item(context, tuple(map(str, value["choices"])), int(value["answer"]))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"tasks: {where} lacks context, choices and answer, or context and target ({error!r}); correct the line") from None
     if not 0 <= item.answer < len(item.choices):
         raise InputError(f"tasks: {where}: the answer {item.answer} is none of {len(item.choices)} choices; count from 0")

@@ -17,7 +17,7 @@ import click
 
 from lm_core.cli import command_group, configured
 from lm_core.cli import main as run_cli
-from lm_core.errors import ConfigError, InputError, RunFailed
+from lm_core.errors import ConfigError, InputError, RunFailed, reading
 from lm_core.harness import add_harness
 from moe_cpt.config import (
     ActivationConfig,
@@ -613,10 +613,12 @@ def _require(config: TrainConfig) -> None:
 def seconds_per_step(logdir: Path) -> float:
     """Mean seconds of an update in an earlier run."""
     path = logdir / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    if not rows or not rows[-1]["step"]:
-        raise InputError(f"logdir: {logdir} holds no metrics of a run with steps; name a run folder, or give --seconds-per-step")
-    return float(rows[-1]["seconds"] / rows[-1]["step"])
+    way_out = "name a run folder, or give --seconds-per-step"
+    with reading(f"logdir: {path}", way_out):
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        if not rows or not rows[-1]["step"]:
+            raise InputError(f"logdir: {logdir} holds no metrics of a run with steps; {way_out}")
+        return float(rows[-1]["seconds"] / rows[-1]["step"])
 
 
 def require_launched(config: TrainConfig) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lm_core import counter
-from lm_core.errors import ConfigError, InputError
+from lm_core.errors import ConfigError, InputError, reading
 from moe_cpt.config import TrainGateConfig
 from moe_cpt.models import source_folder
 from moe_cpt.split import Split
@@ -127,7 +127,7 @@ def read_gate(path: Path, split: Split, network: str) -> dict[str, Tensor]:
     """Tensors of a file of `train_gate`. Raises InputError when it belongs to another model, split or kind of router."""
     if not path.is_file():
         raise InputError(f"select_file_path: {path} does not exist; write it with moe-cpt train-gate")
-    with safe_open(path, framework="pt") as file:
+    with reading(f"select_file_path: {path}", "write it with moe-cpt train-gate"), safe_open(path, framework="pt") as file:
         facts = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     if facts.get("network") != network:

@@ -15,7 +15,7 @@ from beacon.eval.folder import EvalFolder
 from beacon.eval.prompts import encode
 from beacon.options import ShortConfig
 from lm_core.data.synthetic import CORPORA
-from lm_core.errors import InputError
+from lm_core.errors import InputError, reading
 
 
 def run(config: ShortConfig) -> dict[str, Any]:
@@ -72,12 +72,14 @@ def _questions(config: ShortConfig) -> Iterator[tuple[str, list[str], int]]:
         return
     if not config.data_file.is_file():
         raise InputError(f"data_file: {config.data_file} does not exist; name a JSONL file with question, choices and answer")
-    for number, line in enumerate(config.data_file.read_text(encoding="utf-8").splitlines(), start=1):
+    with reading(f"data_file: {config.data_file}", "name a JSONL file with question, choices and answer"):
+        lines = config.data_file.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             question, choices, answer = str(row["question"]), [str(choice) for choice in row["choices"]], int(row["answer"])
             assert 0 <= answer < len(choices)
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
+        except (ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
             raise InputError(
                 f"data_file: {config.data_file}:{number} is no question ({error!r}); it needs question, choices and answer (a number from 0)"
             ) from None

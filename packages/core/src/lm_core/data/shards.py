@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lm_core.data.order import Integers, Permutation
-from lm_core.errors import ConfigError, InputError
+from lm_core.errors import ConfigError, InputError, reading
 
 FORMAT = 1
 # 64 MiB of uint16: what an interrupted run loses at most
@@ -219,10 +219,8 @@ class _Store:
 
 def _meta(folder: Path) -> dict[str, Any]:
     path = folder / "meta.json"
-    try:
+    with reading(f"data: {path}", "the shards are unfinished or damaged, write them again"):
         meta = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"data: {path} cannot be read ({error}); the shards are unfinished or damaged, write them again") from None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise InputError(f"data: {path} is not of format {FORMAT}; write the shards again")
     return meta

@@ -16,7 +16,7 @@ from lm_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from lm_core.estimate import Parameters
-    from lm_core.method import Batch, Method
+    from lm_core.method import Batch, Loss, Method
 
 
 @dataclass
@@ -25,6 +25,11 @@ class Sums:
 
     loss: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, loss: Loss) -> None:
+        self.loss += loss.total.detach()
+        for name, value in loss.metrics.items():
+            self.metrics[name] = self.metrics.get(name, 0) + value.detach()
 
 
 class Engine:
@@ -87,9 +92,7 @@ class Engine:
                 if loss is None:
                     break
                 self.backward(loss.total / targets)
-                sums.loss += loss.total.detach()
-                for name, value in loss.metrics.items():
-                    sums.metrics[name] = sums.metrics.get(name, 0) + value.detach()
+                sums.add(loss)
         return sums
 
     def save(self, folder: Path) -> None:

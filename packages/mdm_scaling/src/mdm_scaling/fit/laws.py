@@ -160,7 +160,7 @@ def read_law(name: str) -> Law:
         known = {*numbers, *decay, "name", "objective"}
         about = {key: value for key, value in values.items() if key not in known}
         return Law(str(values["name"]), **numbers, **decay, objective=str(values["objective"]), about=about)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"law: {name} is neither a file of `mdm-scaling fit` ({error!r}) nor one of {', '.join(BUILT_IN)}") from None
 
 

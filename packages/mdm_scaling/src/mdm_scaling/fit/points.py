@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm_core.errors import InputError
+from lm_core.errors import InputError, reading
 
 COLUMNS = (
     "run_id", "objective", "N", "D", "U", "epochs", "C", "loss", "loss_se", "best_loss", "best_step", "final_loss", "seed", "experiment", "knob", "folder",
@@ -36,11 +36,8 @@ class Point:
 
 def read_points(path: Path, objective: str | None = None, loss: str = "best") -> list[Point]:
     """The rows of runs.csv, of one objective if given. Raises InputError naming the line that cannot be used."""
-    try:
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-    except OSError as error:
-        raise InputError(f"runs: {path} cannot be read ({error.strerror}); write it with `mdm-scaling runs collect`") from None
+    with reading(f"runs: {path}", "write it with `mdm-scaling runs collect`"), path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
     points = [_point(row, f"{path}:{line}", loss) for line, row in enumerate(rows, start=2)]
     chosen = [point for point in points if objective is None or point.objective == objective]
     if not chosen:

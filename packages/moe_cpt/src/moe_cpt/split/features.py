@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lm_core.data import build_data
-from lm_core.errors import InputError
+from lm_core.errors import InputError, reading
 
 # layer -> inputs (R x D), gate, up and act (R x M), output (R x D)
 Watch = Callable[[int, Mapping[str, Tensor]], None]
@@ -179,10 +179,10 @@ def read_features(folder: Path, layer: int, what: str, width: int) -> Tensor:
     path = folder / f"layer_{layer}.safetensors"
     if not path.is_file():
         raise InputError(f"features: {path} is missing; write it with moe-cpt features --what {what}")
-    with safe_open(path, framework="pt") as file:
+    with reading(f"features: {path}", f"write it with moe-cpt features --what {what}"), safe_open(path, framework="pt") as file:
         if what not in file.keys():  # noqa: SIM118 - no mapping
             raise InputError(f"features: {path} holds no {what}; write it with moe-cpt features --what {what}")
         table: Tensor = file.get_tensor(what)
-    if table.shape[1] != width:
-        raise InputError(f"features: {path} has {table.shape[1]} columns, the model {width} neurons; write the features of this model")
+    if table.ndim != 2 or table.shape[1] != width:
+        raise InputError(f"features: {path} has {table.shape[-1]} columns, the model {width} neurons; write the features of this model")
     return table

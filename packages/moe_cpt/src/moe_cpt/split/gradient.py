@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lm_core.errors import ConfigError, InputError
+from lm_core.errors import ConfigError, InputError, reading
 from moe_cpt.split import Part
 
 Criterion = Literal["max", "min"]
@@ -85,13 +85,13 @@ def read_scores(path: Path, layer: int, projection: Projection, num_experts: int
     name = f"layers.{layer}.{projection}"
     if not path.is_file():
         raise InputError(f"score_file_path: {path} does not exist; write it with moe-cpt score")
-    with safe_open(path, framework="pt") as file:
+    with reading(f"score_file_path: {path}", "write it with moe-cpt score"), safe_open(path, framework="pt") as file:
         if name not in file.keys():  # noqa: SIM118 - no mapping
             raise InputError(f"score_file_path: {path} holds no {name}; write it with moe-cpt score for this model")
         score: Tensor = file.get_tensor(name).double()
     if tuple(score.shape) != (num_experts, width):
         raise InputError(
-            f"score_file_path: {path} has {score.shape[0]} clusters of {score.shape[1]} neurons for {num_experts} experts "
+            f"score_file_path: {path} has {' x '.join(map(str, score.shape))} clusters and neurons for {num_experts} experts "
             f"of a layer of {width}; cluster the text into {num_experts}, and score this model"
         )
     return score

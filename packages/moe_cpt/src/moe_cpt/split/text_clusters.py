@@ -19,7 +19,7 @@ from lm_core.data import FIXED_HOLD_OUT
 from lm_core.data.shards import key_of
 from lm_core.data.sources import Row, parse, resolve
 from lm_core.data.tokenize import text_of
-from lm_core.errors import ConfigError, InputError
+from lm_core.errors import ConfigError, InputError, reading
 from moe_cpt.config import ClusterTextConfig
 
 # documents, D features (words, or a model's hidden size), C clusters
@@ -179,8 +179,9 @@ def load(folder: Path, encoder: Encoder) -> tuple[Tensor, WordEncoder | None]:
     path, words = folder / "clusters.safetensors", folder / "words.json"
     if not path.is_file() or (encoder == "tfidf") != words.is_file():
         raise InputError(f"model_dir: {folder} holds no {encoder} clusters; write them with --do_train")
-    tensors = load_file(path)
-    return tensors["centres"], WordEncoder(json.loads(words.read_text()), tensors["idf"]) if encoder == "tfidf" else None
+    with reading(f"model_dir: {folder}", "write it with --do_train"):
+        tensors = load_file(path)
+        return tensors["centres"], WordEncoder(json.loads(words.read_text()), tensors["idf"]) if encoder == "tfidf" else None
 
 
 def write_clusters(folder: Path, rows: Sequence[Row], labels: Sequence[int], clusters: int) -> list[int]:

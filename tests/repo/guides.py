@@ -59,6 +59,8 @@ BEFORE = {
     ],
 }  # fmt: skip
 
+UPDATE = ["--train-samples", "256", "--lr-decay-samples", "256", "--lr-warmup-samples", "25", "--eval-interval", "never"]
+
 
 def furnish(folder: Path) -> None:
     """Models, texts and conversations where the guides have theirs."""
@@ -112,7 +114,7 @@ def main(folder: Path, scripts: list[str]) -> None:
         if "--skip-train" in words:
             # what it scores is trained first, by one update
             trained = [word for word in words if word != "--skip-train"]
-            run([*trained, "--train-samples", "256", "--lr-decay-samples", "256", "--lr-warmup-samples", "25"], folder)
+            run([*trained, *UPDATE], folder)
             run(words, folder)
         elif words[1] == "pretrain-data":
             run([*words, "--allow-missing"], folder)

@@ -19,5 +19,6 @@ __all__, __getattr__, __dir__ = public_names(
         "moe_ffn": "experts",
         "split_ffn": "split",
         "update_weights": "weights",
+        "weighted_sources": "data",
     },
 )

@@ -316,7 +316,7 @@ def train(config: BenchConfig) -> Iterator[Figure]:
     """Updates of a small mixture by every backend, and of the dense model with as many neurons."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = {
+    shape: dict[str, Any] = {
         "vocab_size": 2048, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8,
     }  # fmt: skip
     ids = torch.randint(0, 2048, (4, 256), generator=torch.Generator().manual_seed(0))

@@ -91,7 +91,7 @@ def read_scores(path: Path, layer: int, projection: Projection, num_experts: int
         score: Tensor = file.get_tensor(name).double()
     if tuple(score.shape) != (num_experts, width):
         raise InputError(
-            f"score_file_path: {path} has {' x '.join(map(str, score.shape))} clusters and neurons for {num_experts} experts "
+            f"score_file_path: {path} has {score.shape[0]} clusters of {score.shape[-1]} neurons for {num_experts} experts "
             f"of a layer of {width}; cluster the text into {num_experts}, and score this model"
         )
     return score

@@ -232,3 +232,25 @@ def test_restarts_repeat_half_a_cosine_and_warm_up_once() -> None:
 def test_the_run_folder_names_model_optimizer_and_mode() -> None:
     assert make().run_folder() == Path("models/llama_test_galore_pretrained")
     assert make(output_dir="x").run_folder() == Path("x")
+
+
+def test_other_words_for_engines_and_packing() -> None:
+    layers = TrainConfig.further_layers({"dist": "fsdp"})
+    assert (
+        build(TrainConfig, {"mode": "pretraining", "optimizer": "baseline", "model": "llama_test", "dist": "fsdp"}, *layers).engine
+        == "sharded"
+    )
+    assert not [layer for layer in TrainConfig.further_layers({}) if "engine" in layer]
+    with pytest.raises(ConfigError, match="dist: ddp means --engine replicated, not sharded"):
+        make(dist="ddp", engine="sharded", optimizer="baseline")
+    assert [resolved(make(packing=word)).packing for word in ("false", "true", "best-fit")] == ["document", "stream", "best-fit"]
+
+
+def test_a_configuration_goes_to_hub_data_without_one() -> None:
+    assert with_data(make(data=["c4"], dataset_config="de", num_training_tokens=1000)).data == ["allenai/c4:de[5]"]
+    mixed = make(data=["owner/texts[9]@2", "owner/other:fr", "builtin:stdlib"], dataset_config="en")
+    assert with_data(mixed).data == ["owner/texts:en[9]@2", "owner/other:fr", "builtin:stdlib"]
+    with pytest.raises(ConfigError, match="dataset_config: no --data is a hub data set without a configuration"):
+        with_data(make(dataset_config="en"))
+    with pytest.raises(ConfigError, match="dataset_config: --task sst2 says"):
+        with_data(make(mode="finetuning", task="sst2", dataset_config="en"))

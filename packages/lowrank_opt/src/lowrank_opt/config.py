@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,8 @@ OPTIMIZERS = Literal[
 LORA_FILE, GALORE_FILE = Path("config/lora_config.json"), Path("config/galore_config.json")
 # options that only some modes and optimizers use: an explicit one elsewhere is refused, never ignored
 ONLY_FOR_MODE = {"num_training_tokens": "pretraining", "task": "finetuning", "num_labels": "finetuning"}
+# other words for engines
+DIST = {"none": "replicated", "ddp": "replicated", "fsdp": "sharded"}
 ONLY_FOR_SCHEDULE = {
     "cooldown": ("cosine", "linear", "constant", "exp", "inverse-sqrt"),
     "tmax": ("cosine_tmax",),
@@ -160,6 +163,7 @@ class TrainConfig(RunConfig):
         "engine",
         help="Where weights, gradients and optimizer state live; lowrank is replicated, and processes exchange projected gradients.",
     )
+    dist: Literal["none", "ddp", "fsdp"] | None = opt(None, "Other words for --engine: none and ddp are replicated, fsdp is sharded.")
     shard_optimizer: bool = opt(
         False, "Keep the optimizer state of each parameter in one process, which updates it for all; replicated engine."
     )
@@ -192,6 +196,9 @@ class TrainConfig(RunConfig):
     )
     restart_every: int | None = opt(None, "Updates between two starts of cosine_restarts.", ge=1)
     data: list[str] = change(DataOptions, "data", flags=("--dataset", "--train_files"))
+    dataset_config: str | None = opt(
+        None, "Configuration of the hub data sets that --data names without one, as in allenai/c4:en. Default: en for c4."
+    )
     eval_data: list[str] = change(DataOptions, "eval_data", flags=("--validation_files",))
     eval_every: str = change(OutputOptions, "eval_every", default="1000")
     eval_tokens: Count = change(OutputOptions, "eval_tokens", default=10_000_000)
@@ -199,7 +206,10 @@ class TrainConfig(RunConfig):
     wandb_project: str = change(OutputOptions, "wandb_project", default="lowrank-opt")
     csv: Path = opt(Path("output.csv"), "Table of the training steps that are logged, in the run folder.")
     dry_run: bool = change(RunConfig, "dry_run", flags=("--estimate_only",))
-    packing: Literal["document", "stream", "best-fit"] = change(DataOptions, "packing", default="document")
+    # two words more than the base has, which a type checker takes for a broken promise
+    packing: Literal["document", "stream", "best-fit", "false", "true"] = change(  # type: ignore[assignment]
+        DataOptions, "packing", default="document", help="How documents share a sample; false is document, true is stream."
+    )
     task: Literal["lm", "cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli"] = opt(
         "lm", "Finetuning only: next token, or a GLUE task; its data are --data with sentence (or sentence1, sentence2) and label."
     )
@@ -222,8 +232,8 @@ class TrainConfig(RunConfig):
 
     @classmethod
     def further_layers(cls, values: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-        """The two JSON files, read like a last --config; an absent default one stands for the packaged content."""
-        layers: list[Mapping[str, Any]] = []
+        """The two JSON files, read like a last --config; an absent default one stands for the packaged content. And --dist as an engine."""
+        layers: list[Mapping[str, Any]] = [{"engine": DIST[values["dist"]]}] if values.get("dist") in DIST else []
         for section_name, default in (("lora", LORA_FILE), ("galore", GALORE_FILE)):
             option = f"{section_name}_config"
             path = Path(str(values.get(option, default)))
@@ -251,6 +261,8 @@ class TrainConfig(RunConfig):
             raise ConfigError(f"num_labels: {self.num_labels} labels belong to a --task such as sst2, not to next tokens; drop it")
         if self.galore.rank >= 1 and not self.galore.rank.is_integer():
             raise ConfigError(f"galore.rank: {self.galore.rank:g} is neither a whole number nor a fraction below 1; use one of them")
+        if self.dist is not None and self.engine not in ("auto", DIST[self.dist]):
+            raise ConfigError(f"dist: {self.dist} means --engine {DIST[self.dist]}, not {self.engine}; drop one of them")
         self.check_length()
         self.check_batch()
         self.check_engine()
@@ -409,6 +421,8 @@ def resolved(config: TrainConfig) -> TrainConfig:
             "tmax: %d epochs are longer than --tmax %d; the learning rate stays at its end, --min-lr-ratio %g of the peak, for the rest",
             config.num_epochs, config.tmax, config.min_lr_ratio,
         )  # fmt: skip
+    if config.packing in ("false", "true"):
+        config = again(config, packing="stream" if config.packing == "true" else "document")
     if config.classifies() and "eval_every" not in explicit(config):
         config = again(config, eval_every="epoch")
     if config.total_batch_size is not None:
@@ -417,15 +431,36 @@ def resolved(config: TrainConfig) -> TrainConfig:
 
 
 def with_data(config: TrainConfig) -> TrainConfig:
-    """`config` with the default data of pretraining, C4 from the hub, as many rows as one epoch of tokens takes."""
-    if config.classifies() or (config.data and "c4" not in config.data):
-        return config
-    if not config.data and config.mode == "finetuning":
+    """`config` with the default data of pretraining, C4 from the hub, as many rows as one epoch of tokens takes; and with
+    --dataset-config behind the hub data sets that name none."""
+    if not config.data and config.mode == "finetuning" and not config.classifies():
         raise ConfigError("data: nothing to train on; give --data, for example --data builtin:python-docs, or a --task")
+    if config.data and "c4" not in config.data and config.dataset_config is None:
+        return config
+    if config.classifies():
+        if config.dataset_config is not None:
+            raise ConfigError(f"dataset_config: --task {config.task} says which part of GLUE is meant; drop it")
+        return config
     # rows are cut to max_length; the mean document of C4 has more than 200 tokens
     rows = math.ceil(config.num_training_tokens / min(200, config.max_length / 2))
-    c4 = f"allenai/c4:en[{rows}]"
-    return again(config, data=[c4 if source == "c4" else source for source in config.data or ["c4"]])
+    c4 = f"allenai/c4:{config.dataset_config or 'en'}[{rows}]"
+    given = config.data or ["c4"]
+    data = [c4 if source == "c4" else with_configuration(source, config.dataset_config) for source in given]
+    if config.dataset_config is not None and data == given:
+        raise ConfigError(f"dataset_config: no --data is a hub data set without a configuration ({', '.join(given)}); drop it")
+    return again(config, data=data)
+
+
+def with_configuration(source: str, name: str | None) -> str:
+    """A data argument with the configuration `name`, if it is a hub id OWNER/NAME without one.
+
+    >>> with_configuration("owner/texts[100]@0.5", "en"), with_configuration("builtin:stdlib", "en")
+    ('owner/texts:en[100]@0.5', 'builtin:stdlib')
+    """
+    found = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[\w.-]+)((\[[^\[\]]*\])?(@[^@/\[\]]*)?)", source)
+    if name is None or found is None or Path(source).expanduser().exists() or Path(found[1]).expanduser().exists():
+        return source
+    return f"{found[1]}:{name}{found[2]}"
 
 
 def again(config: TrainConfig, **values: Any) -> TrainConfig:

@@ -25,6 +25,14 @@ def test_a_ridge_router_is_the_best_for_every_split_and_beats_chance_by_the_targ
     assert min(errors, key=lambda at: errors[at]) == ("activation", "ridge")
 
 
+def test_updates_are_measured_beside_every_other_backend_and_the_dense_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "MIXTURE", {**bench.MIXTURE, "hidden_size": 32, "intermediate_size": 128, "num_attention_heads": 2})
+    monkeypatch.setattr(bench, "ROWS", (1, 8))
+    figures = list(bench.train(BenchConfig(repeats=3)))
+    assert [figure.details["baseline"] for figure in figures] == ["grouped_mm", "loop", "dense"]
+    assert all(figure.value > 0 for figure in figures)
+
+
 @pytest.mark.bench
 def test_targets_of_the_layer_in_float32() -> None:
     """With 15 parts in a hundred more than the specification asks for."""

@@ -32,6 +32,11 @@ TOKENS, HIDDEN, EXPERTS, SELECTS, SIZE = 2048, 1024, 16, 4, 176
 FLOPS = 3 * 2 * TOKENS * SELECTS * 3 * HIDDEN * SIZE
 # weights are read twice and their gradients written; x goes in three times, y and dx out; forward's inner values go out and in again
 ELEMENTS = 3 * 3 * EXPERTS * HIDDEN * SIZE + 5 * TOKENS * HIDDEN + 2 * 4 * TOKENS * SELECTS * SIZE
+# what `train` updates, on that many rows of tokens
+MIXTURE: dict[str, Any] = {
+    "vocab_size": 2048, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8,
+}  # fmt: skip
+ROWS = (4, 256)
 SHAPE = {"T": TOKENS, "d": HIDDEN, "N": EXPERTS, "K": SELECTS, "e": SIZE}
 
 
@@ -316,15 +321,12 @@ def train(config: BenchConfig) -> Iterator[Figure]:
     """Updates of a small mixture by every backend, and of the dense model with as many neurons."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape: dict[str, Any] = {
-        "vocab_size": 2048, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8,
-    }  # fmt: skip
-    ids = torch.randint(0, 2048, (4, 256), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, MIXTURE["vocab_size"], ROWS, generator=torch.Generator().manual_seed(0))
     mixtures = {
-        backend: cast(Any, LlamaMoEForCausalLM)(LlamaMoEConfig(**shape, num_experts=16, num_selects=4, experts_backend=backend))
+        backend: cast(Any, LlamaMoEForCausalLM)(LlamaMoEConfig(**MIXTURE, num_experts=16, num_selects=4, experts_backend=backend))
         for backend in ("fused", "grouped_mm", "loop")
     }
-    models: dict[str, Any] = {**mixtures, "dense": cast(Any, LlamaForCausalLM)(LlamaConfig(**shape))}
+    models: dict[str, Any] = {**mixtures, "dense": cast(Any, LlamaForCausalLM)(LlamaConfig(**MIXTURE))}
 
     def update(model: Any, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()
@@ -335,7 +337,7 @@ def train(config: BenchConfig) -> Iterator[Figure]:
     fused, *others = in_turns(jobs, config.repeats, warm=1, chosen=min)
     for name, seconds in zip([*models][1:], others):
         what = f"update of a small mixture (4 of 16) by fused over {name}, float32: {1e3 * fused:.0f} of {1e3 * seconds:.0f} ms"
-        details = {"shape": shape, "dtype": "float32", "backend": "fused", "baseline": name, "tokens_per_second": ids.numel() / fused}
+        details = {"shape": MIXTURE, "dtype": "float32", "backend": "fused", "baseline": name, "tokens_per_second": ids.numel() / fused}
         yield Figure("train", what, fused / seconds, details=details)
 
 

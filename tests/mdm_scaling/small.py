@@ -9,16 +9,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mdm_scaling.model import Objective, fresh
-from mdm_scaling.sizes import shape
+from mdm_scaling.sizes import Shape, shape
 
 VOCABULARY = 50
 
 
-def network(objective: Objective, *, vocabulary: int = VOCABULARY, seed: int = 0, **changes: Any) -> PreTrainedModel:
+SHAPE = shape(2, 32, 4, 8)
+
+
+def network(objective: Objective, *, vocabulary: int = VOCABULARY, seed: int = 0, sizes: Shape = SHAPE, **changes: Any) -> PreTrainedModel:
     options: dict[str, Any] = {
         "tied": True, "positions": 64, "theta": 10000.0, "eps": 1e-5, "std": 0.2, "divisible_by": 8, "restrict_logits": True, "seed": seed,
     }  # fmt: skip
-    model = fresh(objective, shape(2, 32, 4, 8), vocabulary, **{**options, **changes})
+    model = fresh(objective, sizes, vocabulary, **{**options, **changes})
     return model.train(False)
 
 

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.mdm_scaling.small import VOCABULARY, network
+from tests.mdm_scaling.small import SHAPE, VOCABULARY, network
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -95,7 +96,7 @@ def test_chosen_rows_and_weights() -> None:
 
 @pytest.mark.parametrize("objective", ["ar", "mdm"])
 def test_biases_begin_at_zero_and_are_saved(objective: Objective, tmp_path: Path) -> None:
-    plain, model = network(objective), network(objective, bias=True)
+    plain, model = network(objective), network(objective, sizes=replace(SHAPE, bias=True))
     biases = {name: parameter for name, parameter in model.named_parameters() if name.endswith("bias")}
     assert len(biases) == 2 * 7
     assert not any(bias.any() for bias in biases.values())

@@ -26,6 +26,17 @@ from mdm_scaling.sizes import Shape
 SHARED = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
 LENGTHS = ("budget", "train_samples", "train_tokens", "flops", "epochs")
 SHAPE_OPTIONS = ("num_layers", "hidden_size", "num_attention_heads", "kv_channels", "num_key_value_heads", "ffn_hidden_size")
+# what a network is made of, which one that exists brings along
+PARTS = (
+    "max_position_embeddings",
+    "use_rotary_position_embeddings",
+    "rotary_theta",
+    "normalization",
+    "norm_eps",
+    "swiglu",
+    "disable_bias_linear",
+    "untie_embeddings",
+)
 DIFFUSION_ONLY = (
     "mask_eps",
     "t_sampling",
@@ -48,10 +59,17 @@ class ShapeOptions:
     kv_channels: int | None = opt(None, "Width of one head.", ge=2, multiple_of=2)
     num_key_value_heads: int | None = opt(None, "Key and value heads; default: as many as attention heads.", ge=1)
     ffn_hidden_size: int | None = opt(
-        None, "Width of the SwiGLU layers; default: two thirds of four times the hidden size, down to a multiple of 64.", ge=1
+        None,
+        "Width of the feed-forward layers; default: two thirds of four times the hidden size, down to a multiple of 64; without SwiGLU four times.",
+        ge=1,
     )
     max_position_embeddings: int | None = opt(None, "Positions of a new network; default: the sequence length.", ge=2)
+    use_rotary_position_embeddings: bool = opt(
+        True, "Turn queries and keys of a new network by their positions; else learned positions are added to the tokens."
+    )
     rotary_theta: float = opt(10000.0, "Base of the rotary angles of a new network.", gt=0)
+    normalization: Literal["rmsnorm", "layernorm"] = opt("rmsnorm", "Norms of a new network.")
+    swiglu: bool = opt(True, "Gate a new network's feed-forward layers by SiLU; else they have two matrices and GELU between them.")
     norm_eps: float = opt(1e-5, "Term in the denominator of a new network's norms.", flags=("--norm-epsilon",), gt=0)
     disable_bias_linear: bool = opt(True, "Leave biases out of a new network's linear layers.")
     untie_embeddings: bool = opt(False, "Give a new network an output head of its own.", flags=("--untie-embeddings-and-output-weights",))
@@ -225,7 +243,9 @@ class PretrainConfig(RunConfig, AdamSpellings, ShapeOptions, DiffusionOptions, E
         sized = [name for name in SHAPE_OPTIONS if getattr(self, name) is not None]
         if sized and self.model and self.model not in sizes.ALL:
             raise ConfigError(f"{sized[0]}: {self.model} brings its own sizes; drop --{sized[0].replace('_', '-')}, or name a preset")
-        _ = self.shape
+        if self.model and self.model not in sizes.ALL and (own := [name for name in PARTS if name in explicit(self)]):
+            raise ConfigError(f"{own[0]}: {self.model} brings its own; drop --{own[0].replace('_', '-')}, or name a preset")
+        self._check_parts()
         if self.objective == "ar" and (wrong := [name for name in DIFFUSION_ONLY if name in explicit(self)]):
             raise ConfigError(f"{wrong[0]}: only --objective mdm masks tokens; drop --{wrong[0].replace('_', '-')}")
         if self.objective == "ar" and self.ar_ratio:
@@ -286,6 +306,22 @@ class PretrainConfig(RunConfig, AdamSpellings, ShapeOptions, DiffusionOptions, E
                 f"pipeline_model_parallel_size: {self.pipeline_model_parallel_size} stages, but {self.shape.layers} layers; use at most that many"
             )
 
+    def _check_parts(self) -> None:
+        shape = self.shape
+        if shape is None:
+            return
+        if shape.positions and "rotary_theta" in explicit(self):
+            raise ConfigError("rotary_theta: there are no rotary positions; drop it or --no-use-rotary-position-embeddings")
+        if shape.positions == self.max_length and self.num_orders > 1:
+            raise ConfigError(
+                f"num_order_list: reaches position {self.max_length}, the {shape.positions} learned ones end before it; "
+                f"add --max-position-embeddings {self.max_length + 1}"
+            )
+        if not shape.is_llama and self.order_target_position != "none":
+            raise ConfigError(
+                "order_target_position: is a part of LLaMA alone; drop it, or --normalization, --no-swiglu and learned positions"
+            )
+
     @property
     def shape(self) -> Shape | None:
         """The sizes of a new network; None where a model brings its own."""
@@ -301,9 +337,13 @@ class PretrainConfig(RunConfig, AdamSpellings, ShapeOptions, DiffusionOptions, E
             raise ConfigError(
                 "model: no network; give --preset, --init-from, or --num-layers, --hidden-size, --num-attention-heads and --kv-channels"
             )
-        ffn = self.ffn_hidden_size or (base.ffn if base and not self.hidden_size else None)
+        ffn = self.ffn_hidden_size or (base.ffn if base and not self.hidden_size and self.swiglu else None)
         vocabulary = base.vocabulary if base else sizes.NOMINAL_VOCABULARY
-        return sizes.shape(layers, hidden, heads, head_size, ffn, self.num_key_value_heads, vocabulary)
+        return sizes.shape(
+            layers, hidden, heads, head_size, ffn, self.num_key_value_heads, vocabulary, layernorm=self.normalization == "layernorm",
+            swiglu=self.swiglu, bias=not self.disable_bias_linear,
+            positions=0 if self.use_rotary_position_embeddings else self.max_position_embeddings or self.max_length,
+        )  # fmt: skip
 
     @property
     def arithmetic(self) -> Literal["fp32", "bf16", "fp16"]:

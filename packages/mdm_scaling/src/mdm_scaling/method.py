@@ -86,8 +86,7 @@ class Pretrain(Method):
             model = fresh(
                 config.objective, shape, self.vocabulary, tied=not config.untie_embeddings,
                 positions=config.max_position_embeddings or config.max_length, theta=config.rotary_theta, eps=config.norm_eps,
-                std=config.init_std, divisible_by=divisible_by, restrict_logits=restrict, seed=config.seed,
-                bias=not config.disable_bias_linear, ordered=ordered,
+                std=config.init_std, divisible_by=divisible_by, restrict_logits=restrict, seed=config.seed, ordered=ordered,
             )  # fmt: skip
         if self.vocabulary > model.config.real_vocab_size:
             raise ConfigError(

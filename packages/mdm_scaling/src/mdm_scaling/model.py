@@ -22,9 +22,10 @@ from lm_core.errors import ConfigError, InputError
 from lm_core.models import hf_model, load_model
 from mdm_scaling.hf.modeling_mdm import MdmConfig, MdmForMaskedLM
 from mdm_scaling.hf.modeling_ordered import OrderedConfig, OrderedForCausalLM
+from mdm_scaling.hf.modeling_variant import VariantConfig, VariantForCausalLM
 from mdm_scaling.sizes import Shape, padded
 
-for _config, _class in ((MdmConfig, MdmForMaskedLM), (OrderedConfig, OrderedForCausalLM)):
+for _config, _class in ((MdmConfig, MdmForMaskedLM), (OrderedConfig, OrderedForCausalLM), (VariantConfig, VariantForCausalLM)):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModelForCausalLM.register(_config, _class, exist_ok=True)
     # the modelling code travels with a saved model
@@ -36,18 +37,19 @@ _CLASSES: Mapping[str, tuple[Any, Any]] = {
     "ar": (LlamaConfig, LlamaForCausalLM),
     "mdm": (MdmConfig, MdmForMaskedLM),
     "ordered": (OrderedConfig, OrderedForCausalLM),
+    "variant": (VariantConfig, VariantForCausalLM),
 }
 
 
 def objective_of(model: PreTrainedModel) -> Objective:
     """What a model was trained for; a plain Llama is autoregressive."""
-    return "mdm" if model.config.model_type == "mdm" else "ar"
+    return "mdm" if model.config.model_type == "mdm" or not getattr(model.config, "causal", True) else "ar"
 
 
 def llama_shaped(model: PreTrainedModel) -> bool:
-    """Whether a model is one of the two networks of this package."""
+    """Whether a model is one of the networks of this package."""
     plain = model.config.model_type == "mistral" and model.config.sliding_window is None
-    return plain or model.config.model_type in ("llama", "mdm", "ordered-llama")
+    return plain or model.config.model_type in ("llama", "mdm", "ordered-llama", "llama-variant")
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
@@ -62,14 +64,15 @@ def limit_of(model: PreTrainedModel) -> int:
 
 def fresh(
     objective: Objective, shape: Shape, vocabulary: int, *, tied: bool, positions: int, theta: float, eps: float, std: float,
-    divisible_by: int, restrict_logits: bool, seed: int, bias: bool = False, ordered: bool = False,
+    divisible_by: int, restrict_logits: bool, seed: int, ordered: bool = False,
 ) -> PreTrainedModel:  # fmt: skip
     """Random weights N(0, std), output projections N(0, std / sqrt(2 L)), norms 1, biases 0; ordered: told what to predict, by weights of 0."""
+    assert not ordered or shape.is_llama
     if shape.heads * shape.head_size % 2 or shape.head_size % 2:
         raise ConfigError(f"kv_channels: {shape.head_size} is odd, and rotary positions come in pairs; use an even number")
     # transformers' Llama wants a width that is a multiple of the heads, which 20M has not; its Mistral is the same network
     stock = "llama" if shape.hidden % shape.heads == 0 else "mistral"
-    if bias and objective == "ar" and stock == "mistral":
+    if shape.bias and objective == "ar" and shape.is_llama and stock == "mistral":
         raise ConfigError(
             f"disable_bias_linear: biases need a hidden size ({shape.hidden}) that is a multiple of the heads ({shape.heads}); choose another preset"
         )
@@ -78,7 +81,7 @@ def fresh(
             f"order_target_position: needs a hidden size ({shape.hidden}) that is a multiple of the heads ({shape.heads}); choose another preset"
         )
     values = {
-        "model_type": {"ar": stock, "mdm": "mdm"}[objective],
+        "model_type": {"ar": stock, "mdm": "mdm"}[objective] if shape.is_llama else "llama-variant",
         "vocab_size": padded(vocabulary, divisible_by),
         "hidden_size": shape.hidden,
         "intermediate_size": shape.ffn,
@@ -86,16 +89,20 @@ def fresh(
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.key_value_heads,
         "head_dim": shape.head_size,
-        "max_position_embeddings": positions,
+        "max_position_embeddings": shape.positions or positions,
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
         "rms_norm_eps": eps,
         "initializer_range": std,
         "tie_word_embeddings": tied,
         "bos_token_id": None,
         "eos_token_id": None,
-        **({"attention_bias": True, "mlp_bias": True} if bias else {}),
-        **({"sliding_window": None} if stock == "mistral" and objective == "ar" else {}),
+        **({"attention_bias": True, "mlp_bias": True} if shape.bias else {}),
     }
+    if not shape.is_llama:
+        values |= {"normalization": "layernorm" if shape.layernorm else "rmsnorm", "swiglu": shape.swiglu, "rotary": not shape.positions}
+        values["causal"] = objective == "ar"
+    elif stock == "mistral" and objective == "ar":
+        values["sliding_window"] = None
     model = load_model("preset", presets={"preset": values}, seed=seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -117,9 +124,14 @@ def warm(
     if not llama_shaped(source):
         raise ConfigError(f"model: {source.config.model_type} is not Llama-shaped; name a model of type llama or mdm")
     vocabulary = vocabulary_of(source)
+    variant = source.config.model_type == "llama-variant"
+    if variant and ordered:
+        raise ConfigError("order_target_position: the model is no plain Llama, which this needs; name one, or drop the option")
     ordered = ordered or (objective == "ar" and source.config.model_type == "ordered-llama")
-    config_class, model_class = _CLASSES["ordered" if ordered else objective]
+    config_class, model_class = _CLASSES["variant" if variant else "ordered" if ordered else objective]
     values = {name: value for name, value in source.config.to_dict().items() if name not in _OWN}
+    if variant:
+        values["causal"] = objective == "ar"
     rows = max(padded(vocabulary, divisible_by), int(source.config.vocab_size))
     config = config_class(**{**values, "vocab_size": rows})
     config._attn_implementation = source.config._attn_implementation
@@ -140,7 +152,17 @@ def warm(
 
 
 # entries of a config that say which class it belongs to
-_OWN = ("model_type", "architectures", "auto_map", "transformers_version", "vocab_size", "is_causal", "_attn_implementation", "dtype")
+_OWN = (
+    "model_type",
+    "architectures",
+    "auto_map",
+    "transformers_version",
+    "vocab_size",
+    "is_causal",
+    "causal",
+    "_attn_implementation",
+    "dtype",
+)
 
 
 def _extended(tensor: Tensor, rows: int, vocabulary: int, std: float, seed: int, name: str) -> Tensor:
@@ -188,6 +210,7 @@ def shape_of_folder(folder: Path) -> Shape:
     """The sizes in a model folder's config.json."""
     values = json.loads((folder / "config.json").read_text())
     heads = int(values["num_attention_heads"])
+    learned = not values.get("rotary", True)
     return Shape(
         layers=int(values["num_hidden_layers"]),
         hidden=int(values["hidden_size"]),
@@ -195,6 +218,10 @@ def shape_of_folder(folder: Path) -> Shape:
         head_size=int(values.get("head_dim") or values["hidden_size"] // heads),
         key_value_heads=int(values.get("num_key_value_heads") or heads),
         ffn=int(values["intermediate_size"]),
+        layernorm=values.get("normalization") == "layernorm",
+        swiglu=bool(values.get("swiglu", True)),
+        positions=int(values["max_position_embeddings"]) if learned else 0,
+        bias=bool(values.get("mlp_bias", False)),
     )
 
 
@@ -235,7 +262,9 @@ class Scorer(nn.Module):
                 layer.self_attn.register_forward_hook(_Drop(hidden_dropout))
                 layer.mlp.register_forward_hook(_Drop(hidden_dropout))
         if hidden_dropout:
-            cast(Any, model).model.embed_tokens.register_forward_hook(_Drop(hidden_dropout))
+            # of what enters the first layer: tokens, or tokens and their places
+            decoder = cast(Any, model).model
+            getattr(decoder, "embed_positions", decoder.embed_tokens).register_forward_hook(_Drop(hidden_dropout))
 
     def forward(
         self,

@@ -72,8 +72,9 @@ class Pipeline(TensorParallel):
             inner.model.norm, inner.lm_head = _Elsewhere(), _Elsewhere()
         if not self.first and not (self.last and self.tied):
             inner.model.embed_tokens = _Elsewhere()
-        if not self.first and hasattr(inner.model, "target_position"):
-            inner.model.target_position = _Elsewhere()
+        for name in ("target_position", "embed_positions"):
+            if not self.first and hasattr(inner.model, name):
+                setattr(inner.model, name, _Elsewhere())
         self.here = state.weights(model).keys()
         model.forward = self._forward  # type: ignore[method-assign]
         return model

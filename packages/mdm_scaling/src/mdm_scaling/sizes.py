@@ -26,16 +26,33 @@ class Shape:
     ffn: int
     # entries of the vocabulary that the nominal count is made with
     vocabulary: int = NOMINAL_VOCABULARY
+    # parts that need not be LLaMA's
+    layernorm: bool = False
+    swiglu: bool = True
+    # rows of a table of learned positions; 0: rotary angles
+    positions: int = 0
+    bias: bool = False
+
+    @property
+    def is_llama(self) -> bool:
+        """Whether LLaMA's own class can hold it; biases it has."""
+        return self.swiglu and not self.layernorm and not self.positions
 
     @property
     def nominal(self) -> int:
         """P = 4 L h^2 + 3 L h g + 6 L h + V h with GPT-2's V: the N of every name, FLOP count and law.
 
+        Without a gate the feed-forward layers have two matrices, not three. Learned positions multiply nothing and do not count.
+
         >>> SIZES["117M"].nominal
         123587328
         """
         h, L = self.hidden, self.layers
-        return 4 * L * h * h + 3 * L * h * self.ffn + 6 * L * h + self.vocabulary * h
+        return 4 * L * h * h + self.ffn_matrices * L * h * self.ffn + 6 * L * h + self.vocabulary * h
+
+    @property
+    def ffn_matrices(self) -> int:
+        return 3 if self.swiglu else 2
 
     def parts(self, vocabulary: int | None = None, *, tied: bool = True, divisible_by: int = DIVISIBLE_BY) -> dict[str, int]:
         """Trained parameters by part, with an embedding padded for `vocabulary` entries and the mask.
@@ -45,11 +62,14 @@ class Shape:
         """
         h, L = self.hidden, self.layers
         rows = padded(vocabulary or self.vocabulary, divisible_by)
+        of_heads = (self.heads + 2 * self.key_value_heads) * self.head_size + h if self.bias else 0
+        of_ffn = (self.ffn_matrices - 1) * self.ffn + h if self.bias else 0
         return {
             "embedding": rows * h,
-            "attention": L * h * 2 * (self.heads + self.key_value_heads) * self.head_size,
-            "ffn": 3 * L * h * self.ffn,
-            "norms": (2 * L + 1) * h,
+            "positions": self.positions * h,
+            "attention": L * (h * 2 * (self.heads + self.key_value_heads) * self.head_size + of_heads),
+            "ffn": L * (self.ffn_matrices * h * self.ffn + of_ffn),
+            "norms": (2 * L + 1) * h * (2 if self.layernorm else 1),
             "head": 0 if tied else rows * h,
         }
 
@@ -78,10 +98,11 @@ def swiglu_width(hidden: int) -> int:
 
 def shape(
     layers: int, hidden: int, heads: int, head_size: int, ffn: int | None = None, key_value_heads: int | None = None,
-    vocabulary: int = NOMINAL_VOCABULARY,
+    vocabulary: int = NOMINAL_VOCABULARY, *, layernorm: bool = False, swiglu: bool = True, positions: int = 0, bias: bool = False,
 ) -> Shape:  # fmt: skip
-    """A shape with the widths that are not given as every preset has them."""
-    return Shape(layers, hidden, heads, head_size, key_value_heads or heads, ffn or swiglu_width(hidden), vocabulary)
+    """A shape with the widths that are not given as every preset has them; without a gate feed-forward layers are four times as wide."""
+    ffn = ffn or (swiglu_width(hidden) if swiglu else 4 * hidden)
+    return Shape(layers, hidden, heads, head_size, key_value_heads or heads, ffn, vocabulary, layernorm, swiglu, positions, bias)
 
 
 # name: hidden / historic feed-forward width (shown, never used) / head size / heads / layers

@@ -71,7 +71,9 @@ class TensorParallel(Replicated):
         if any(name.endswith("_proj.bias") for name, _ in model.named_parameters()):
             raise ConfigError("tensor_model_parallel_size: splits linear layers without biases; use 1, or a model without them")
         for layer in decoder_layers(model):
-            parallelize_module(layer, self.mesh, {name: style() for name, style in _PLAN.items()})
+            # feed-forward layers without a gate have two of their three projections
+            held = dict(layer.named_modules())
+            parallelize_module(layer, self.mesh, {name: style() for name, style in _PLAN.items() if name in held})
             attention = cast(Any, layer).self_attn
             attention.forward = _OwnDropout(attention, attention.forward, self.mesh.get_local_rank())
         return model

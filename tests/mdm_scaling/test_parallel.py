@@ -51,6 +51,8 @@ BASE: dict[str, Any] = {
 # an embedding of its own for the head of one objective, and the same one for both ends of the other
 OBJECTIVES: dict[str, dict[str, Any]] = {"ar": {"objective": "ar", "untie_embeddings": True}, "mdm": {"objective": "mdm"}}
 TENSOR, PIPELINE = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+# no part that is LLaMA's alone
+VARIANT = {"objective": "mdm", "normalization": "layernorm", "swiglu": False, "use_rotary_position_embeddings": False}
 DROPOUT = {"attention_dropout": 0.3, "hidden_dropout": 0.3}
 
 
@@ -129,6 +131,7 @@ def on_four(folder: Path) -> None:
     train(folder / "ar" / "pipeline_data", **OBJECTIVES["ar"], **PIPELINE)
     train(folder / "mdm" / "tensor_data", **OBJECTIVES["mdm"], **TENSOR)
     train(folder / "mdm" / "pipeline_tensor", **OBJECTIVES["mdm"], **PIPELINE, **TENSOR, gradient_checkpointing=True)
+    train(folder / "variant" / "pipeline_tensor", **VARIANT, **PIPELINE, **TENSOR)
 
 
 def curve(folder: Path, key: str) -> list[float]:
@@ -203,8 +206,9 @@ def test_two_processes_that_share_a_model_equal_one(runs: Path) -> None:
 
 @pytest.mark.slow
 def test_four_processes_in_two_dimensions_equal_one(runs: Path) -> None:
+    train(runs / "variant" / "one", **VARIANT)
     spawn(on_four, runs, world=4)
-    for name in ("ar/pipeline_data", "mdm/tensor_data", "mdm/pipeline_tensor"):
+    for name in ("ar/pipeline_data", "mdm/tensor_data", "mdm/pipeline_tensor", "variant/pipeline_tensor"):
         assert_the_same_run(runs / name, runs / name.partition("/")[0] / "one")
 
 

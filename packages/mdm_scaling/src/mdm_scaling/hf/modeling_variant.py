@@ -69,7 +69,7 @@ class VariantModel(LlamaModel):  # type: ignore[no-untyped-call]
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         if config.normalization == "layernorm":
-            self.norm = nn.LayerNorm(config.hidden_size, config.rms_norm_eps)
+            self.norm = nn.LayerNorm(config.hidden_size, config.rms_norm_eps)  # type: ignore[assignment]
             for layer in self.layers:
                 layer.input_layernorm = nn.LayerNorm(config.hidden_size, config.rms_norm_eps)
                 layer.post_attention_layernorm = nn.LayerNorm(config.hidden_size, config.rms_norm_eps)
@@ -77,10 +77,11 @@ class VariantModel(LlamaModel):  # type: ignore[no-untyped-call]
             for layer in self.layers:
                 layer.mlp = FeedForward(config)
         if not config.rotary:
-            self.rotary_emb = NoRotation()
+            self.rotary_emb = NoRotation()  # type: ignore[assignment]
             self.embed_positions = LearnedPositions(config.max_position_embeddings, config.hidden_size)
         for layer in self.layers:
-            layer.self_attn.is_causal = config.causal
+            attention: Any = layer.self_attn
+            attention.is_causal = config.causal
         self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(self, input_ids: Any = None, *, inputs_embeds: Any = None, **kwargs: Any) -> Any:

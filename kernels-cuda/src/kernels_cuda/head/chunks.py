@@ -36,9 +36,12 @@ class WeightGradient:
     """
 
     def __init__(self, weight_VD: Tensor) -> None:
-        self.sum_VD = torch.zeros_like(weight_VD, memory_format=torch.contiguous_format)
+        self.sum_VD = torch.empty_like(weight_VD, memory_format=torch.contiguous_format)
+        # rows that hold a sum already
+        self.begun = 0
         self.lower_VD: Tensor | None = None
         if weight_VD.dtype == torch.bfloat16:
+            self.sum_VD.zero_()
             self.lower_VD = weight_VD.new_zeros(weight_VD.shape, dtype=torch.int16)
             self.kernels = getattr(torch.ops, choice.library("head/linear_cross_entropy", weight_VD.device.type))
 
@@ -46,7 +49,12 @@ class WeightGradient:
         """One chunk; its columns are the first of the vocabulary."""
         vocabulary = gradient_RV.shape[1]
         if self.lower_VD is None:
-            self.sum_VD[:vocabulary].addmm_(gradient_RV.t(), hidden_RD)
+            if self.begun:
+                self.sum_VD[:vocabulary].addmm_(gradient_RV.t(), hidden_RD)
+            else:
+                # written, not added to zeros that would have to be written before
+                torch.mm(gradient_RV.t(), hidden_RD, out=self.sum_VD[:vocabulary])
+                self.begun = vocabulary
             return
         size = max(1, SLICE_BYTES[hidden_RD.device.type] // (2 * max(hidden_RD.shape[1], 1)))
         for start in range(0, vocabulary, size):
@@ -56,6 +64,8 @@ class WeightGradient:
 
     def total(self) -> Tensor:
         """The gradient; nothing is added after that."""
-        if self.lower_VD is not None:
+        if self.lower_VD is None:
+            self.sum_VD[self.begun :].zero_()
+        else:
             self.kernels.round_split_(self.sum_VD, self.lower_VD)
         return self.sum_VD

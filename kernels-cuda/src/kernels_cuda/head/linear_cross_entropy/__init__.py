@@ -38,7 +38,7 @@ def linear_cross_entropy(
     Time is three matrix products, or one where no gradient is needed. "sum" computes the gradients together with the loss
     and holds them until backward; "none" learns the gradient of each row only in backward and makes a fourth product there.
     Rows with an ignored label cost nothing on a CPU. Memory beyond the gradients: for bfloat16 as much again as weight_VD, plus
-    the logits of max(256, D // 2) rows.
+    the logits of about max(256, D // 2) rows, at most half as many again.
 
     Raises ValueError for shapes, dtypes or devices that do not fit, and for labels outside the vocabulary; on a GPU, where
     looking would stall, such a label gives a NaN loss.

@@ -64,10 +64,11 @@ def _total(
     head_VD = weight_VD[:vocabulary]
 
     rows_N = _rows_with_target(labels_N, vocabulary, ignore_index)
-    # a chunk's logits then take at most half the memory of the weight's gradient, whatever the vocabulary
+    # a chunk's logits then take about half the memory of the weight's gradient, whatever the vocabulary; alike, since each passes over it
     size = max(256, width // 2)
+    size = -(-len(rows_N) // max(1, round(len(rows_N) / size)))
     buffer_RV = hidden_ND.new_empty(min(size, len(rows_N)), vocabulary)
-    for rows_R in rows_N.split(size):
+    for rows_R in rows_N.split(max(1, size)):
         logits_RV = buffer_RV[: len(rows_R)]
         hidden_RD = hidden_ND.index_select(0, rows_R)
         torch.mm(hidden_RD, head_VD.t(), out=logits_RV)

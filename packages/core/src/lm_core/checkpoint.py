@@ -42,12 +42,14 @@ _FREE = (
     | {field.name for field in fields(EngineOptions)} - {"precision"}
     | {"eval_data", "num_workers", "gradient_checkpointing", "dry_run"}
 )
+# What the loader compares, by the names that `allow` has for it.
+_OF_DATA = {"seed": "seed", "global_batch_size": "global_batch", "data": "sources"}
 # These change the rest of the run, never what has been done: allowed, and said.
 _SCHEDULE = {"lr", "schedule", "warmup", "cooldown", "min_lr_ratio"}
 
 
 class DataState(Protocol):
-    """The part of a loader that a checkpoint needs: integers and weights, the same on every rank."""
+    """The part of a loader that a checkpoint needs: integers and weights, the same on every rank, and what says which samples follow."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -267,7 +269,7 @@ def resume(path: Path, *, engine: Engine, method: Method, data: DataState, confi
 
     Raises ResumeRefused, naming the field, when the checkpoint is incomplete or damaged, was written by another kind of
     engine, or when an option differs that decides samples, model or optimizer. `allow` names options that a method
-    lets differ as well.
+    lets differ as well, among them `global_batch_size` and `data`, which stands for the content of the data and its order.
     """
     state = dist.on_main(verified, path)
     _compare(state, engine, config, allow)
@@ -275,7 +277,8 @@ def resume(path: Path, *, engine: Engine, method: Method, data: DataState, confi
         engine.load_weights(path)
     else:
         engine.load(path)
-    data.load_state_dict(state["data"])
+    now = data.state_dict()
+    data.load_state_dict({**state["data"], **{field: now[field] for name, field in _OF_DATA.items() if name in allow}})
     method.load_state_dict(state["method"])
     return Progress.from_dict(state["progress"])
 
@@ -298,7 +301,7 @@ def _compare(state: Mapping[str, Any], engine: Engine, config: RunConfig, allow:
         )
     batch_then = then["micro_batch_size"] * then["accumulate"] * saved["world"]
     batch_now = config.micro_batch_size * config.accumulate * engine.data_world
-    if batch_then != batch_now:
+    if batch_then != batch_now and "global_batch_size" not in allow:
         raise ResumeRefused(
             f"global batch: the checkpoint was written with {batch_then} samples per step, this run has {batch_now} "
             f"({config.micro_batch_size} x {config.accumulate} on {engine.data_world} processes); change --accumulate or --micro-batch-size"

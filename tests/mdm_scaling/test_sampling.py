@@ -11,9 +11,10 @@ import torch
 from tests.mdm_scaling.small import VOCABULARY, Table, network
 
 from lm_core.data.vocab import byte_tokenizer
-from lm_core.errors import InputError
+from lm_core.errors import ConfigError, InputError
 from mdm_scaling.config import GenerateConfig
-from mdm_scaling.sampling import autoregressive, choose, encode, fill, guided, run
+from mdm_scaling.sampling import FinishedBlocks, autoregressive, choose, encode, fill, guided, run
+from mdm_scaling.sizes import shape
 
 
 def test_the_cache_changes_nothing_but_time() -> None:
@@ -248,3 +249,67 @@ def test_a_masked_run_writes_text(tmp_path: Path) -> None:
     assert len(result["samples"][0]["logprobs"]) == 6
     with pytest.raises(InputError, match="is a masked model"):
         run(GenerateConfig(checkpoint=str(tmp_path / "model"), prompt=["a"], sampler="ar"))
+
+
+# --- caches and traces ---
+
+
+def masks_of(prompt: list[int], count: int) -> torch.Tensor:
+    return torch.tensor([[*prompt, *[VOCABULARY] * count]] * 2)
+
+
+def filled(model: Any, start: torch.Tensor, *, prefix: bool, **options: Any) -> Any:
+    predict: Any = FinishedBlocks(model) if prefix else lambda ids: model(input_ids=ids).logits
+    return fill(predict, start, VOCABULARY, index=torch.arange(2), temperature=1.0, seed=2, **options)
+
+
+def test_keys_of_finished_blocks_are_exact_in_one_layer_and_in_the_first_step_of_a_block() -> None:
+    start = masks_of([3, 4, 5], 8)
+    one = network("mdm", sizes=shape(1, 32, 4, 8))
+    for sampler in ("confidence", "ancestral", "first-hitting"):
+        options = {"steps": 8, "block_length": 4, "sampler": sampler}
+        found, expected = (filled(one, start, prefix=prefix, **options) for prefix in (True, False))
+        assert found[0] == expected[0]
+        torch.testing.assert_close(torch.tensor(found[1]), torch.tensor(expected[1]), rtol=1e-4, atol=1e-5)
+    two = network("mdm")
+    found, expected = (filled(two, start, prefix=prefix, steps=2, block_length=4) for prefix in (True, False))
+    assert found[0] == expected[0]
+    # later steps of a block see keys that were made while more of it was masked
+    found, expected = (filled(two, start, prefix=prefix, steps=8, block_length=4) for prefix in (True, False))
+    assert found[1][0] != pytest.approx(expected[1][0], rel=1e-6)
+
+
+def test_logits_that_are_kept_change_the_number_of_evaluations_alone() -> None:
+    model, start = network("mdm"), masks_of([3], 3)
+    kept, again = (filled(model, start, prefix=False, steps=12, sampler="ancestral", reuse=reuse) for reuse in (True, False))
+    assert kept[:2] == again[:2]
+    assert kept[2] < again[2]
+
+
+@pytest.mark.parametrize("objective", ["ar", "mdm"])
+def test_a_trace_has_every_token_once_in_the_order_of_the_steps(objective: Any, tmp_path: Path) -> None:
+    network(objective, vocabulary=259).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    config = GenerateConfig(
+        checkpoint=str(tmp_path / "model"), prompt=["abc", "d"], num_samples=2, max_new_tokens=6, steps=3, trace=tmp_path / "trace.jsonl",
+        cache="none", temperature=1.0,
+    )  # fmt: skip
+    samples = run(config)["samples"]
+    lines = [json.loads(line) for line in (tmp_path / "trace.jsonl").read_text().splitlines()]
+    for number, sample in enumerate(samples):
+        own = [line for line in lines if line["sample"] == number]
+        assert [line["step"] for line in own] == sorted(line["step"] for line in own)
+        first = 0 if objective == "mdm" else len(sample["prompt"])
+        for line in own:
+            assert [sample["tokens"][at - first] for at in line["positions"]] == line["tokens"]
+        revealed = sorted(at for line in own for at in line["positions"])
+        assert revealed == list(range(len(sample["prompt"]), len(sample["prompt"]) + len(sample["logprobs"])))
+
+
+def test_keys_of_blocks_go_with_masked_models_without_guidance(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cache: prefix goes without cfg_scale"):
+        GenerateConfig(checkpoint="x", prompt=["a"], cache="prefix", cfg_scale=1.0)
+    network("ar", vocabulary=259).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="cache: prefix is of masked models"):
+        run(GenerateConfig(checkpoint=str(tmp_path), prompt=["a"], cache="prefix"))

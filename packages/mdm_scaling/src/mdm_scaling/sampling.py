@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from lm_core.errors import InputError
 from lm_core.models import load_tokenizer
@@ -23,6 +24,8 @@ from mdm_scaling.noise import WHOLE, at, unit
 logger = logging.getLogger(__name__)
 
 
+# what is told of each step: rows and columns that it revealed, tokens, log-probabilities
+Trace = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
 MASK = "[MASK]"
 Sampler = Literal["ancestral", "first-hitting", "confidence", "ar"]
 Remasking = Literal["low-confidence", "random", "margin", "entropy"]
@@ -37,7 +40,10 @@ def run(config: GenerateConfig) -> dict[str, Any]:
     if masks == (sampler == "ar"):
         kind = "a masked model; use --sampler confidence, ancestral or first-hitting" if masks else "autoregressive; use --sampler ar"
         raise InputError(f"sampler: {config.checkpoint} is {kind}")
-    results = []
+    if config.cache == "prefix" and not masks:
+        raise InputError(f"cache: prefix is of masked models, and {config.checkpoint} is autoregressive; use --cache exact")
+    results: list[dict[str, Any]] = []
+    steps: list[dict[str, Any]] = []
     for number, prompt in enumerate(config.prompts()):
         ids = encode(prompt, tokenizer, vocabulary_of(model))
         if not masks and vocabulary_of(model) in ids:
@@ -55,15 +61,20 @@ def run(config: GenerateConfig) -> dict[str, Any]:
             "top_k": config.top_k,
             "top_p": config.top_p,
             "seed": config.seed,
+            "trace": partial(_note, steps, number * config.num_samples) if config.trace is not None else None,
         }
         if sampler == "ar":
             start = torch.tensor([ids] * config.num_samples)
-            tokens, logprobs, evaluations = autoregressive(model, start, config.max_new_tokens, end=tokenizer.eos_token_id, **common)
+            tokens, logprobs, evaluations = autoregressive(
+                model, start, config.max_new_tokens, end=tokenizer.eos_token_id, cache=config.cache != "none", **common
+            )
             texts = [prompt + str(tokenizer.decode(row, skip_special_tokens=True)) for row in tokens]
         else:
             start = torch.tensor([ids + [vocabulary_of(model)] * config.max_new_tokens] * config.num_samples)
             options: dict[str, Any] = {"sampler": sampler, "remasking": config.remasking, "cfg_scale": config.cfg_scale, **common}
-            tokens, logprobs, evaluations = fill(_logits(model), start, vocabulary_of(model), config.steps, config.block_length, **options)
+            options["reuse"] = config.cache != "none"
+            predict = FinishedBlocks(model) if config.cache == "prefix" else _logits(model)
+            tokens, logprobs, evaluations = fill(predict, start, vocabulary_of(model), config.steps, config.block_length, **options)
             texts = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in tokens]
         seconds = time.perf_counter() - began
         for text, row, scores in zip(texts, tokens, logprobs):
@@ -74,15 +85,25 @@ def run(config: GenerateConfig) -> dict[str, Any]:
                     "tokens": row,
                     "logprobs": scores,
                     "sampler": sampler,
+                    "cache": "prefix (approximate)" if config.cache == "prefix" else config.cache,
                     "evaluations": evaluations,
                     "seconds": seconds,
                 }
             )
             print(text)
-    if config.out is not None:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        config.out.write_text("".join(to_json(result) + "\n" for result in results))
+    for path, lines in ((config.out, results), (config.trace, steps)):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(to_json(line) + "\n" for line in lines))
     return {"samples": results}
+
+
+def _note(steps: list[dict[str, Any]], first: int, step: int, rows: Tensor, columns: Tensor, tokens: Tensor, scores: Tensor) -> None:
+    """One entry per sample that a step revealed something of."""
+    for row in rows.unique().tolist():
+        own = rows == row
+        found = {"positions": columns[own].tolist(), "tokens": tokens[own].tolist(), "logprobs": scores[own].tolist()}
+        steps.append({"sample": first + row, "step": step, **found})
 
 
 def encode(prompt: str, tokenizer: Any, mask_id: int) -> list[int]:
@@ -98,17 +119,50 @@ def _logits(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     return lambda ids: cast(Tensor, network(input_ids=ids).logits)
 
 
+class FinishedBlocks:
+    """Logits of a masked model that keeps keys and values of everything before the block that is being filled.
+
+    They are those of the block's first step, whatever is revealed behind them later: an approximation, except in the first of
+    the layers. Logits of the places before the block are zeros.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.network: Any = model
+        self.first = 0
+        self.kept: DynamicCache | None = None
+
+    def begin(self, first: int) -> None:
+        """From here on places before `first` do not change."""
+        self.first, self.kept = first, None
+
+    def __call__(self, ids_BT: Tensor) -> Tensor:
+        if self.first == 0:
+            return cast(Tensor, self.network(input_ids=ids_BT).logits)
+        start = 0 if self.kept is None else self.first
+        whole = self.kept or DynamicCache()
+        positions = torch.arange(start, ids_BT.shape[1])[None].expand(len(ids_BT), -1)
+        everything = torch.ones(len(ids_BT), 1, ids_BT.shape[1] - start, ids_BT.shape[1], dtype=torch.bool)
+        states = self.network.model(
+            input_ids=ids_BT[:, start:], position_ids=positions, attention_mask=everything, past_key_values=whole, use_cache=True
+        ).last_hidden_state
+        logits = self.network.lm_head(states)
+        whole.crop(self.first - ids_BT.shape[1])
+        self.kept = whole
+        return torch.cat([logits.new_zeros(len(ids_BT), start, logits.shape[2]), logits], dim=1)
+
+
 @torch.no_grad()
 def fill(
     predict: Callable[[Tensor], Tensor], ids_BT: Tensor, mask_id: int, steps: int, block_length: int | None = None, *, index: Tensor,
     sampler: Sampler = "confidence", remasking: Remasking = "low-confidence", temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-    cfg_scale: float = 0.0, seed: int = 0,
+    cfg_scale: float = 0.0, seed: int = 0, reuse: bool = True, trace: Trace | None = None,
 ) -> tuple[list[list[int]], list[list[float]], int]:  # fmt: skip
     """(tokens, log-probabilities of the filled ones, network evaluations) of sequences whose masks are filled in `steps`.
 
     Every row has its masks at the same places. Blocks of `block_length` masks are filled from left to right; the steps are
     divided among them. confidence reveals a quota per step, the highest scores first; first-hitting the same number at random
     places; ancestral goes from t = 1 to 0 and reveals each mask with probability (t - s) / t. Nothing else ever changes.
+    With `reuse` logits are kept while no token changes, which changes nothing but the number of evaluations.
     """
     ids = ids_BT.clone()
     places = (ids[0] == mask_id).nonzero()[:, 0]
@@ -124,6 +178,9 @@ def fill(
     for part, block in enumerate(blocks):
         own = steps // len(blocks) + (part < steps % len(blocks))
         quota = [len(block) // own + (step < len(block) % own) for step in range(own)]
+        if isinstance(predict, FinishedBlocks):
+            predict.begin(int(block[0]))
+            known = None
         for step in range(own):
             hidden = ids[:, block] == mask_id
             if not bool(hidden.any()):
@@ -151,7 +208,10 @@ def fill(
             logs = torch.zeros(hidden.shape, dtype=torch.float64).index_put((rows, columns), plain)
             ids[:, block] = torch.where(reveal, values, ids[:, block])
             scores[:, block] = torch.where(reveal, logs, scores[:, block])
-            known = None if bool(reveal.any()) else known
+            if trace is not None and bool(reveal.any()):
+                shown, at_block = reveal.nonzero(as_tuple=True)
+                trace(number, shown, block[at_block], values[shown, at_block], logs[shown, at_block])
+            known = None if not reuse or bool(reveal.any()) else known
             number += 1
     return ids.tolist(), scores[:, places].tolist(), evaluations
 
@@ -186,7 +246,7 @@ def _score(how: Remasking, logits: Tensor, plain: Tensor, draws: Tensor) -> Tens
 @torch.no_grad()
 def autoregressive(
     model: PreTrainedModel, prompt_BT: Tensor, count: int, *, index: Tensor, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-    seed: int = 0, end: int | None = None, cache: bool = True,
+    seed: int = 0, end: int | None = None, cache: bool = True, trace: Trace | None = None,
 ) -> tuple[list[list[int]], list[list[float]], int]:  # fmt: skip
     """(tokens, log-probabilities, network evaluations) of `count` tokens behind each prompt, or up to the end token.
 
@@ -205,6 +265,9 @@ def autoregressive(
         drawn, score = choose(
             output.logits[:, -1, :vocabulary], index, torch.full((len(ids),), step), seed, temperature=temperature, top_k=top_k, top_p=top_p
         )
+        if trace is not None:
+            going = (~done).nonzero()[:, 0]
+            trace(step, going, torch.full_like(going, ids.shape[1]), drawn[going], score[going])
         for row in (~done).nonzero()[:, 0].tolist():
             tokens[row].append(int(drawn[row]))
             logprobs[row].append(float(score[row]))

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
-from lm_core.config import Count, change, config, explicit, opt
+from lm_core.config import Count, change, config, explicit, leaves, opt
 from lm_core.deepspeed_settings import engine_kind
 from lm_core.errors import ConfigError
-from lm_core.flags import Word
-from lm_core.guide import AdamSpellings, Meaning, right
 from lm_core.options import DataOptions, EngineOptions, ModelOptions, OptimOptions, OutputOptions, RunConfig
 from lm_core.progress import Budget, Progress, Size
 from lm_core.schedule import learning_rate
 from mdm_scaling import planner, sizes
 from mdm_scaling.sizes import Shape
+from mdm_scaling.spellings import MegatronSpellings
 
 # how many processes hold one model together
 SHARED = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
@@ -37,6 +36,10 @@ PARTS = (
     "disable_bias_linear",
     "untie_embeddings",
 )
+# what --eval-data is given in place of data by scripts that mean --eval-window
+WINDOWS = (["fixed"], ["rolling"])
+# what the order of the samples follows from: with one of them the content of the data, as a run sees it, changes, too
+ORDER = (*LENGTHS, "unique_tokens", "seed", "global_batch_size", "max_length", "packing", "epoch_shuffle", "data", "train_data_path_file")
 DIFFUSION_ONLY = (
     "mask_eps",
     "t_sampling",
@@ -113,28 +116,9 @@ class ExperimentOptions:
 
 
 @config
-class PretrainConfig(RunConfig, AdamSpellings, ShapeOptions, DiffusionOptions, ExperimentOptions):
+class PretrainConfig(RunConfig, MegatronSpellings, ShapeOptions, DiffusionOptions, ExperimentOptions):
     """Pre-training by masked diffusion or next-token prediction."""
 
-    words: ClassVar[Mapping[str, Word]] = {
-        "--optimizer": Word("AdamW is the optimizer", ("adam", "adamw")),
-        "--use-rotary-position-embeddings": Word("positions are rotary", ("true",)),
-        "--normalization": Word("norms are RMSNorm", ("rmsnorm",)),
-        "--swiglu": Word("feed-forward layers are SwiGLU", ("true",)),
-        "--data-impl": Word("corpora are mapped into memory", ("mmap",)),
-        "--use-order-list": Word("--num-order-list alone asks for orders", ("true",)),
-        "--no-pipeline-parallel": Word("--pipeline-model-parallel-size is 1 unless given", ("true",)),
-        "--exit-signal-handler": Word("a signal always saves before the run ends", ("true",)),
-        "--tensorboard-dir": Word("the run folder holds what TensorBoard reads"),
-        "--tensorboard-queue-size": Word("records are written when they are logged"),
-        "--log-timers-to-tensorboard": Word("speed is always logged", ("true",)),
-        "--log-batch-size-to-tensorboard": Word("samples are always logged", ("true",)),
-        "--log-validation-ppl-to-tensorboard": Word("held-out losses are always logged", ("true",)),
-        "--wandb-save-dir": Word("the run folder holds wandb/"),
-        "--test-data-path-file": Word("mdm-scaling eval loss scores further corpora"),
-        "--master-addr": Word("the launcher says where processes meet"),
-        "--master-port": Word("the launcher says where processes meet"),
-    }
     objective: Literal["ar", "mdm"] = opt(help="Autoregressive, or masked diffusion.")
     model: str = change(
         ModelOptions,
@@ -191,7 +175,9 @@ class PretrainConfig(RunConfig, AdamSpellings, ShapeOptions, DiffusionOptions, E
     lr: float = change(OptimOptions, "lr", default=2e-4)
     min_lr: float | None = opt(None, "Final learning rate, in place of --min-lr-ratio.", ge=0)
     min_lr_ratio: float = change(OptimOptions, "min_lr_ratio", default=0.1)
-    schedule: Literal["cosine", "linear", "constant", "exp", "inverse-sqrt"] = change(OptimOptions, "schedule", flags=("--lr-decay-style",))
+    schedule: Literal["cosine", "linear", "constant", "exp", "inverse-sqrt", "inverse-square-root"] = change(  # type: ignore[assignment]
+        OptimOptions, "schedule", flags=("--lr-decay-style",)
+    )
     warmup: Count | None = opt(  # type: ignore[assignment]
         None,
         "Warm-up: samples (or the unit of --budget), or a fraction of the run below 1; default: a hundredth, at least 100 samples, at most half.",
@@ -211,33 +197,30 @@ class PretrainConfig(RunConfig, AdamSpellings, ShapeOptions, DiffusionOptions, E
         1, "Processes that share one model, each with some of its layers; multiplies with the above.", ge=1
     )
     precision: Literal["fp32", "bf16", "fp16"] = change(EngineOptions, "precision", default="bf16")
-    bf16: bool = opt(False, "The same as --precision bf16.")
-    fp16: bool = opt(False, "The same as --precision fp16.")
-    fp32: bool = opt(False, "The same as --precision fp32.")
-    deepspeed: bool = opt(False, "The same as --engine deepspeed.")
-    cpu_optimizer: bool = opt(False, "The same as --offload optimizer.")
     nonfinite: Literal["stop", "drop"] = change(EngineOptions, "nonfinite", default="drop")
     seed: int = change(OutputOptions, "seed", default=1234)
     output_dir: Path | None = change(OutputOptions, "output_dir", flags=("--save",))
     run_name: str | None = change(OutputOptions, "run_name", flags=("--wandb-exp-name",))
     resume: str = change(OutputOptions, "resume", flags=("--load",))
+    override_resume: list[str] = opt(
+        help="Option that a resumed run may change although samples or model depend on it, repeatable; data: the content of the data.",
+        factory=list,
+    )
     save_every: str = change(OutputOptions, "save_every", flags=("--save-interval",))
     keep_checkpoints: int = change(OutputOptions, "keep_checkpoints", flags=("--keep-last",))
     keep_best: bool = change(OutputOptions, "keep_best", default=True)
     eval_every: str = change(OutputOptions, "eval_every", default="1000", flags=("--eval-interval",))
     skip_train: bool = opt(False, "Train nothing: score the held-out corpora under the model in --load, by --num-mc draws.")
     eval_iters: int = opt(100, "Global batches of an evaluation, at most one pass; --eval-tokens wins.", ge=1)
+    eval_window: Literal["fixed", "rolling"] = opt(
+        "fixed", "Evaluate the same held-out sequences every time, or go on behind the last ones, from the beginning after the end."
+    )
     log_every: int = change(OutputOptions, "log_every", flags=("--log-interval",))
     kill_file: Path | None = change(OutputOptions, "kill_file", flags=("--kill-switch-file",))
     stop_every: int | None = change(OutputOptions, "stop_every", flags=("--exit-interval",))
     stop_minutes: float | None = change(OutputOptions, "stop_minutes", flags=("--exit-duration-in-mins",))
     num_mc: int = opt(1, "Draws of the noise per held-out sequence.", ge=1)
     eval_seed: int = opt(4321, "Address of the noise of evaluations.", ge=0)
-
-    @classmethod
-    def meanings(cls, values: Mapping[str, Any]) -> dict[str, list[Meaning]]:
-        switches = {"deepspeed": Meaning("engine", "deepspeed"), "cpu_optimizer": Meaning("offload", "optimizer")}
-        return super().meanings(values) | {name: [meaning] for name, meaning in switches.items() if right(bool, values.get(name))}
 
     def check(self) -> None:
         sized = [name for name in SHAPE_OPTIONS if getattr(self, name) is not None]
@@ -277,11 +260,13 @@ class PretrainConfig(RunConfig, AdamSpellings, ShapeOptions, DiffusionOptions, E
             )
         if self.data and self.train_data_path_file:
             raise ConfigError("train_data_path_file: --data is given, too; use one of them")
-        if self.eval_data and self.valid_data_path_file:
+        if self.eval_data and self.eval_data not in WINDOWS and self.valid_data_path_file:
             raise ConfigError("valid_data_path_file: --eval-data is given, too; use one of them")
         if (self.vocab_file is None) != (self.merge_file is None):
             raise ConfigError("vocab_file: comes with --merge-file; give both, or --tokenizer FOLDER")
-        if self.vocab_file and self.tokenizer:
+        if self.tokenizer == "gpt2-bpe" and not self.vocab_file:
+            raise ConfigError("tokenizer: gpt2-bpe is made of --vocab-file and --merge-file; give both, or name another tokenizer")
+        if self.vocab_file and self.tokenizer not in (None, "gpt2-bpe"):
             raise ConfigError(f"vocab_file: --tokenizer {self.tokenizer} is given, too; use one of them")
         if self.skip_train and not (self.eval_data or self.valid_data_path_file):
             raise ConfigError("skip_train: nothing to score; give --valid-data-path-file or --eval-data")
@@ -294,6 +279,12 @@ class PretrainConfig(RunConfig, AdamSpellings, ShapeOptions, DiffusionOptions, E
                     "give a start below it, and a step that divides the rest"
                 )
         _ = self.arithmetic
+        known = {leaf.path for leaf in leaves(type(self))} | {"data"}
+        if unknown := [name for name in self.overridden if name not in known]:
+            near = difflib.get_close_matches(unknown[0], known, 1)
+            raise ConfigError(
+                f"override_resume: {unknown[0]!r} is no option; {f'did you mean {near[0]}?' if near else '--help lists them'}"
+            )
         if self.split is not None:
             planner.shares(self.split)
         for name in SHARED:
@@ -355,6 +346,12 @@ class PretrainConfig(RunConfig, AdamSpellings, ShapeOptions, DiffusionOptions, E
         if len(chosen) > 1:
             raise ConfigError(f"precision: {' and '.join(chosen)} given; use one of them")
         return chosen[0] if chosen else self.precision
+
+    @property
+    def overridden(self) -> frozenset[str]:
+        """Options that a resumed run may change, and the data where their order follows from one of these."""
+        names = {name.replace("-", "_") for name in self.override_resume}
+        return frozenset(names | {"data"} if names & set(ORDER) else names)
 
     def sequences(self, world: int) -> int:
         """Sequences of one update on so many processes."""
@@ -442,7 +439,8 @@ class PretrainConfig(RunConfig, AdamSpellings, ShapeOptions, DiffusionOptions, E
                 raise ConfigError(f"lr_decay_samples: {self.lr_decay_samples:g} is not beyond the warm-up of {warmup:g}; make it longer")
             limits = Budget({"samples": self.lr_decay_samples})
         ratio = self.min_lr_ratio if self.min_lr is None else self.min_lr / self.lr
-        return learning_rate(_Rates(self.lr, self.schedule, warmup, self.cooldown, ratio), limits, progress, size, epoch_samples)  # type: ignore[arg-type]
+        shape = "inverse-sqrt" if self.schedule == "inverse-square-root" else self.schedule
+        return learning_rate(_Rates(self.lr, shape, warmup, self.cooldown, ratio), limits, progress, size, epoch_samples)  # type: ignore[arg-type]
 
     def run_folder(self) -> Path:
         if self.output_dir is not None:
@@ -472,6 +470,11 @@ def settled(options: PretrainConfig) -> PretrainConfig:
         from mdm_scaling.data.vocabulary import gpt2
 
         options = replace(options, tokenizer=str(gpt2(options.vocab_file, options.merge_file)), vocab_file=None, merge_file=None)
+    if options.eval_data in WINDOWS:
+        options = replace(options, eval_data=[], eval_window="rolling" if options.eval_data == ["rolling"] else "fixed")
+    if options.tokenizer is not None:
+        name = "bytes" if options.tokenizer == "byte" else options.tokenizer.removeprefix("hf:")
+        options = replace(options, tokenizer=name)
     if not options.eval_tokens:
         options = replace(options, eval_tokens=options.eval_iters * options.global_batch_size * options.max_length)
     if options.resume not in ("auto", "none") and Path(options.resume).resolve() == options.run_folder().resolve():
@@ -622,11 +625,20 @@ class GenerateConfig:
     top_p: float = opt(1.0, "Draw from the likeliest tokens that together have this probability.", gt=0, le=1)
     top_k: int = opt(0, "Draw from this many likeliest tokens; 0 from all.", ge=0)
     seed: int = opt(1234, "Address of the draws.", ge=0)
+    cache: Literal["none", "exact", "prefix"] = opt(
+        "exact",
+        "What is kept between evaluations: nothing; what changes no token (keys of a causal model, logits of a masked one while nothing is "
+        "revealed); or also keys and values of finished blocks, an approximation for masked models.",
+    )
+    trace: Path | None = opt(None, "Write one JSON object per step to this file: places, tokens and log-probabilities that it revealed.")
     out: Path | None = opt(None, "Write one JSON object per sample to this file.")
 
     def check(self) -> None:
         if self.sampler == "ar" and self.max_new_tokens == 0:
             raise ConfigError("max_new_tokens: 0 leaves an autoregressive model nothing to write; use at least 1")
+        if self.cache == "prefix" and (self.cfg_scale or self.sampler == "ar"):
+            other = "cfg_scale" if self.cfg_scale else "sampler ar"
+            raise ConfigError(f"cache: prefix goes without {other}; use exact, which changes no token")
         if bool(self.prompt) == bool(self.prompts_file):
             raise ConfigError("prompt: give --prompt or --prompts-file, one of the two")
 

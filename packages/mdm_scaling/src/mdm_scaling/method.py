@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lm_core import dist
 from lm_core.cache import kept_in
 from lm_core.errors import ConfigError
 from lm_core.method import IGNORE, Batch, Loss, Method
-from lm_core.models import checkpoint_activations, load_tokenizer
+from lm_core.models import checkpoint_activations, decoder_layers, load_tokenizer
 from mdm_scaling import experiments, losses, sizes
 from mdm_scaling.config import SHARED, PretrainConfig
 from mdm_scaling.data import rows
@@ -27,14 +28,35 @@ if TYPE_CHECKING:
     from lm_core.engine.base import Engine
 
 # B sequences, S positions
+_RESUMABLE = (
+    "data_cache_dir",
+    "num_mc",
+    "eval_seed",
+    "eval_iters",
+    "eval_window",
+    "split",
+    "override_resume",
+    "recipe",
+    "recompute",
+    "offload_optimizer",
+    "offload_param",
+    "wandb_mode",
+)
 
 
 class Pretrain(Method):
     """Masked diffusion or next-token prediction with one network."""
 
     config: PretrainConfig
-    # where evaluations draw, how a model is spread over processes, and options that only say in other words how long the run is
-    resumable = frozenset({*SHARED, "data_cache_dir", "num_mc", "eval_seed", "eval_iters", "split"})
+    # of the whole model, once it is built
+    parameters = 0
+    # evaluations of one source so far, under --eval-window rolling
+    reported = 0
+
+    @property
+    def resumable(self) -> frozenset[str]:  # type: ignore[override]
+        """Where evaluations draw, how a model is spread over processes, spellings of other options, and what the user lets differ."""
+        return frozenset({*SHARED, *_RESUMABLE}) | self.config.overridden
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         if self.config.tokenizer is None and self.config.shape is None:
@@ -59,7 +81,28 @@ class Pretrain(Method):
     def data(self, tokenizer: PreTrainedTokenizerBase) -> Data:
         self.vocabulary = len(tokenizer)
         with kept_in(self.config.data_cache_dir):
-            return rows.build(self.config, tokenizer)
+            found = rows.build(self.config, tokenizer)
+        self.held = [source for source in found.valid.values() if isinstance(source, rows.HeldOutRows)]
+        return found
+
+    def metrics(self, means: dict[str, float]) -> dict[str, float]:
+        if self.config.eval_window == "rolling":
+            # the sources take turns
+            self.reported += 1
+            self._roll()
+        return means
+
+    def _roll(self) -> None:
+        for place, source in enumerate(self.held):
+            source.window = (self.reported + len(self.held) - 1 - place) // len(self.held)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"reported": self.reported} if self.config.eval_window == "rolling" else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.reported = state.get("reported", 0)
+        if self.config.eval_window == "rolling":
+            self._roll()
 
     def network(self) -> PreTrainedModel:
         """The model to train: fresh by its sizes, or with the weights of another."""
@@ -99,8 +142,19 @@ class Pretrain(Method):
         module = Scorer(model, attention_dropout=self.config.attention_dropout, hidden_dropout=self.config.hidden_dropout)
         if self.config.gradient_checkpointing:
             checkpoint_activations(module)
+        elif self.config.recompute == "selective":
+            for layer in decoder_layers(module):
+                attention: Any = layer.self_attn
+                attention.forward = partial(checkpoint, attention.forward, use_reentrant=False)
+        self.parameters = sum(parameter.numel() for parameter in module.parameters())
         self.mask_id = int(model.config.mask_token_id)
         return module
+
+    def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        if self.config.optimizer != "adam-torch":
+            return super().optimizer(groups)
+        config = self.config
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, foreach=False)
 
     def engine(self, model: nn.Module, device: torch.device) -> Engine | None:
         if self.config.pipeline_model_parallel_size > 1:

@@ -67,6 +67,9 @@ _ELSEWHERE = (
     "keep_best",
     "micro_batch_size",
     "eval_tokens",
+    "override_resume",
+    "skip_train",
+    "recipe",
 )
 
 

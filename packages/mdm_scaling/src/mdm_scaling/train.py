@@ -9,6 +9,7 @@ from typing import Any
 
 from lm_core import dist
 from lm_core.engine.state import write_json
+from lm_core.errors import Interrupted, RunFailed
 from lm_core.run import run
 from lm_core.sinks import read
 from mdm_scaling.config import PretrainConfig
@@ -44,13 +45,17 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         return run(config, method)
     try:
         run(config, method)
-    finally:
+    except (RunFailed, Interrupted):
+        # any other error means that nothing began, and what lies in the folder is of another run
         if dist.rank() == 0:
-            extend(config.run_folder(), config)
+            extend(config.run_folder(), config, method.parameters)
+        raise
+    if dist.rank() == 0:
+        extend(config.run_folder(), config, method.parameters)
     return json.loads((config.run_folder() / "result.json").read_text())  # type: ignore[no-any-return]
 
 
-def extend(folder: Path, config: PretrainConfig) -> None:
+def extend(folder: Path, config: PretrainConfig, parameters: int) -> None:
     """Add the section `scaling` to a result, if the run got far enough to have one."""
     path = folder / "result.json"
     if not path.exists():
@@ -74,11 +79,15 @@ def extend(folder: Path, config: PretrainConfig) -> None:
                 "objective": config.objective,
                 "preset": config.model,
                 "N": config.count,
+                "N_exact": parameters,
                 "D": tokens,
                 "U": unique,
                 "epochs": tokens / unique if unique else None,
                 "C": 6 * config.count * tokens,
                 "real_flops": progress["flops"],
+                "steps": progress["steps"],
+                "skipped_steps": progress["skipped"],
+                "seconds": progress["seconds"],
                 "estimator": "ar" if config.objective == "ar" else f"stratified,mc={config.num_mc}",
                 "loss": means[best] if best is not None else None,
                 "best_loss": means[best] if best is not None else None,

@@ -95,12 +95,18 @@ class TrainRows:
 
 
 class HeldOutRows:
-    """Samples of a held-out corpus in file order, each with the noise levels of its draws: the same at every evaluation."""
+    """Samples of a held-out corpus in file order, each with the noise levels of its draws.
+
+    They are the same at every evaluation while `window` is: one further on, they follow these, and come from the beginning after the end.
+    """
+
+    window = 0
 
     def __init__(self, part: Part, size: int, window: Window, *, count: int, num_mc: int, seed: int) -> None:
-        self.part, self.size, self.window, self.num_mc = part, size, window, num_mc
+        self.part, self.size, self.made, self.num_mc = part, size, window, num_mc
         self.ends = np.cumsum(part.length)
-        self.count = min((part.tokens - 1) // size, count)
+        self.total = (part.tokens - 1) // size
+        self.count = min(self.total, count)
         slots = torch.arange(self.count * num_mc)
         self.t = levels("stratified", seed, "eval", 0, slots, slots, max(1, len(slots))).numpy().reshape(self.count, num_mc)
 
@@ -111,7 +117,8 @@ class HeldOutRows:
         return self.size
 
     def __getitem__(self, k: int) -> Row:
-        return {**self.window(self.part.gather(None, self.ends, k * self.size, k * self.size + self.size + 1)), "t": self.t[k]}
+        first = (self.window * self.count + k) % self.total * self.size
+        return {**self.made(self.part.gather(None, self.ends, first, first + self.size + 1)), "t": self.t[k]}
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         return collate(rows)

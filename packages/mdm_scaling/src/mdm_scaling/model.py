@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -282,8 +282,18 @@ class Scorer(nn.Module):
         `attention_mask` (B x S, 0 = seen by nobody) is for sequences that end early; one of B x 1 x S x S (bool) says who sees
         whom, and must be given with positions that are out of order, which would be taken for packed documents.
         """
-        states_BSD = self.states(input_ids_BS, attention_mask, position_ids, target_positions)
-        return self.score(states_BSD, targets_M, rows_M, weights_M, reduction)
+        return self.through(
+            lambda entering: self.states(input_ids_BS, attention_mask, position_ids, target_positions, entering),
+            lambda states_BSD: self.score(states_BSD, targets_M, rows_M, weights_M, reduction),
+            input_ids_BS.shape,
+            torch.Size() if reduction == "sum" else targets_M.shape,
+        )
+
+    def through(
+        self, states: Callable[[Tensor | None], Tensor], score: Callable[[Tensor], Tensor], size: torch.Size, losses: torch.Size
+    ) -> Tensor:
+        """The decoder and then the head; a pipeline, which replaces this, asks for B x S and for the shape of the losses."""
+        return score(states(None))
 
     def states(
         self,

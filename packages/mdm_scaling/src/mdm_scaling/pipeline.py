@@ -9,7 +9,7 @@ gradients are added before the update, which keeps the two alike. Stages may be 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as torch_dist
@@ -76,43 +76,33 @@ class Pipeline(TensorParallel):
             if not self.first and hasattr(inner.model, name):
                 setattr(inner.model, name, _Elsewhere())
         self.here = state.weights(model).keys()
-        model.forward = self._forward  # type: ignore[method-assign]
+        model.through = self._through  # type: ignore[method-assign]
         return model
 
-    def _forward(
-        self,
-        input_ids_BS: Tensor,
-        targets_M: Tensor,
-        rows_M: Tensor | None = None,
-        weights_M: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        reduction: Literal["sum", "none"] = "sum",
-        position_ids: Tensor | None = None,
-        target_positions: Tensor | None = None,
+    def _through(
+        self, states: Callable[[Tensor | None], Tensor], score: Callable[[Tensor], Tensor], size: torch.Size, losses: torch.Size
     ) -> Tensor:
-        """`Scorer.forward` of the whole pipeline; in a turn, which is one stage's, the loss of stages before the last is 0."""
-        model = cast(Scorer, self.model)
-        like = next(model.parameters()).new_zeros
-        nowhere = like(() if reduction == "sum" else len(targets_M))
+        """`Scorer.through` of the whole pipeline; in a turn, which is one stage's, the losses of stages before the last are 0."""
+        like = next(self.model.parameters()).new_zeros
         if self.turn is not None:
-            states = model.states(input_ids_BS, attention_mask, position_ids, target_positions, self.turn.entering)
+            leaving = states(self.turn.entering)
             if self.last:
-                return model.score(states, targets_M, rows_M, weights_M, reduction)
-            self.turn.leaving = states
-            return nowhere
+                return score(leaving)
+            self.turn.leaving = leaving
+            return like(losses)
         # an evaluation: stage after stage, and everybody learns what came out
         assert not torch.is_grad_enabled()
-        entering = None
+        entering, found = None, like(losses)
         if not self.first:
-            entering = like((*input_ids_BS.shape, self.width))
+            entering = like((*size, self.width))
             torch_dist.recv(entering, group=self.pipe, group_src=self.stage - 1)
-        states = model.states(input_ids_BS, attention_mask, position_ids, target_positions, entering)
+        leaving = states(entering)
         if self.last:
-            nowhere = model.score(states, targets_M, rows_M, weights_M, reduction).to(nowhere.dtype)
+            found = score(leaving).to(found.dtype)
         else:
-            torch_dist.send(states.contiguous(), group=self.pipe, group_dst=self.stage + 1)
-        torch_dist.broadcast(nowhere, group=self.pipe, group_src=self.stages - 1)
-        return nowhere
+            torch_dist.send(leaving.contiguous(), group=self.pipe, group_dst=self.stage + 1)
+        torch_dist.broadcast(found, group=self.pipe, group_src=self.stages - 1)
+        return found
 
     # --- a step ---
 

@@ -9,23 +9,22 @@
 namespace kernels {
 
 void mask_count(const Counting& in, void*) {
-  constexpr int64_t group = 16;  // blocks whose words are found together: independent, so the compiler puts them into vectors
-  torch::stable::parallel_for(0, in.rows, 1, [&](int64_t begin, int64_t end) {
+  const Sequences& of = in.of;
+  torch::stable::parallel_for(0, of.rows, 1, [&](int64_t begin, int64_t end) {
     // the draw above, the place below: no two are equal
     std::vector<uint64_t> keys;
     for (int64_t row = begin; row < end; ++row) {
       keys.clear();
-      const Random random(in.key, in.slot[row], in.stream);
-      for (int64_t first = 0; first < in.blocks(); first += group) {
-        uint32_t words[group][4];
-        for (int i = 0; i < group; ++i) random.words(uint32_t(first + i), words[i]);
-        for (int64_t place = 4 * first; place < std::min(4 * (first + group), in.size); ++place)
-          if (in.open(row, place)) keys.push_back(uint64_t(words[place / 4 - first][place % 4]) << 32 | uint64_t(place));
-      }
+      const Random random = of.random(row);
+      for (int64_t first = 0; first < of.blocks(); first += word_group)
+        each_block(of, random, first, [&](int64_t block, const uint32_t* words) {
+          for (int64_t place = 4 * block; place < std::min(4 * block + 4, of.size); ++place)
+            if (of.open(row, place)) keys.push_back(uint64_t(words[place % 4]) << 32 | uint64_t(place));
+        });
       const auto wanted = keys.begin() + std::min<int64_t>(in.k[row], int64_t(keys.size()));
       if (wanted != keys.end()) std::nth_element(keys.begin(), wanted, keys.end());
-      std::fill_n(in.masked + row * in.size, in.size, false);
-      for (auto one = keys.begin(); one != wanted; ++one) in.masked[row * in.size + int64_t(uint32_t(*one))] = true;
+      std::fill_n(of.masked + row * of.size, of.size, false);
+      for (auto one = keys.begin(); one != wanted; ++one) of.masked[row * of.size + int64_t(uint32_t(*one))] = true;
     }
   });
 }
@@ -38,9 +37,9 @@ namespace {
 
 void mask_count_op(const Tensor k, const Tensor slot, std::optional<Tensor> eligible, Tensor masked, int64_t key, int64_t stream) {
   const Stream queue(k);
-  mask_count({pointer_to<int32_t>(k), pointer_to<int64_t>(slot), pointer_to<bool>(eligible), pointer_to<bool>(masked), masked.size(0),
-              masked.size(1), key, uint32_t(stream)},
-             queue.handle);
+  const Sequences of{pointer_to<int64_t>(slot), pointer_to<bool>(eligible), pointer_to<bool>(masked), masked.size(0), masked.size(1), key,
+                     uint32_t(stream)};
+  mask_count({pointer_to<int32_t>(k), of}, queue.handle);
 }
 
 }  // namespace

@@ -16,8 +16,8 @@ __device__ __forceinline__ Count joined(Count left, Count right) { return {left.
 
 // visit(place, draw) of every eligible token that is this thread's.
 template <class Visit>
-__device__ __forceinline__ void each_token(const Counting& in, int64_t row, Visit visit) {
-  const Random random(in.key, in.slot[row], in.stream);
+__device__ __forceinline__ void each_token(const Sequences& in, int64_t row, Visit visit) {
+  const Random random = in.random(row);
   for (int64_t block = threadIdx.x; block < in.blocks(); block += row_threads) {
     uint32_t words[4];
     random.words(uint32_t(block), words);
@@ -28,16 +28,17 @@ __device__ __forceinline__ void each_token(const Counting& in, int64_t row, Visi
 
 // The number of eligible tokens for which `holds`, in every thread.
 template <class Holds>
-__device__ __forceinline__ int count(const Counting& in, int64_t row, Holds holds) {
+__device__ __forceinline__ int count(const Sequences& in, int64_t row, Holds holds) {
   Count mine{0};
   each_token(in, row, [&](int64_t place, uint32_t draw) { mine.value += holds(place, draw); });
   return joined_by_block(mine, Count{0}).value;
 }
 
-__global__ void __launch_bounds__(row_threads) count_kernel(Counting in) {
+__global__ void __launch_bounds__(row_threads) count_kernel(Counting counting) {
+  const Sequences& in = counting.of;
   const int64_t row = blockIdx.x;
   // rank of the last masked token among those that agree with what is known of its draw, and then of its place
-  int rank = in.k[row];
+  int rank = counting.k[row];
   uint32_t draw = 0;
   int64_t place = rank > 0 ? in.size : -1;
   if (rank > 0) {
@@ -68,6 +69,6 @@ __global__ void __launch_bounds__(row_threads) count_kernel(Counting in) {
 
 }  // namespace
 
-void mask_count(const Counting& in, void* stream) { LAUNCH(count_kernel, dim3(unsigned(in.rows)), dim3(row_threads), 0, stream)(in); }
+void mask_count(const Counting& in, void* stream) { LAUNCH(count_kernel, dim3(unsigned(in.of.rows)), dim3(row_threads), 0, stream)(in); }
 
 }  // namespace kernels

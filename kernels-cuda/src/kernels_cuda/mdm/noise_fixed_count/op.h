@@ -1,20 +1,13 @@
 // Launchers of op.cu: raw pointers, sizes and a stream, so that nvcc needs no torch header.
 #pragma once
-#include "../../include/philox.h"
+#include "../../include/noise.h"
 
 namespace kernels {
 
-// Sequences of `size` tokens; `eligible` may be absent.
+// The k eligible tokens of a sequence with the smallest draws are masked.
 struct Counting {
   const int32_t* k;
-  const int64_t* slot;
-  const bool* eligible;
-  bool* masked;
-  int64_t rows, size, key;
-  uint32_t stream;
-
-  KERNELS_FN int64_t blocks() const { return (size + 3) / 4; }
-  KERNELS_FN bool open(int64_t row, int64_t place) const { return eligible == nullptr || eligible[row * size + place]; }
+  Sequences of;
 };
 
 void mask_count(const Counting& in, void* stream);

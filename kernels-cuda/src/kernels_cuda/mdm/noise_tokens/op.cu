@@ -10,17 +10,17 @@ constexpr int threads = 256;
 
 __global__ void __launch_bounds__(threads) mask_kernel(Masking in) {
   const int64_t number = int64_t(blockIdx.x) * threads + threadIdx.x;
-  if (number >= in.rows * in.blocks()) return;
-  const int64_t row = number / in.blocks(), block = number % in.blocks();
+  if (number >= in.of.rows * in.of.blocks()) return;
+  const int64_t row = number / in.of.blocks(), block = number % in.of.blocks();
   uint32_t words[4];
-  Random(in.key, in.slot[row], in.stream).words(uint32_t(block), words);
+  in.of.random(row).words(uint32_t(block), words);
   in.write(row, block, words);
 }
 
 }  // namespace
 
 void mask_tokens(const Masking& in, void* stream) {
-  const int64_t count = (in.rows * in.blocks() + threads - 1) / threads;
+  const int64_t count = (in.of.rows * in.of.blocks() + threads - 1) / threads;
   LAUNCH(mask_kernel, dim3(unsigned(count)), dim3(threads), 0, stream)(in);
 }
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lm_core.config import build
-from lm_core.errors import ConfigError
+from lm_core.errors import ConfigError, InputError
 from lm_core.method import IGNORE, Batch
 from lm_core.options import RunConfig
 from lm_core.run import run
@@ -261,6 +261,8 @@ def test_a_result_says_what_a_fit_needs_and_the_model_can_be_scored(tmp_path: Pa
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")).__name__ == "MdmForMaskedLM"
     scored = corpus_loss(EvalConfig(checkpoint=str(tmp_path / "run"), data=["synthetic:markov"], max_length=32, limit=8, num_mc=2))
     assert scored["objective"] == "mdm"
+    with pytest.raises(InputError, match="is a model of mdm, not ar"):
+        corpus_loss(EvalConfig(checkpoint=str(tmp_path / "run"), data=["synthetic:markov"], max_length=32, objective="ar"))
     assert 0 < scored["sources"]["markov"]["loss"] < 8
 
 

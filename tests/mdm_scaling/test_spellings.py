@@ -69,10 +69,6 @@ def test_a_spelling_means_options_of_core(given: dict[str, Any], expected: dict[
         ({"use_order_list": False, "num_order_list": 2, "objective": "ar"}, "use_order_list: false, but there are 2 orders"),
         ({"recompute": "none", "gradient_checkpointing": True}, "recompute: none means gradient_checkpointing False"),
         ({"recompute": "selective", "gradient_checkpointing": True}, "recompute: selective, but --gradient-checkpointing"),
-        (
-            {"no_pipeline_parallel": True, "pipeline_model_parallel_size": 2},
-            "no_pipeline_parallel: True means pipeline_model_parallel_size 1",
-        ),
         ({"offload_optimizer": "none", "offload_param": "cpu", "zero_stage": 3}, "offload_optimizer: none, but parameters"),
         ({"recipe": "datablations"}, "recipe: 'datablations' is none of ar_140m_quickstart"),
         ({"override_resume": ["objectiv"]}, "override_resume: 'objectiv' is no option; did you mean objective?"),

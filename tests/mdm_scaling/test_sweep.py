@@ -42,6 +42,13 @@ def test_learning_rates_end_at_a_tenth() -> None:
     assert all(config["min_lr"] == pytest.approx(config["lr"] / 10) for config in configs)
 
 
+def test_hidden_dropout_follows_attention_dropout_where_it_is_swept() -> None:
+    for swept in (False, True):
+        entries = sweep.grid("experiment", {**BASE, "hidden_dropout": 0.1}, flops=[1e12], presets=["tiny"], sweep_hidden=swept)
+        pairs = {(entry["config"]["attention_dropout"], entry["config"]["hidden_dropout"]) for entry in entries}
+        assert {(p, p if swept else 0.1) for p in (0.0, 0.05, 0.2, 0.3, 0.5)} <= pairs
+
+
 def test_where_a_run_is_written_does_not_change_its_id(tmp_path: Path) -> None:
     values = {**BASE, "objective": "ar", "model": "20k", "budget": "8 steps"}
     ids = {

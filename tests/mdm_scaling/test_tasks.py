@@ -11,7 +11,7 @@ import torch
 from tests.mdm_scaling.small import Table, network
 
 from lm_core.data.vocab import byte_tokenizer
-from lm_core.errors import InputError
+from lm_core.errors import ConfigError, InputError
 from mdm_scaling import losses
 from mdm_scaling.config import TasksConfig
 from mdm_scaling.model import Scorer
@@ -80,9 +80,16 @@ def test_a_file_of_items_is_scored(objective: Any, tmp_path: Path) -> None:
     assert 0 <= result["accuracy"] <= 1
     assert result["nll"] > 0
     assert "exact_match" in run(TasksConfig(**options, method="greedy"))
+    assert "exact_match" in run(TasksConfig(**options, only_generate=True))
     if objective == "ar":
         with pytest.raises(InputError, match="mc is the bound of masked models"):
             run(TasksConfig(**options, method="mc"))
+    else:
+        alone = run(TasksConfig(**options, only_mc_nll=True, num_mc=4))
+        assert alone["nll"] == result["nll"]
+        assert "accuracy" not in alone
+    with pytest.raises(ConfigError, match="only_mc_nll: means --method mc, but chain is given"):
+        TasksConfig(**options, only_mc_nll=True, method="chain")
 
 
 @pytest.mark.parametrize(

@@ -91,3 +91,19 @@ def test_subsets_are_nested_prefixes_with_a_manifest(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has 50 lines, but 1000 tokens need 100"):
         subset(SubsetConfig(tokens=1000, tokens_per_doc="10", out=tmp_path / "x.jsonl"), tmp_path / "a.jsonl.gz")
     assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_an_exact_subset_ends_with_the_document_that_reaches_its_tokens(tmp_path: Path) -> None:
+    texts = ["abc", "defgh", "ij", "klmnop"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+    options = {"exact": True, "tokenizer": "bytes", "text_column": "body"}
+    for tokens, count in ((3, 1), (4, 2), (8, 2), (9, 3), (16, 4)):
+        result = subset(SubsetConfig(tokens=tokens, out=tmp_path / f"{tokens}.jsonl", **options), tmp_path / "a.jsonl")  # type: ignore[arg-type]
+        assert result["documents"] == count
+    with pytest.raises(InputError, match="has 16 tokens, but 17 were asked for"):
+        subset(SubsetConfig(tokens=17, out=tmp_path / "x.jsonl", **options), tmp_path / "a.jsonl")  # type: ignore[arg-type]
+    assert not list(tmp_path.glob("x.jsonl*"))
+    with pytest.raises(InputError, match=r"line 1 of .* has no 'text'"):
+        subset(SubsetConfig(tokens=3, out=tmp_path / "x.jsonl", exact=True, tokenizer="bytes"), tmp_path / "a.jsonl")
+    with pytest.raises(ConfigError, match="exact: counts with --tokenizer"):
+        SubsetConfig(tokens=3, out=tmp_path / "x.jsonl", exact=True)

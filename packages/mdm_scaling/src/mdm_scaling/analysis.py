@@ -50,6 +50,9 @@ class SweepConfig:
     epochs: list[float] = opt(help="Epochs of kind data-value.", factory=lambda: [1.0, 2.0, 4.0, 10.0, 20.0, 50.0, 100.0], gt=0)
     presets: list[str] = opt(help="Sizes; default: the model of the base.", factory=list)
     seeds: list[int] = opt(help="Seeds; every run is made with each.", factory=lambda: [1234], ge=0)
+    sweep_hidden: bool = opt(
+        False, "In kind experiment vary --hidden-dropout with --attention-dropout, which else stays at that of the base."
+    )
     objectives: list[Literal["ar", "mdm"]] = opt(help="Objectives.", factory=lambda: ["ar", "mdm"], min_length=1)
     out: Path = opt(help="Manifest to write, one JSON object per run.")
 

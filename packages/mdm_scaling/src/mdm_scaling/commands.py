@@ -87,7 +87,7 @@ def plan_sweep(config: SweepConfig) -> dict[str, Any]:
     """Write a manifest."""
     entries = sweep.grid(
         config.kind, sweep.base_of(config.base), flops=config.flops, epochs=config.epochs, presets=config.presets, seeds=config.seeds,
-        objectives=config.objectives,
+        objectives=config.objectives, sweep_hidden=config.sweep_hidden,
     )  # fmt: skip
     sweep.write(config.out, entries)
     total = sum(_flops(entry["config"]) for entry in entries)

@@ -541,8 +541,15 @@ class SubsetConfig:
 
     tokens: Count = opt(help="Tokens to take, as 100M; by the mean length of a document.", ge=1)
     tokens_per_doc: str = opt("c4", "Mean tokens of a document: c4, slimpajama, oscar or a number.")
+    exact: bool = opt(False, "Count the tokens of every document, and end with the one that reaches --tokens.")
+    tokenizer: str | None = opt(None, "Tokenizer that counts: bytes, smollm2-135m, a folder or a hub id; only with --exact.")
+    text_column: str = opt("text", "Key that holds the text; only with --exact.", flags=("--json-key",))
     out: Path = opt(help="File to write (.jsonl).")
     overwrite: bool = opt(False, "Replace what is there.")
+
+    def check(self) -> None:
+        if self.exact != (self.tokenizer is not None):
+            raise ConfigError("exact: counts with --tokenizer; give both, or neither")
 
 
 @config
@@ -552,6 +559,9 @@ class EvalConfig:
     checkpoint: str = opt(help="Model: a run folder, a model folder, smollm2-135m or a hub id.", flags=("--model",))
     data: list[str] = opt(help="Data to score, repeatable; of built-in data the held-out part.", flags=("--data-path",), min_length=1)
     text_column: str = opt("text", "Column or key that holds the text.", flags=("--json-key",))
+    objective: Literal["ar", "mdm"] | None = opt(
+        None, "What the model was trained for; default: what its folder says, ar for a plain Llama."
+    )
     estimator: Literal["stratified", "shift", "iid", "fixed-count", "exact", "chain"] = opt(
         "stratified", "How the bound of a masked model is estimated; exact takes at most 14 positions."
     )
@@ -577,10 +587,24 @@ class TasksConfig:
         None,
         "Bound by draws, left-to-right likelihood, or whether the likeliest text is the target; default: mc for a masked model, else chain.",
     )
+    only_generate: bool = opt(False, "The same as --method greedy.")
+    only_mc_nll: bool = opt(False, "Print the bound alone, by --method mc.")
     num_mc: int = opt(32, "Draws of the noise per target.", ge=1)
     max_chunk_size: int = opt(32, "Masked versions of a sequence in one forward pass.", ge=1)
     eval_seed: int = opt(4321, "Address of the noise.", ge=0)
     limit: int | None = opt(None, "Only the first so many items.", ge=1)
+
+    def check(self) -> None:
+        for name, method in (("only_generate", "greedy"), ("only_mc_nll", "mc")):
+            if getattr(self, name) and self.method not in (None, method):
+                raise ConfigError(f"{name}: means --method {method}, but {self.method} is given; drop one of the two")
+        if self.only_generate and self.only_mc_nll:
+            raise ConfigError("only_generate: --only-mc-nll is given, too; drop one of the two")
+
+    @property
+    def how(self) -> Literal["mc", "chain", "greedy"] | None:
+        """The method by whichever option names it."""
+        return "greedy" if self.only_generate else "mc" if self.only_mc_nll else self.method
 
 
 @config

@@ -29,6 +29,10 @@ def corpus_loss(config: EvalConfig) -> dict[str, Any]:
     """Loss per token by source: mean, standard error over sequences, tokens, estimator, perplexity."""
     model = load_network(config.checkpoint)
     objective = objective_of(model)
+    if config.objective not in (None, objective):
+        raise InputError(
+            f"objective: {config.checkpoint} is a model of {objective}, not {config.objective}; drop --objective, or make it one with `mdm-scaling import`"
+        )
     tokenizer = load_tokenizer(checkpoint_folder(config.checkpoint))
     positions = int(model.config.max_position_embeddings)
     if config.max_length > positions:

@@ -87,7 +87,7 @@ def run_id(config: PretrainConfig) -> str:
 
 def grid(
     kind: Kind, base: Mapping[str, Any], *, flops: Sequence[float] = (), epochs: Sequence[float] = EPOCHS, presets: Sequence[str] = (),
-    seeds: Sequence[int] = (1234,), objectives: Sequence[str] = ("ar", "mdm"),
+    seeds: Sequence[int] = (1234,), objectives: Sequence[str] = ("ar", "mdm"), sweep_hidden: bool = False,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Runs {id, config} in a fixed order. Whatever the kind does not vary comes from `base`."""
     plain = {name.replace("-", "_"): value for name, value in base.items()}
@@ -99,7 +99,9 @@ def grid(
     entries = []
     for objective, seed, model in product(objectives, seeds, models):
         common = {**plain, "objective": objective, "seed": seed, "model": model}
-        entries += [_entry({**common, **changes}) for changes in _changes(kind, common, flops, epochs)]
+        for changes in _changes(kind, common, flops, epochs):
+            hidden = {"hidden_dropout": changes["attention_dropout"]} if sweep_hidden and "attention_dropout" in changes else {}
+            entries.append(_entry({**common, **changes, **hidden}))
     return entries
 
 

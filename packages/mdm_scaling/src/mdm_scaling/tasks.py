@@ -117,7 +117,7 @@ def run(config: TasksConfig) -> dict[str, Any]:
     model = load_network(config.checkpoint)
     tokenizer = load_tokenizer(checkpoint_folder(config.checkpoint))
     masked = objective_of(model) == "mdm"
-    how: How = config.method or ("mc" if masked else "chain")
+    how: How = config.how or ("mc" if masked else "chain")
     if how == "mc" and not masked:
         raise InputError(f"method: mc is the bound of masked models, and {config.checkpoint} is autoregressive; use --method chain")
     scorer = Scorer(model).eval()
@@ -143,7 +143,8 @@ def run(config: TasksConfig) -> dict[str, Any]:
             else causal_nll(scorer, context, choice)
             for at, choice in enumerate(choices)
         ]  # fmt: skip
-        found.append(_scores(item, nll, [len(choice) for choice in choices]))
+        scores = _scores(item, nll, [len(choice) for choice in choices])
+        found.append({name: value for name, value in scores.items() if not config.only_mc_nll or name.startswith("nll")})
     return _report(config, found, how, bound=masked and how == "mc")
 
 

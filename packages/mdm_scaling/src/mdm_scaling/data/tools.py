@@ -5,11 +5,13 @@ from __future__ import annotations
 import glob
 import gzip
 import hashlib
+import json
 import re
 import shutil
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -105,16 +107,21 @@ def subset(config: SubsetConfig, source: Path) -> dict[str, Any]:
     """The first K lines of a .jsonl file, K from a number of tokens; beside it a manifest with K, bytes and SHA-256."""
     if config.out.exists() and not config.overwrite:
         raise ConfigError(f"out: {config.out} is there already; add --overwrite, or choose another name")
-    count = documents(float(config.tokens), tokens_per_doc(config.tokens_per_doc))
+    count = None if config.exact else documents(float(config.tokens), tokens_per_doc(config.tokens_per_doc))
+    lines = _counted(config, source) if config.exact else islice(_lines(source), count)
     seen, size, written = hashlib.sha256(), 0, 0
     config.out.parent.mkdir(parents=True, exist_ok=True)
     partial = config.out.with_name(config.out.name + ".partial")
-    with partial.open("wb") as file:
-        for line in islice(_lines(source), count):
-            file.write(line)
-            seen.update(line)
-            size, written = size + len(line), written + 1
-    if written < count:
+    try:
+        with partial.open("wb") as file:
+            for line in lines:
+                file.write(line)
+                seen.update(line)
+                size, written = size + len(line), written + 1
+    except InputError:
+        partial.unlink()
+        raise
+    if count is not None and written < count:
         partial.unlink()
         raise InputError(
             f"data: {source} has {written} lines, but {config.tokens:g} tokens need {count}; give a larger file or fewer tokens"
@@ -126,11 +133,28 @@ def subset(config: SubsetConfig, source: Path) -> dict[str, Any]:
         "bytes": size,
         "sha256": seen.hexdigest(),
         "tokens": float(config.tokens),
-        "tokens_per_doc": config.tokens_per_doc,
+        **({"tokenizer": config.tokenizer} if config.exact else {"tokens_per_doc": config.tokens_per_doc}),
     }
     write_json(config.out.with_name(config.out.name + ".manifest.json"), result)
     print(f"{config.out}: {written} documents, {size} bytes")
     return {**result, "out": str(config.out)}
+
+
+def _counted(config: SubsetConfig, source: Path) -> Iterator[bytes]:
+    """Lines until their texts have so many tokens. Raises InputError for a line without text, and for a file with fewer tokens."""
+    from lm_core.data.vocab import build_tokenizer
+
+    tokenizer, total = build_tokenizer(SimpleNamespace(tokenizer=config.tokenizer, model="")), 0
+    for number, line in enumerate(_lines(source), 1):
+        try:
+            text = str(json.loads(line)[config.text_column])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"data: line {number} of {source} has no {config.text_column!r} ({error!r}); correct it") from None
+        yield line
+        total += len(tokenizer(text, add_special_tokens=False).input_ids)
+        if total >= config.tokens:
+            return
+    raise InputError(f"data: {source} has {total} tokens, but {config.tokens:g} were asked for; give a larger file or ask for fewer")
 
 
 def _lines(source: Path) -> Iterator[bytes]:

@@ -277,8 +277,8 @@ def resume(path: Path, *, engine: Engine, method: Method, data: DataState, confi
         engine.load_weights(path)
     else:
         engine.load(path)
-    now = data.state_dict()
-    data.load_state_dict({**state["data"], **{field: now[field] for name, field in _OF_DATA.items() if name in allow}})
+    differing = {field for name, field in _OF_DATA.items() if name in allow}
+    data.load_state_dict({**state["data"], **{field: now for field, now in data.state_dict().items() if field in differing}})
     method.load_state_dict(state["method"])
     return Progress.from_dict(state["progress"])
 

@@ -109,6 +109,11 @@ def test_a_report_prints_constants_that_no_float_holds() -> None:
     assert math.isfinite(law.factor)
 
 
+def test_a_law_that_says_less_than_the_mean_is_not_drawn() -> None:
+    good, bad = (Law(name, a=1.0, b=1.0, e=0.0, alpha=0.3, beta=0.3, about={"r2": r2}) for name, r2 in (("ar", 0.9), ("mdm", -46.5)))
+    assert study._drawn({"ar": good, "mdm": bad}) == [good]
+
+
 @pytest.mark.slow
 def test_a_study_trains_fits_draws_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("20k", "40k", "80k")

@@ -110,7 +110,7 @@ def run(config: StudyConfig) -> dict[str, Any]:
     single, repeated = _single(points), [point for point in points if point.epochs > constrained.SINGLE_EPOCH]
     plots.isoflop(single, config.out / "isoflop.png")
     plots.frontier(single, config.out / "frontier.png")
-    plots.data_value(repeated, config.out / "data_value.png", list(laws.values()))
+    plots.data_value(repeated, config.out / "data_value.png", _drawn(laws))
     plots.data_value([point for point in ended if point.epochs > constrained.SINGLE_EPOCH], config.out / "data_value_end.png")
     plots.residuals(points, list(laws.values()), config.out / "residuals.png")
     plots.crossing(crossings, config.out / "crossover.png", ends)
@@ -118,6 +118,11 @@ def run(config: StudyConfig) -> dict[str, Any]:
     (config.out / "report.md").write_text(report(config, points, ended, laws, crossings, ends, minutes))
     print(f"{config.out / 'report.md'}: {len(points)} runs, {minutes:.1f} minutes in this call")
     return {"report": str(config.out / "report.md"), "runs": len(points), "laws": sorted(laws), "minutes": minutes}
+
+
+def _drawn(laws: dict[str, Law]) -> list[Law]:
+    """Those that describe their runs better than the mean loss does."""
+    return [law for law in laws.values() if law.about["r2"] > 0]
 
 
 def _single(points: list[Point]) -> list[Point]:
@@ -197,7 +202,10 @@ def report(
         "|---|---|---|---|---|---|---|---|---|---|",
         *map(_row, laws.values()),
         "",
-        "Constants marked * are weakly identified: values a factor of ten apart fit as well. Files: `runs.csv`, `law_*.json`, a CSV beside each picture.",
+        (
+            "Constants marked * are weakly identified: values a factor of ten apart fit as well. A law with a negative R² describes the runs worse "
+            "than their mean does, and is left out of the pictures of losses. Files: `runs.csv`, `law_*.json`, a CSV beside each picture."
+        ),
         "",
     ]
     return "\n".join(lines)

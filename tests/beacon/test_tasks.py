@@ -12,6 +12,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
+from beacon.config import BeaconConfig
 from beacon.eval import answers, files, needle, scores, short, talk
 from beacon.eval.prompts import Frame, encode, inserted, sentence_ends
 from beacon.options import (
@@ -35,6 +36,7 @@ class Scripted:
 
     device = torch.device("cpu")
     generation_config = SimpleNamespace(eos_token_id=258)
+    beacon = BeaconConfig(window=100, stride=50)
 
     def __init__(self, answer: Callable[[str], str]) -> None:
         self.answer, self.disabled, self.asked = answer, False, list[str]()
@@ -102,6 +104,15 @@ def test_passkey_cells_are_those_of_the_script(scripted: Any, tmp_path: Path) ->
     before = len(model.asked)
     assert needle.run_passkey(asked)["beacon"]["exact"] == 0.25
     assert len(model.asked) == before
+
+
+def test_prompts_that_end_with_a_window_are_warned_about(scripted: Any, caplog: pytest.LogCaptureFixture) -> None:
+    scripted(lambda prompt: "")
+    for lengths, expected in (([250, 300, 301, 320], "4 of 8 prompts end with a window"), ([249, 251], "")):
+        caplog.clear()
+        needle.run_passkey(PasskeyConfig(model="none", test_length=lengths, test_depth=[0, 50], passkey_length=5))
+        assert expected in caplog.text
+        assert ("end with a window" in caplog.text) == bool(expected)
 
 
 def test_a_needle_lies_at_its_depth_of_the_haystack(scripted: Any) -> None:

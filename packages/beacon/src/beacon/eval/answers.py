@@ -23,6 +23,8 @@ from lm_core.models import load_tokenizer
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from beacon.config import BeaconConfig
+
 log = logging.getLogger(__name__)
 
 Scorer = Callable[[Item, str], dict[str, float]]
@@ -46,6 +48,7 @@ def answered(config: TaskOptions, model: Any, tokenizer: Any, items: Iterable[It
     folder = EvalFolder(config.output_dir, config, config.overwrite)
     readers = ["beacon", *config.baseline]
     _check_end(config, model, tokenizer)
+    _check_windows(model, [len(item.ids) for item in items])
     todo = [(number, item) for number, item in enumerate(items) if number not in folder.items]
     rank, world = dist.rank(), dist.world()
     size = config.batch_size * world
@@ -125,6 +128,17 @@ def _check_end(config: TaskOptions, model: Any, tokenizer: Any) -> None:
         log.warning(
             "%s: generation stops at %s only, not at %s, which ends a turn of %s; correct eos_token_id in generation_config.json",
             model_folder(config.model), ends, ending, config.chat_template,
+        )  # fmt: skip
+
+
+def _check_windows(model: Any, lengths: Sequence[int]) -> None:
+    """Warn of prompts that end where a window does: what is written behind them reads even the question through memory."""
+    beacon: BeaconConfig = model.beacon
+    closed = sum(length >= beacon.window and (length - beacon.window) % beacon.stride == 0 for length in lengths)
+    if closed:
+        log.warning(
+            "%d of %d prompts end with a window (%d tokens, stride %d), so their question is compacted before it is answered; other lengths leave it raw",
+            closed, len(lengths), beacon.window, beacon.stride,
         )  # fmt: skip
 
 

@@ -233,6 +233,49 @@ def test_a_real_model_learns_resumes_and_is_read_back(tmp_path: Path) -> None:
     assert model(torch.arange(150)[None]).logits.shape == (1, 150, model.config.vocab_size)
 
 
+def test_evaluations_by_generation_score_the_last_turn(tmp_path: Path) -> None:
+    words = ["one", "two", "three", "four", "five", "six", "seven"]
+    turns = [{"role": "user" if k % 2 == 0 else "assistant", "content": " ".join(words[k:])} for k in range(4)]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text((json.dumps({"conversations": turns}) + "\n") * 3)
+    suite = BeaconConformance()
+    options = {"data": [str(chats)], "eval_data": [str(chats)], "packing": "document", "max_length": 200, "chat_template": "llama-2"}
+    suite.run(tmp_path / "run", **options, budget="2 steps", eval_every="2", eval_method="generation", log_every=1)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [0 <= record["eval/chats/rouge_l"] <= 1 for record in records if "eval/chats/rouge_l" in record] == [True, True]
+    with pytest.raises(ConfigError, match="eval_method: generation reads rows of one document"):
+        suite.configure(eval_method="generation", beacon_doc_mask=True, packing="best-fit")
+
+
+def test_an_answer_that_the_model_writes_itself_scores_one() -> None:
+    from beacon.eval.last_turn import score_last_turns
+    from beacon.ratios import Rule
+    from lm_core.data.vocab import byte_tokenizer
+    from tests.beacon.small import beacon_model
+
+    reader = beacon_model(base={"vocab_size": 259, "eos_token_id": 258})
+    rows = torch.randint(97, 123, (2, 40), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(rows)
+    mask[1, 34:] = 0
+    labels = torch.full_like(rows, -100)
+    labels[:, 5:9] = rows[:, 5:9]  # an earlier turn
+    rule = Rule("list", (2,))
+    for b, end in enumerate((40, 34)):
+        text = rows[b : b + 1, :29]
+        for _ in range(29, end):
+            text = torch.cat([text, reader(text, ratios=[2]).logits[:, -1:].argmax(-1)], dim=1)
+        rows[b, :end] = text
+        labels[b, 29:end] = text[0, 29:]
+    found = score_last_turns(reader, byte_tokenizer(), rows, labels, mask, lambda length: rule)
+    written = [bool(byte_tokenizer().decode(rows[b, 29:end], skip_special_tokens=True).split()) for b, end in enumerate((40, 34))]
+    assert found.tolist() == [sum(written), 2]
+    assert any(written)
+    rows[:, 29:] = rows[:, 29:].roll(1, 1) + 1
+    assert score_last_turns(reader, byte_tokenizer(), rows.clamp(max=250), labels, mask, lambda length: rule)[0] < sum(written)
+    with pytest.raises(InputError, match="eval_method: generation needs conversations"):
+        score_last_turns(reader, byte_tokenizer(), rows, rows, mask, lambda length: rule)
+
+
 def test_adapters_of_the_backbone_are_trained_and_merged(tmp_path: Path) -> None:
     suite = BeaconConformance()
     before = {name: tensor.clone() for name, tensor in method().model.state_dict().items()}

@@ -40,12 +40,13 @@ class Beacon(Method):
     # the budget in other words, and how the same numbers are computed
     resumable = frozenset(
         {"max_steps", "num_train_epochs", "beacon_engine", "eval_beacon_ratio", "eval_beacon_ratio_mix", "save_format"}
-        | {"eval_max_length", "eval_min_length", "max_eval_num"}
+        | {"eval_max_length", "eval_min_length", "max_eval_num", "eval_method"}
     ) | frozenset({"save_strategy", "evaluation_strategy", "report_to", "cpu", "attn_impl", "num_proc", "prefill_block_windows"})
     module: BeaconLoss
     model: Any  # inside the module
     settings: BeaconConfig
     warned = False
+    words: PreTrainedTokenizerBase | None = None  # of answers that are scored
 
     def build(self) -> nn.Module:
         folder = model_folder(self.config.model)
@@ -172,6 +173,14 @@ class Beacon(Method):
             total += int((row[first + 1 : length] != IGNORE).sum())
         return total
 
+    def _answers(self, batch: Batch) -> Tensor:
+        from beacon.eval.last_turn import score_last_turns
+
+        if self.words is None:
+            self.words = self.tokenizer()
+        mask, rule = batch.get("attention_mask"), self.rule(batch.step)
+        return score_last_turns(self.model, self.words, batch["input_ids"], batch["labels"], mask, rule)
+
     def documents(self, batch: Batch) -> Tensor | None:
         """Document of every token, where documents must not see each other."""
         return batch.get("document_ids") if self.settings.doc_mask else None
@@ -196,4 +205,6 @@ class Beacon(Method):
                 "some rows reach positions beyond the %d that the model was made for; train on shorter rows or with higher ratios",
                 self.model.positions,
             )
+        if self.config.eval_method == "generation" and not self.module.training:
+            metrics["rouge_l"] = self._answers(batch)
         yield Loss(total=total, metrics=metrics)

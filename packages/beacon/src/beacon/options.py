@@ -150,6 +150,10 @@ class TrainConfig(RunConfig, TrainerSpellings, BeaconOptions):
         "auto", "All windows in one pass (parallel), or one after the other (loop); auto trains in parallel."
     )
     save_format: Literal["full", "adapter"] = opt("full", "What final/ holds: the whole model, or the beacon weights alone.")
+    eval_method: Literal["perplexity", "generation"] = opt(
+        "perplexity",
+        "What evaluations measure beside the loss; generation: ROUGE-L of the assistant's last turn, written greedily, as eval/SOURCE/rouge_l.",
+    )
     eval_beacon_ratio: list[int] = opt(help="Compression ratios of evaluations; default: those of training.", factory=list, ge=0)
     eval_beacon_ratio_mix: str | None = opt(None, "How a ratio is chosen in evaluations; default: as in inference.")
     eval_max_length: int | None = opt(None, "Tokens of a held-out row at most; default: max_length.", ge=2)
@@ -208,6 +212,11 @@ class TrainConfig(RunConfig, TrainerSpellings, BeaconOptions):
             raise ConfigError(f"min_length: {self.min_length} is larger than max_length ({self.max_length}); use at most {self.max_length}")
         if self.beacon_engine == "loop" and split(self)[0] == 3:
             raise ConfigError("beacon_engine: loop runs modules once per window, which sharded weights cannot follow; use parallel")
+        if self.eval_method == "generation" and (not self.enable_beacon or self.beacon_doc_mask or split(self)[0] == 3):
+            raise ConfigError(
+                "eval_method: generation reads rows of one document through beacons, with whole weights; use perplexity, or enable the beacons, "
+                "drop --beacon-doc-mask and shard no weights"
+            )
         if self.save_format == "adapter" and (not self.only_train_beacon or self.lora_tune):
             raise ConfigError("save_format: adapter would lose the trained backbone; use full")
         changed = (self.rope_theta, self.rope_method, self.rope_factor, self.max_position_embeddings, self.mistral_sliding_window)

@@ -68,6 +68,13 @@ def test_memory_written_in_place_is_that_of_copies_with_gradients(mode: dict[str
                 torch.testing.assert_close(x[b, :, : len(cursor.memory)], y[b, :, : len(cursor.memory)], **CLOSE)
 
 
+def test_costs_can_be_counted_without_data() -> None:
+    reader = model().to("meta")
+    with torch.no_grad():
+        cache = reader.compress(ids(1, 30).to("meta"))
+    assert cache.nbytes == model().compress(ids(1, 30)).nbytes
+
+
 def test_a_memory_belongs_to_its_weights(tmp_path: Path) -> None:
     reader = model()
     reader.compress(ids(1, 20)).save(tmp_path / "text.mem")

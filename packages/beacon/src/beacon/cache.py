@@ -52,7 +52,8 @@ class BeaconCache(Cache):
         update = block.update
         k, v = joined(self.open[layer], k_BNGd, v_BNGd)
         if update.memory_BM is not None and update.memory_rotation is not None:
-            if update.append is not None and not (torch.is_grad_enabled() and k.requires_grad):
+            # tensors without data, which estimates run on, have no places to write to
+            if update.append is not None and not (torch.is_grad_enabled() and k.requires_grad) and not k.is_meta:
                 self.memory[layer] = _appended(self.memory[layer], (k, v), update.memory_BM, update.append)
             else:
                 fresh = moved(k, v, update.memory_BM, update.memory_rotation)

@@ -41,7 +41,7 @@ CHATS = [f"data/{name}.json" for name in (
 )]  # fmt: skip
 # by script: what stands for sizes that no small machine holds
 SMALLER: dict[str, dict[str, str]] = {
-    "mdm-scaling": {"--num-layers": "2", "--hidden-size": "64", "--num-attention-heads": "1", "--seq-length": "256"},
+    "mdm-scaling": {"--num-layers": "2", "--hidden-size": "64", "--num-attention-heads": "1", "--seq-length": "256", "--eval-iters": "1"},
     "beacon": {"--num_token": "8192:64k"},
 }
 # what a command needs that is no command of its guide, before the first one of a script that begins so

@@ -1,7 +1,7 @@
 """docs/benchmarks.md: our training beside what a user would pick otherwise, and every package's `bench`, each beside its target.
 
 Written by `nox -s bench`, one part after the other; `python -m tests.repo.benchmarks docs/benchmarks.json docs/benchmarks.md galore "moe-cpt bench"`
-measures two parts, keeps the others, and draws the page. `"moe-cpt bench=FILE"` takes what `moe-cpt bench --json > FILE` left.
+measures two parts, keeps the others, and draws the page. `"moe-cpt bench=FILE"` takes what `moe-cpt bench > FILE` left, with or without --json.
 
 End to end, every run is a program of its own on one thread. A stopwatch outside reads its processor time whenever it logs a step, so
 that other work on the machine disturbs little, and the peak of its memory at the end. The first step warms up.
@@ -14,6 +14,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -179,13 +180,30 @@ def benched(script: str, arguments: list[str]) -> dict[str, Any]:
     return {"command": " ".join(words[:-1]), "figures": figures_of(json.loads(printed.stdout))}
 
 
-def collected(script: str, file: Path) -> dict[str, Any]:
-    """What `SCRIPT bench --json > FILE` left, with its own conditions."""
-    found = json.loads(file.read_text())
+def collected(command: str, file: Path) -> dict[str, Any]:
+    """What `command > FILE`, with or without --json, left, with its own conditions."""
+    text = file.read_text()
+    found = json.loads(text) if text.startswith("{") else printed(text)
     said = found.get("conditions", {})
     where = conditions(0, 0.0) | {"date": str(datetime.date.fromtimestamp(file.stat().st_mtime)), "seconds": None}
     where |= {"commit": (said.get("commit") or "unknown")[:7], "load": [round(load, 1) for load in said.get("load", [])]}
-    return {"command": f"{script} bench", "figures": figures_of(found), "conditions": where}
+    return {"command": command, "figures": figures_of(found), "conditions": where}
+
+
+def printed(text: str) -> dict[str, Any]:
+    """Conditions and figures from the lines that `lm_core.figures.report` prints."""
+    commit = re.search(r"; commit (\w+);", text)
+    lines = re.findall(r"^(pass|FAIL|    )  (\S+) +(\S+) (?:(<=|>=) (\S+)|          ) +(.*)$", text, re.MULTILINE)
+    return {
+        "conditions": {"commit": commit and commit[1]},
+        "figures": [
+            {
+                "name": name, "what": what, "value": float(value), "target": float(bound) if sign else None, "least": sign == ">=",
+                "pass": judged != "FAIL",
+            }
+            for judged, name, value, sign, bound, what in lines
+        ],
+    }  # fmt: skip
 
 
 def figures_of(found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -312,7 +330,7 @@ def main() -> None:
             words = name.split()
             load, began = os.getloadavg()[0], time.monotonic()
             if file:
-                part = collected(words[0], Path(file))
+                part = collected(name, Path(file))
             elif name in known:
                 part = raced(known[name])
             else:

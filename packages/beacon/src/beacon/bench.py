@@ -85,7 +85,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
         title, measure = MEASURES[name]
         torch.manual_seed(config.seed)
         found = measure(machine)
-        results[name] = found
+        results[name] = {"title": title, **found}
         values = "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in found.items())
         print(f"{name}  {title}: {values}")
     return results

@@ -228,7 +228,7 @@ def figures(found: Any, path: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
     met = found.get("met", target is None or (not isinstance(target, str) and (value >= target if least else value <= target)))
     yield {
         "name": path[0],
-        "what": f"{found.get('title', ' '.join(path[1:]))} ({details})".strip(),
+        "what": (found.get("title", " ".join(path[1:])) + (f" ({details})" if details else "")).strip(),
         "value": value,
         "target": target,
         "least": least,

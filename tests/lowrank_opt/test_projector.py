@@ -181,9 +181,14 @@ def test_random_bases_depend_on_their_address_alone():
     assert all(not torch.equal(bases[0], other) for other in bases[2:])
 
 
-def test_blockwise_gram_has_the_lower_triangle_of_the_product():
-    matrix = torch.randn(13, 7)
-    torch.testing.assert_close(gram_matrix(matrix).tril(), (matrix @ matrix.t()).tril())
+@torch.no_grad()
+@pytest.mark.parametrize("size", [13, 260], ids=["by blocks", "by syrk"])
+def test_gram_has_the_lower_triangle_of_the_product(size):
+    tall = torch.randn(31, size, generator=torch.Generator().manual_seed(0))
+    for matrix in (tall.t(), tall.t().contiguous(), tall.t().double(), tall.t()[:, ::2], tall.t().requires_grad_()):
+        product = matrix @ matrix.t()
+        torch.testing.assert_close(gram_matrix(matrix).tril(), product.tril(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(whole_gram(matrix), product, rtol=1e-5, atol=1e-5)
 
 
 def test_few_eigenvectors_of_a_large_matrix_are_those_of_all():

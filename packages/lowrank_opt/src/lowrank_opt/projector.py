@@ -26,7 +26,7 @@ log = logging.getLogger("lowrank_opt")
 
 Side = Literal["left", "right", "full"]
 PROJ_TYPES = ("std", "reverse_std", "right", "left", "full")
-# Smaller matrices take longer to be handed over than the vectors that are left out.
+# Smaller matrices take longer to be handed over than what is left out.
 PARTIAL_FROM = 256
 PROJ_METHODS = ("auto", "svd", "gram", "rsvd", "subspace", "random")
 
@@ -111,13 +111,26 @@ def orth(tall: Tensor) -> Tensor:
 
 
 def gram_matrix(matrix: Tensor, blocks: int = 4) -> Tensor:
-    """A A^T with only its lower block triangle filled in, which is all that `eigh` reads."""
+    """A A^T with its lower triangle filled in, which is all that `eigh` reads; above it stand zeros, or that half too."""
     size = matrix.shape[0]
+    if on_lapack(matrix):
+        from scipy.linalg.blas import get_blas_funcs
+
+        # a matrix by columns as it stands, or the transpose of one by rows: nothing is copied
+        array = matrix.detach().numpy()
+        syrk = get_blas_funcs("syrk", dtype=array.dtype)
+        upper = syrk(1.0, array) if array.flags.f_contiguous else syrk(1.0, array.T, trans=1)
+        return torch.from_numpy(upper.T)
     gram = matrix.new_zeros(size, size)
     edges = [size * block // blocks for block in range(blocks + 1)]
     for start, end in itertools.pairwise(edges):
         torch.mm(matrix[start:end], matrix[:end].t(), out=gram[start:end, :end])
     return gram
+
+
+def on_lapack(matrix: Tensor) -> bool:
+    """Whether scipy's BLAS and LAPACK are the faster ones: they know half a product and some of the eigenvectors, which torch does not."""
+    return matrix.device.type == "cpu" and len(matrix) >= PARTIAL_FROM
 
 
 def leading_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
@@ -126,7 +139,7 @@ def leading_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
     Half of the vectors or fewer of a larger matrix are computed alone, which LAPACK can and torch cannot.
     """
     size = len(symmetric)
-    if symmetric.device.type == "cpu" and size >= PARTIAL_FROM and 2 * rank <= size:
+    if on_lapack(symmetric) and 2 * rank <= size:
         from scipy.linalg import eigh
 
         # the transpose of a row-major matrix is what LAPACK reads without a copy
@@ -138,13 +151,10 @@ def leading_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
     return vectors[:, -rank:].flip(1)
 
 
-def whole_gram(matrix: Tensor, blocks: int = 4) -> Tensor:
-    """A A^T, the upper block triangle copied from the lower one."""
-    gram = gram_matrix(matrix, blocks)
-    edges = [len(gram) * block // blocks for block in range(blocks + 1)]
-    for start, end in itertools.pairwise(edges):
-        gram[:start, start:end] = gram[start:end, :start].t()
-    return gram
+def whole_gram(matrix: Tensor) -> Tensor:
+    """A A^T, the upper triangle copied from the lower one."""
+    lower = gram_matrix(matrix).tril_()
+    return lower + lower.tril(-1).t()
 
 
 def squares_first(size: int, other: int, width: int, iterations: int) -> bool:

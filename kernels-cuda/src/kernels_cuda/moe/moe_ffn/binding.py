@@ -163,9 +163,10 @@ def _sums(x_TD: Tensor, rows: int) -> tuple[Tensor, Tensor | None]:
 
     Adding moves a float32 sum in and out for every row; rows of half its width are cheaper to keep until all are there.
     """
+    # dense, whatever the strides of x: the operators write row after row
     if x_TD.dtype == torch.float32:
-        return torch.zeros_like(x_TD), None
-    return torch.empty_like(x_TD), x_TD.new_empty(rows, x_TD.shape[1])
+        return x_TD.new_zeros(x_TD.shape), None
+    return x_TD.new_empty(x_TD.shape), x_TD.new_empty(rows, x_TD.shape[1])
 
 
 def _zero_idle(ends_N: Tensor, *gradients: Tensor) -> None:

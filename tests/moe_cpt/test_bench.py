@@ -36,7 +36,8 @@ def test_updates_are_measured_beside_every_other_backend_and_the_dense_model(mon
 @pytest.mark.bench
 def test_targets_of_the_layer_in_float32() -> None:
     """With 15 parts in a hundred more than the specification asks for."""
-    for figure in bench.layer(BenchConfig()):
-        if figure.details.get("dtype") == "float32":
-            assert figure.target is not None
-            assert figure.value <= 1.15 * figure.target, figure.what
+    figures = [figure for figure in bench.layer(BenchConfig()) if figure.details.get("dtype") == "float32"]
+    judged = [(figure, figure.target) for figure in figures if figure.target is not None]
+    assert len(judged) == 3
+    for figure, target in judged:
+        assert figure.value <= 1.15 * target, figure.what

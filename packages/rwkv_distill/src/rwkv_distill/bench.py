@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lm_core.data.pack import BestFit, OneDocument
+from lm_core.memory import peak_bytes, reset_peak
 from lm_core.models import load_model
 from lm_core.plot import COLOURS, MARKERS, drawing
 from rwkv_distill import ops, reference
@@ -31,6 +31,7 @@ from rwkv_distill.student_config import StudentConfig
 
 SHAPE = 1, 512, 14, 64  # B, T, H, N
 CONTEXTS = (64, 512, 2048, 8192)
+CPU = torch.device("cpu")
 
 
 def bench(config: BenchConfig) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def against(
 def linear_kl(config: BenchConfig) -> dict[str, Any]:
     """The fused head of stage 2 against full logits and autograd: processor time, and how much the peak of memory grows.
 
-    Every measurement has a process of its own, since a peak never falls.
+    Every measurement has a process of its own, so that none finds memory which an earlier one gave back.
     """
     report: dict[str, Any] = {}
     for rows, memory, time_limit in ((1024, 0.30, 0.6), (4096, 0.15, None)):
@@ -143,8 +144,10 @@ def kl_cost(fused: bool, rows: int, repeats: int, width: int = 128, columns: int
 
     # what is loaded and compiled once is no cost of a call
     ops.linear_kl(h_s[:2].detach(), w_s[:256].detach(), (h_t[:2], w_t[:256]), chunk=128)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return seconds(run, repeats), max(1, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    # not getrusage, whose peak a process takes over from the one that started it
+    reset_peak(CPU)
+    before = peak_bytes(CPU)
+    return seconds(run, repeats), (peak_bytes(CPU) - before) // 1024
 
 
 def decode(config: BenchConfig) -> dict[str, Any]:
@@ -179,14 +182,15 @@ def _decode(model: Any, config: BenchConfig) -> dict[str, Any]:
             piece = token.expand(1, min(256, context - seen))
             state = model(piece, past_key_values=state, use_cache=True, logits_to_keep=1).past_key_values
             seen += piece.shape[1]
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        reset_peak(CPU)
+        before = peak_bytes(CPU)
         times = []
         for _ in range(config.tokens):
             began = time.process_time()
             state = model(token, past_key_values=state, use_cache=True).past_key_values
             times.append(time.process_time() - began)
             seen += 1
-        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        grown = (peak_bytes(CPU) - before) // 1024
         found[str(context)] = {"milliseconds": 1e3 * statistics.median(times), "state_bytes": _bytes(state), "peak_grew_kib": grown}
     return {"contexts": found}
 

@@ -262,7 +262,7 @@ processor time in the median step behind the first one; the ratio is ours over t
 with imports, loading, and for low-rank optimizers the first projection. `peak` is the most memory that the whole program held.
 `floor` is the time that the operations of our step (as `lm_core.estimate` counts them) take at the rate of a large float32 product on one
 thread, over the time of our step; it is above 1 for masked diffusion, whose head we compute for masked tokens alone, while the estimate
-counts all. Load: before and after, over all programs on the machine.
+counts all, and may be elsewhere where the processor's clock changed between the two. Load: before and after, over all programs on the machine.
 """
 
 

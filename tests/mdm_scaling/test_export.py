@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.mdm_scaling.small import network
+from tests.mdm_scaling.small import class_elsewhere, network
 from transformers import AutoModelForCausalLM
 
 from lm_core.data.vocab import byte_tokenizer
@@ -42,21 +40,7 @@ def test_a_causal_export_is_a_stock_llama(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_masked_export_loads_without_this_package(tmp_path: Path) -> None:
     export(ExportConfig(checkpoint=saved("mdm", tmp_path / "a"), out=tmp_path / "b"))
-    model = load_network(str(tmp_path / "b"))
-    tokens = torch.arange(10)[None]
-    torch.save(model(input_ids=tokens).logits.detach(), tmp_path / "logits.pt")
-    code = (
-        "import sys, torch; sys.modules['mdm_scaling'] = None\n"
-        "from transformers import AutoModelForCausalLM\n"
-        f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'b')!r}, trust_remote_code=True)\n"
-        f"assert torch.equal(model(input_ids=torch.arange(10)[None]).logits, torch.load({str(tmp_path / 'logits.pt')!r}))\n"
-        "print(type(model).__name__)"
-    )
-    import os
-
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert run.stdout.strip() == "MdmForMaskedLM", run.stderr
+    assert class_elsewhere(tmp_path / "b", tmp_path) == "MdmForMaskedLM"
 
 
 def test_an_imported_model_keeps_its_weights(tmp_path: Path) -> None:

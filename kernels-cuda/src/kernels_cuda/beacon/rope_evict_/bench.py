@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
+from kernels_cuda.beacon.from_length import from_same_length
 from kernels_cuda.beacon.rope_evict_ import reference, rope_evict_
 from kernels_cuda.beacon.rope_evict_.cases import make
 from kernels_cuda.bench import Shape
-
-
-def function(mem_len: Tensor, **given: Tensor) -> None:
-    """The op, always from the same length."""
-    rope_evict_(mem_len=mem_len.clone(), **given)
-
-
-def baseline(mem_len: Tensor, **given: Tensor) -> None:
-    """The reference."""
-    reference.rope_evict_(mem_len=mem_len.clone(), **given)
 
 
 def shape(entries: int, dtype: torch.dtype) -> Shape:
@@ -26,8 +16,8 @@ def shape(entries: int, dtype: torch.dtype) -> Shape:
         name=f"C={entries}",
         dtype=dtype,
         make=lambda: make(dtype, 8, entries, 64, [(entries, 1, 128)]),
-        function=function,
-        baseline=baseline,
+        function=from_same_length(rope_evict_),
+        baseline=from_same_length(reference.rope_evict_),
         baseline_name="the reference",
         flops=0,
         # keys and values of what moves are read and written

@@ -31,7 +31,8 @@ def make(dtype: torch.dtype, B: int, G: int, T: int, N: int, d: int, *, absent: 
     }
 
 
-def _strided(dtype: torch.dtype) -> Arguments:
+def strided(dtype: torch.dtype) -> Arguments:
+    """Numbers that do not lie side by side."""
     arguments = make(dtype, 2, 3, 9, 6, 16, absent=0.3)
     wide = torch.randn(2, 3, 18, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
     return {
@@ -52,7 +53,7 @@ CASES = [
     Case("many blocks", partial(make, B=2, G=2, T=70, N=90, d=64)),
     Case("no entries", partial(make, B=2, G=2, T=4, N=0, d=8)),
     Case("no row", partial(make, B=0, G=2, T=4, N=3, d=8)),
-    Case("strided", _strided),
+    Case("strided", strided),
     Case("half precision", partial(make, B=1, G=2, T=5, N=7, d=8, absent=0.2), (torch.float16,)),
 ]
 

@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
+from kernels_cuda.beacon.from_length import from_same_length
 from kernels_cuda.beacon.rope_gather_append_ import reference, rope_gather_append_
 from kernels_cuda.beacon.rope_gather_append_.cases import make
 from kernels_cuda.bench import Shape
-
-
-def function(mem_len: Tensor, **given: Tensor) -> None:
-    """The op, always from the same length."""
-    rope_gather_append_(mem_len=mem_len.clone(), **given)
-
-
-def baseline(mem_len: Tensor, **given: Tensor) -> None:
-    """The reference."""
-    reference.rope_gather_append_(mem_len=mem_len.clone(), **given)
 
 
 def shape(entries: int, dtype: torch.dtype) -> Shape:
@@ -26,8 +16,8 @@ def shape(entries: int, dtype: torch.dtype) -> Shape:
         name=f"N={entries}",
         dtype=dtype,
         make=lambda: make(dtype, 1, 8, entries, entries, 64),
-        function=function,
-        baseline=baseline,
+        function=from_same_length(rope_gather_append_),
+        baseline=from_same_length(reference.rope_gather_append_),
         baseline_name="the reference",
         flops=0,
         # keys and values are read and written

@@ -7,15 +7,19 @@ from typing import Any
 
 import torch
 
-from kernels_cuda.beacon.rope_gather.cases import make as picked
+from kernels_cuda.beacon.rope_gather import cases as gather
 from kernels_cuda.testing import Arguments, Call, Case, Refused
 
 
 def make(dtype: torch.dtype, B: int, G: int, T: int, N: int, d: int, *, skipped: float = 0.0, held: int = 3) -> Arguments:
     """A memory of up to `held` entries a row with room for N more; `skipped` is the share of entries that are not written."""
-    given = picked(dtype, B, G, T, N, d, absent=skipped)
+    return _with_memory(gather.make(dtype, B, G, T, N, d, absent=skipped), held)
+
+
+def _with_memory(given: Arguments, held: int) -> Arguments:
+    (B, G, _, d), N = given["k"].shape, given["src"].shape[1]
     generator = torch.Generator().manual_seed(N)
-    memory = torch.randn(2, B, G, N + held, d, generator=generator).to(dtype)
+    memory = torch.randn(2, B, G, N + held, d, generator=generator).to(given["k"].dtype)
     return {
         "k": given["k"].detach(),
         "v": given["v"].detach(),
@@ -29,16 +33,8 @@ def make(dtype: torch.dtype, B: int, G: int, T: int, N: int, d: int, *, skipped:
 
 
 def _strided(dtype: torch.dtype) -> Arguments:
-    arguments = make(dtype, 2, 3, 9, 6, 16, skipped=0.3)
-    wide, memory = torch.randn(2, 2, 3, 18, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
-    return {
-        **arguments,
-        "k": wide[:, :, ::2, 3:19],
-        "v": wide[:, :, 1::2, ::2][..., :16],
-        "src": arguments["src"].T.contiguous().T,
-        "k_mem": memory[:, :, 2:11, 20:36],
-        "v_mem": memory[:, :, 9:, :16],
-    }
+    memory = torch.randn(2, 3, 18, 40, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return {**_with_memory(gather.strided(dtype), 3), "k_mem": memory[:, :, 2:11, 20:36], "v_mem": memory[:, :, 9:, :16]}
 
 
 CASES = [

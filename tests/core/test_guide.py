@@ -77,7 +77,7 @@ def test_what_a_guide_says_of_what_holds_anyway_is_read_and_anything_else_refuse
     ]
     found = split(args, options=[*leaves(Options)], others=[], positional=False, words=Options.words)
     assert found.values == {"lr": "1"}
-    assert found.notices == ["--log_level: has no effect here; notices and warnings are always shown"]
+    assert found.notices == ["--log_level: has no effect here; warnings are always shown, notices unless --quiet is given"]
     assert found.mistakes == ["--optim sgd: cannot be had; AdamW is the optimizer"]
 
 

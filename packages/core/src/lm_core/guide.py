@@ -63,7 +63,7 @@ class TrainerSpellings(AdamSpellings):
         "--dataloader-pin-memory": Word("batches are copied as the device wants them"),
         "--ddp-timeout": Word("the launcher's environment says how long processes wait"),
         "--ddp-find-unused-parameters": Word("every trained weight takes part in every step", ("false",)),
-        "--log-level": Word("notices and warnings are always shown"),
+        "--log-level": Word("warnings are always shown, notices unless --quiet is given"),
         "--log-level-replica": Word("further processes show warnings alone"),
         "--log-on-each-node": Word("the first process writes the log", ("false",)),
     }

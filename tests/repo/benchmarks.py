@@ -1,7 +1,7 @@
 """docs/benchmarks.md: our training beside what a user would pick otherwise, and every package's `bench`, each beside its target.
 
 Written by `nox -s bench`, one part after the other; `python -m tests.repo.benchmarks docs/benchmarks.json docs/benchmarks.md galore "moe-cpt bench"`
-measures two parts, keeps the others, and draws the page. `"moe-cpt bench=FILE"` takes what `moe-cpt bench > FILE` left, with or without --json.
+measures two parts, keeps the others, and draws the page.
 
 End to end, every run is a program of its own on one thread. A stopwatch outside reads its processor time whenever it logs a step, so
 that other work on the machine disturbs little, and the peak of its memory at the end. The first step warms up.
@@ -14,7 +14,6 @@ import datetime
 import json
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -180,32 +179,6 @@ def benched(script: str, arguments: list[str]) -> dict[str, Any]:
     return {"command": " ".join(words[:-1]), "figures": figures_of(json.loads(printed.stdout))}
 
 
-def collected(command: str, file: Path) -> dict[str, Any]:
-    """What `command > FILE`, with or without --json, left, with its own conditions."""
-    text = file.read_text()
-    found = json.loads(text) if text.startswith("{") else printed(text)
-    said = found.get("conditions", {})
-    where = conditions(0, 0.0) | {"date": str(datetime.date.fromtimestamp(file.stat().st_mtime)), "seconds": None}
-    where |= {"commit": (said.get("commit") or "unknown")[:7], "load": [round(load, 1) for load in said.get("load", [])]}
-    return {"command": command, "figures": figures_of(found), "conditions": where}
-
-
-def printed(text: str) -> dict[str, Any]:
-    """Conditions and figures from the lines that `lm_core.figures.report` prints."""
-    commit = re.search(r"; commit (\w+);", text)
-    lines = re.findall(r"^(pass|FAIL|    )  (\S+) +(\S+) (?:(<=|>=) (\S+)|          ) +(.*)$", text, re.MULTILINE)
-    return {
-        "conditions": {"commit": commit and commit[1]},
-        "figures": [
-            {
-                "name": name, "what": what, "value": float(value), "target": float(bound) if sign else None, "least": sign == ">=",
-                "pass": judged != "FAIL",
-            }
-            for judged, name, value, sign, bound, what in lines
-        ],
-    }  # fmt: skip
-
-
 def figures_of(found: dict[str, Any]) -> list[dict[str, Any]]:
     own: list[dict[str, Any]] | None = found.get("figures")
     return list(figures(found)) if own is None else own
@@ -286,9 +259,8 @@ def page(parts: dict[str, Any]) -> str:
     for name, part in parts.items():
         if "figures" in part:
             where = part["conditions"]
-            load = f", load {' to '.join(map(str, where['load']))}" if where["load"] else ""
-            took = f", {where['seconds']} s" if where["seconds"] else ""
-            told = f"`{part['command']}`, {where['date']}, commit {where['commit']}{load}{took}."
+            load = " to ".join(map(str, where["load"]))
+            told = f"`{part['command']}`, {where['date']}, commit {where['commit']}, load {load}, {where['seconds']} s."
             lines += ["", f"## {name.removesuffix(' bench')}", "", told, "", "| figure | value | target | met |", "|---|---|---|---|"]
             for figure in part["figures"]:
                 target, value = figure.get("target"), figure["value"]
@@ -317,7 +289,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("page", type=Path)
-    parser.add_argument("parts", nargs="*", help="Parts to measure now, or bench=FILE; default: all of them.")
+    parser.add_argument("parts", nargs="*", help="Parts to measure now; default: all of them.")
     parser.add_argument("--draw", action="store_true", help="Measure nothing, draw the page again.")
     options = parser.parse_args()
     parts = json.loads(options.results.read_text()) if options.results.exists() else {}
@@ -326,15 +298,9 @@ def main() -> None:
         benches = {f"{script} bench": (script, []) for package in methods() for script in package.project.get("scripts", {})}
         for name in [] if options.draw else options.parts or [*known, *benches]:
             # `lowrank-opt bench --only C3` measures some of the figures
-            name, _, file = name.partition("=")
             words = name.split()
             load, began = os.getloadavg()[0], time.monotonic()
-            if file:
-                part = collected(name, Path(file))
-            elif name in known:
-                part = raced(known[name])
-            else:
-                part = benched(words[0], words[2:])
+            part = raced(known[name]) if name in known else benched(words[0], words[2:])
             parts[" ".join(words[:2])] = {"conditions": conditions(time.monotonic() - began, load)} | part
             options.results.write_text(json.dumps(parts, indent=1) + "\n")
     options.page.write_text(page(parts), encoding="utf-8")

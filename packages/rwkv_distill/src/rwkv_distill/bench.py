@@ -6,18 +6,19 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import torch
 from torch import Tensor
 
 from lm_core.data.pack import BestFit, OneDocument
+from lm_core.errors import ConfigError
+from lm_core.figures import Figure, report
 from lm_core.memory import peak_bytes, reset_peak
 from lm_core.models import load_model
 from lm_core.plot import COLOURS, MARKERS, drawing
@@ -34,17 +35,16 @@ CONTEXTS = (64, 512, 2048, 8192)
 CPU = torch.device("cpu")
 
 
-def bench(config: BenchConfig) -> dict[str, Any]:
-    """Run the benches that `config` names; ratios by name, each with its target where there is one."""
-    torch.set_num_threads(1)
-    parts = {"wkv7": wkv7, "wkv6": wkv6, "linear_kl": linear_kl, "decode": decode, "stage1": stage1, "pack": pack}
-    report = {name: part(config) for name, part in parts.items() if config.op in (name, "all")}
+def run(config: BenchConfig) -> dict[str, Any]:
+    """Print each figure with its target as it is measured."""
+    if config.figure is not None and config.op not in ("decode", "all"):
+        raise ConfigError(f"figure: shows decoding, which --op {config.op} does not measure; leave it out or use --op decode")
+    found = report(MEASUREMENTS, config, only=[] if config.op == "all" else [config.op], threads=1)
     if config.output is not None:
-        config.output.write_text(json.dumps(report, indent=1) + "\n")
-    if config.figure is not None and "decode" in report:
-        draw(report["decode"], config.figure)
-    click.echo(json.dumps(report, indent=1))
-    return report
+        config.output.write_text(json.dumps(found, indent=1) + "\n")
+    if config.figure is not None:
+        draw({figure["side"]: figure["contexts"] for figure in found["figures"] if figure["name"] == "decode"}, config.figure)
+    return found
 
 
 def seconds(function: Callable[[], Any], repeats: int) -> float:
@@ -58,7 +58,7 @@ def seconds(function: Callable[[], Any], repeats: int) -> float:
     return min(found)
 
 
-def wkv7(config: BenchConfig) -> dict[str, Any]:
+def wkv7(config: BenchConfig) -> Iterator[Figure]:
     """The operator against its definition: forward, forward and backward, one step."""
     torch.manual_seed(0)
     inputs = [torch.randn(SHAPE, requires_grad=True) for _ in range(6)]
@@ -72,20 +72,20 @@ def wkv7(config: BenchConfig) -> dict[str, Any]:
     one = [torch.randn(8, *SHAPE[2:]) for _ in range(6)]
     one[4], one[5] = inputs[4].detach()[0, :8], inputs[5].detach()[0, :8]
     state = torch.zeros(8, SHAPE[2], SHAPE[3], SHAPE[3])
-    report = recurrence(config, ops.wkv7, reference.wkv7, inputs, (20, 15))
-    return {**report, "step": against(config, step, ops.wkv7_step, reference.wkv7_step, 3)}
+    yield from recurrence(config, "wkv7", ops.wkv7, reference.wkv7, inputs, (20, 15))
+    yield against(config, "wkv7", "one step of 8 rows", step, ops.wkv7_step, reference.wkv7_step, 3)
 
 
-def wkv6(config: BenchConfig) -> dict[str, Any]:
+def wkv6(config: BenchConfig) -> Iterator[Figure]:
     """The operator of RWKV-6 in the same way."""
     torch.manual_seed(0)
     inputs = [torch.randn(SHAPE, requires_grad=True) for _ in range(4)]
-    return recurrence(config, ops.wkv6, reference.wkv6, [*inputs, torch.randn(SHAPE[2:], requires_grad=True)], (15, 12))
+    yield from recurrence(config, "wkv6", ops.wkv6, reference.wkv6, [*inputs, torch.randn(SHAPE[2:], requires_grad=True)], (15, 12))
 
 
 def recurrence(
-    config: BenchConfig, mine: Callable[..., Any], theirs: Callable[..., Any], inputs: list[Tensor], targets: tuple[int, int]
-) -> dict[str, Any]:
+    config: BenchConfig, name: str, mine: Callable[..., Any], theirs: Callable[..., Any], inputs: list[Tensor], targets: tuple[int, int]
+) -> Iterator[Figure]:
     """Forward, and forward and backward."""
 
     def both(operator: Callable[..., Any]) -> None:
@@ -95,37 +95,39 @@ def recurrence(
         with torch.no_grad():
             operator(*inputs)
 
-    return {
-        "shape": list(SHAPE),
-        "forward": against(config, forward, mine, theirs, targets[0]),
-        "forward_backward": against(config, both, mine, theirs, targets[1]),
-    }
+    yield against(config, name, "forward", forward, mine, theirs, targets[0])
+    yield against(config, name, "forward and backward", both, mine, theirs, targets[1])
 
 
 def against(
-    config: BenchConfig, function: Callable[..., Any], mine: Callable[..., Any], theirs: Callable[..., Any], target: int
-) -> dict[str, Any]:
-    """Milliseconds of both sides, and their ratio."""
+    config: BenchConfig,
+    name: str,
+    what: str,
+    function: Callable[..., Any],
+    mine: Callable[..., Any],
+    theirs: Callable[..., Any],
+    target: int,
+) -> Figure:
+    """How many times faster than its definition the operator is."""
     fast, slow = seconds(partial(function, mine), config.repeats), seconds(partial(function, theirs), max(1, config.repeats // 5))
-    return {"milliseconds": 1e3 * fast, "reference_milliseconds": 1e3 * slow, "ratio": slow / fast, "at_least": target}
+    told = f"{what}: times faster than its definition, {1e3 * fast:.3g} of {1e3 * slow:.4g} ms"
+    details = {"part": what, "shape": list(SHAPE), "milliseconds": 1e3 * fast, "reference_milliseconds": 1e3 * slow}
+    return Figure(name, told, slow / fast, target, least=True, details=details)
 
 
-def linear_kl(config: BenchConfig) -> dict[str, Any]:
+def linear_kl(config: BenchConfig) -> Iterator[Figure]:
     """The fused head of stage 2 against full logits and autograd: processor time, and how much the peak of memory grows.
 
     Every measurement has a process of its own, so that none finds memory which an earlier one gave back.
     """
-    report: dict[str, Any] = {}
     for rows, memory, time_limit in ((1024, 0.30, 0.6), (4096, 0.15, None)):
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
             found = [pool.submit(kl_cost, fused, rows, max(1, config.repeats // 5)).result() for fused in (True, False)]
         (fast, small), (slow, large) = found
-        report[f"rows_{rows}"] = {
-            "milliseconds": 1e3 * fast, "full_milliseconds": 1e3 * slow, "peak_kib": small, "full_peak_kib": large,
-            "memory": {"ratio": small / large, "at_most": memory},
-            "time": {"ratio": fast / slow, **({} if time_limit is None else {"at_most": time_limit})},
-        }  # fmt: skip
-    return report
+        details = {"rows": rows, "milliseconds": 1e3 * fast, "full_milliseconds": 1e3 * slow, "peak_kib": small, "full_peak_kib": large}
+        told = f"{rows} rows: memory over full logits', {small / 1024:.0f} of {large / 1024:.0f} MiB"
+        yield Figure("linear_kl", told, small / large, memory, details=details)
+        yield Figure("linear_kl", f"{rows} rows: time over full logits', {1e3 * fast:.0f} of {1e3 * slow:.0f} ms", fast / slow, time_limit)
 
 
 def kl_cost(fused: bool, rows: int, repeats: int, width: int = 128, columns: int = 32768) -> tuple[float, int]:
@@ -150,23 +152,21 @@ def kl_cost(fused: bool, rows: int, repeats: int, width: int = 128, columns: int
     return seconds(run, repeats), (peak_bytes(CPU) - before) // 1024
 
 
-def decode(config: BenchConfig) -> dict[str, Any]:
+def decode(config: BenchConfig) -> Iterator[Figure]:
     """Time of one token and bytes remembered, behind contexts of several lengths: of the student, and of the teacher if it is named."""
     student: Any = (
         StudentModel.from_teacher(load_model("tiny", presets=MODELS), StudentConfig(head_size=32))
         if config.model is None
         else load_student(config.model)
     )
-    report = {"student": _decode(student, config)}
-    report["student"]["slowest_over_first"] = {"ratio": _last_over_first(report["student"]), "at_most": 1.1}
+    sides = {"student": student}
     if config.teacher is not None:
-        report["teacher"] = _decode(load_model(config.teacher, presets=MODELS), config)
-    return report
-
-
-def _last_over_first(report: dict[str, Any]) -> float:
-    times = [entry["milliseconds"] for entry in report["contexts"].values()]
-    return float(times[-1] / times[0])
+        sides["teacher"] = load_model(config.teacher, presets=MODELS)
+    for side, model in sides.items():
+        contexts = _decode(model, config)
+        first, last = ([*contexts.values()][at]["milliseconds"] for at in (0, -1))
+        told = f"{side}: time of a token behind the longest context over the shortest's, {last:.3g} of {first:.3g} ms"
+        yield Figure("decode", told, last / first, 1.1 if side == "student" else None, details={"side": side, "contexts": contexts})
 
 
 @torch.no_grad()
@@ -192,7 +192,7 @@ def _decode(model: Any, config: BenchConfig) -> dict[str, Any]:
             seen += 1
         grown = (peak_bytes(CPU) - before) // 1024
         found[str(context)] = {"milliseconds": 1e3 * statistics.median(times), "state_bytes": _bytes(state), "peak_grew_kib": grown}
-    return {"contexts": found}
+    return found
 
 
 def _bytes(state: Any) -> int:
@@ -201,12 +201,12 @@ def _bytes(state: Any) -> int:
     return sum(tensor.nbytes for layer in state.layers for tensor in (layer.keys, layer.values))
 
 
-def draw(report: dict[str, Any], path: Path) -> None:
+def draw(sides: dict[str, Any], path: Path) -> None:
     """Milliseconds of a token and bytes remembered against the tokens before it."""
     with drawing(path) as figure:
         left, right = figure.subplots(1, 2)
-        for place, side in enumerate(side for side in ("teacher", "student") if side in report):
-            contexts = report[side]["contexts"]
+        for place, side in enumerate(side for side in ("teacher", "student") if side in sides):
+            contexts = sides[side]
             for axes, key, unit in ((left, "milliseconds", 1.0), (right, "state_bytes", 2.0**20)):
                 values = [entry[key] / unit for entry in contexts.values()]
                 axes.plot([int(length) for length in contexts], values, color=COLOURS[place], marker=MARKERS[place], label=side)
@@ -218,13 +218,12 @@ def draw(report: dict[str, Any], path: Path) -> None:
             axes.legend()
 
 
-def stage1(config: BenchConfig) -> dict[str, Any]:
+def stage1(config: BenchConfig) -> Iterator[Figure]:
     """Bytes that autograd holds at most in stage 1, with 8 layers and with 2: layer by layer, and in one pass."""
-    report = {}
-    for name, local, limit in (("layer_local", True, {"at_most": 1.3}), ("plain", False, {"above": 2.5})):
+    for what, local, target in (("layer by layer", True, 1.3), ("in one pass", False, 2.5)):
         deep, flat = (held_bytes(depth, local) for depth in (8, 2))
-        report[name] = {"bytes_8_layers": deep, "bytes_2_layers": flat, "ratio": deep / flat, **limit}
-    return report
+        told = f"{what}: bytes held for the backward pass with 8 layers over those with 2"
+        yield Figure("stage1", told, deep / flat, target, least=not local, details={"bytes_8_layers": deep, "bytes_2_layers": flat})
 
 
 def held_bytes(depth: int, local: bool) -> int:
@@ -258,7 +257,7 @@ def held_bytes(depth: int, local: bool) -> int:
     return most
 
 
-def pack(config: BenchConfig) -> dict[str, Any]:
+def pack(config: BenchConfig) -> Iterator[Figure]:
     """Unmasked tokens per second of a student's forward pass: rows packed by best fit against one padded document per row."""
     torch.manual_seed(0)
     size, rows = 128, 8
@@ -284,10 +283,8 @@ def pack(config: BenchConfig) -> dict[str, Any]:
                     student(batch["input_ids"], batch.get("attention_mask"), batch.get("document_ids"))
 
         rates[name] = real / seconds(forward, config.repeats)
-    return {
-        "mean_length_over_row": float(lengths.mean() / size), "tokens_per_second": rates,
-        "ratio": rates["pack"] / rates["pad"], "at_least": 2.5,
-    }  # fmt: skip
+    told = f"tokens/s of rows packed by best fit over one padded document per row, of a mean length of {lengths.mean() / size:.2f} rows"
+    yield Figure("pack", told, rates["pack"] / rates["pad"], 2.5, least=True, details={"tokens_per_second": rates})
 
 
 class _Documents:
@@ -307,3 +304,13 @@ class _Documents:
         return np.arange(first, last) % 200
 
     labels = read
+
+
+MEASUREMENTS: dict[str, Callable[[BenchConfig], Iterator[Figure]]] = {
+    "wkv7": wkv7,
+    "wkv6": wkv6,
+    "linear_kl": linear_kl,
+    "decode": decode,
+    "stage1": stage1,
+    "pack": pack,
+}

@@ -163,9 +163,9 @@ def bench(config: BenchConfig) -> dict[str, Any]:
 
     Example: rwkv-distill bench --op wkv7
     """
-    from rwkv_distill import bench as benches
+    from rwkv_distill.bench import run
 
-    return benches.bench(config)
+    return run(config)
 
 
 add_harness(cli, "rwkv_distill")

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kernels_cuda.mdm import token_mask_keep
 from lm_core import counter
 from mdm_scaling.noise import WHOLE, at, unit, words
 
@@ -39,18 +40,11 @@ def seen(mode: Literal["attention", "column"], size: int, ratio: float, eps: flo
     attention: a query is selected with probability `ratio` and then hides each earlier key with probability
     p = eps + (1 - eps) u of its own; column: a selected key is hidden from every query but its own.
     """
-    place = torch.arange(size, device=index_B.device)
-    itself = place[:, None] == place
-    # word 2^31 + i of a sample: whether row (or column) i is selected, and its p
-    own = words(seed, "mask", index_B, WHOLE, 4 * size).view(len(index_B), size, 4)
-    selected_BS = unit(own[:, :, 0]) < ratio
-    if mode == "column":
-        hidden = selected_BS[:, None, :].expand(-1, size, -1)
-    else:
-        p_BS = eps + (1 - eps) * unit(own[:, :, 1])
-        pairs = unit(words(seed, "mask", index_B, 0, size * size)).view(-1, size, size)
-        hidden = selected_BS[:, :, None] & (pairs < p_BS[:, :, None])
-    return (((place <= place[:, None]) & ~hidden) | itself)[:, None]
+    place, number = torch.arange(size, device=index_B.device), counter.number("mask")
+    # a few queries at a time: the draws of their pairs stay in a cache
+    parts = place.split(max(1, 2**16 // size))
+    rows = [[token_mask_keep(seed, number, slot, part[:, None], place, size, ratio, eps, mode) for part in parts] for slot in index_B]
+    return torch.stack([torch.cat(of_sequence) for of_sequence in rows])[:, None]
 
 
 @lru_cache(maxsize=8)

@@ -15,7 +15,7 @@ from lm_core.cache import kept_in
 from lm_core.errors import ConfigError
 from lm_core.method import IGNORE, Batch, Loss, Method
 from lm_core.models import checkpoint_activations, decoder_layers, load_tokenizer
-from mdm_scaling import experiments, losses, sizes
+from mdm_scaling import experiments, flex, losses, sizes
 from mdm_scaling.config import SHARED, PretrainConfig
 from mdm_scaling.data import rows
 from mdm_scaling.model import Scorer, checkpoint_folder, fresh, load_network, warm
@@ -139,6 +139,8 @@ class Pretrain(Method):
 
     def build(self) -> nn.Module:
         model = self.network()
+        if self.config.randmask_ratio and self.config.randmask_mode != "input":
+            model.config._attn_implementation = flex.NAME
         module = Scorer(model, attention_dropout=self.config.attention_dropout, hidden_dropout=self.config.hidden_dropout)
         if self.config.gradient_checkpointing:
             checkpoint_activations(module)
@@ -198,9 +200,13 @@ class Pretrain(Method):
         if config.randmask_ratio and config.randmask_mode == "input":
             inputs["input_ids_BS"] = experiments.replaced(ids, config.randmask_ratio, self.mask_id, config.seed, batch.index)
         elif config.randmask_ratio and config.randmask_mode != "input":
-            mode, ratio = config.randmask_mode, config.randmask_ratio
-            inputs["attention_mask"] = experiments.seen(mode, size, ratio, config.mask_eps, config.seed, batch.index)
+            made = flex.token_mask if self.fused(ids) else experiments.seen
+            inputs["attention_mask"] = made(config.randmask_mode, size, config.randmask_ratio, config.mask_eps, config.seed, batch.index)
         return inputs
+
+    def fused(self, ids: Tensor) -> bool:
+        """Whether attention asks a function who sees whom, and no tensor; on a CPU that has no backward."""
+        return ids.is_cuda
 
     def seen(self, ids: Tensor, attention: Tensor | None) -> dict[str, Any]:
         """Who sees whom, and where: documents by themselves where they are kept apart."""

@@ -18,17 +18,22 @@ def noise_tokens(
 
 def masked_tokens(p: Tensor, key: int, stream: int, slot: Tensor, size: int, eligible: Tensor | None = None) -> Tensor:
     """See the public function of the same name."""
-    masked = (words(key, stream, slot, size) >> 8).to(torch.float64) * 2.0**-24 < p[:, None].double()
+    masked = unit(words(key, stream, slot, size)) < p[:, None].double()
     return masked if eligible is None else masked & eligible
 
 
 def words(key: int, stream: int, slot: Tensor, size: int) -> Tensor:
     """The 32-bit draws of `size` tokens of each sequence (B x S, int64)."""
     blocks = torch.arange((size + 3) // 4, device=slot.device)
-    return torch.stack(torch.broadcast_tensors(*_philox(slot[:, None], blocks, stream, key)), dim=-1).flatten(1)[:, :size]
+    return torch.stack(torch.broadcast_tensors(*philox(slot[:, None], blocks, stream, key)), dim=-1).flatten(1)[:, :size]
 
 
-def _philox(index: Tensor, block: Tensor, stream: int, key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def unit(draws: Tensor) -> Tensor:
+    """Draws as float64 in [0, 1), multiples of 2^-24."""
+    return (draws >> 8).to(torch.float64) * 2.0**-24
+
+
+def philox(index: Tensor, block: Tensor, stream: int, key: int | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four words of 32 bits, in int64 (Salmon et al., SC 2011)."""
     a, b, c, d = index & _WORD, (index >> 32) & _WORD, block, torch.full_like(block, stream)
     k0, k1 = key & _WORD, (key >> 32) & _WORD

@@ -20,7 +20,7 @@ TOOLS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis"]
 # What runs on any machine; sessions of their own take the rest. Whole suites take every core, up to eight (a worker holds
 # about 2 GB); a worker that has run out of tests takes half of what another has left.
 WORKERS = ["-n", str(min(len(os.sched_getaffinity(0)), 8)), "--dist", "worksteal"]
-EVERYWHERE = [*WORKERS, "-m", "not gpu and not bench and not netns and not slurm and not faults"]
+EVERYWHERE = [*WORKERS, "-m", "not gpu and not bench and not netns and not slurm and not faults and not long"]
 ENV = {
     # uv writes no bytecode, so Python must, else every process pays for compiling torch's and transformers' sources.
     "PYTHONDONTWRITEBYTECODE": "",

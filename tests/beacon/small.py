@@ -6,20 +6,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from beacon.attach import attach_beacon
 from beacon.config import BeaconConfig
 from beacon.plan import Plan
 
+# what architectures have that others have not
+MORE: dict[str, dict[str, Any]] = {"llama": {"attention_bias": True}, "qwen3": {"head_dim": 8}, "phi3": {"pad_token_id": 0}}
 
-def stock(dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
+
+def stock(dtype: torch.dtype = torch.float64, kind: str = "llama", **changes: Any) -> Any:
     torch.manual_seed(0)
     values = {
         "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 256, "eos_token_id": 3, "bos_token_id": 2, "attention_bias": True,
+        "num_key_value_heads": 2, "max_position_embeddings": 256, "eos_token_id": 3, "bos_token_id": 2,
     }  # fmt: skip
-    model = LlamaForCausalLM(LlamaConfig(**{**values, **changes})).to(dtype)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**values, **MORE[kind], **changes})).to(dtype)
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     return model.eval()
@@ -76,6 +79,8 @@ def dense(model: Any, row: Tensor, plan: Plan) -> Tensor:
             scores = q[:, head] @ k[:, head // group].T / attn.head_dim**0.5
             heads.append(scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v[:, head // group])
         hidden = hidden + both("o_proj", torch.cat(heads, -1))
-        hidden = hidden + layer.mlp(norm(layer.post_attention_layernorm, hidden))
+        normed = norm(layer.post_attention_layernorm, hidden)
+        inside = layer.mlp.act_fn(layer.mlp.gate_proj(normed)) * both("up_proj", normed, layer.mlp)
+        hidden = hidden + both("down_proj", inside, layer.mlp)
     order = [plan.tokens.index(("x", t)) for t in range(len(row))]
     return model.lm_head(norm(inner.norm, hidden[order]))

@@ -49,7 +49,9 @@ def chosen(model: Any, engine: str) -> str:
 @each_mode
 @pytest.mark.parametrize("documents", [False, True])
 def test_engines_equal_one_dense_attention_over_the_plan(mode: dict[str, Any], stride: int, documents: bool) -> None:
-    model = beacon_model(stride=stride, ratio=[2, 1, 0], sink_size=1, **mode)
+    # with and without the beacons' own maps behind attention
+    param = ["q", "k", "v", "o", "mlp"] if stride == 8 else ["k", "v"]
+    model = beacon_model(stride=stride, ratio=[2, 1, 0], sink_size=1, param=param, **mode)
     row, ratios = ids(1, 27), [2, 1, 2, 0, 2, 1, 2, 2, 2, 1, 2, 2]
     doc = torch.tensor([[0] * 5 + [1] * 12 + [2] * 3 + [3] * 7]) if documents else None
     for training in (False, True):
@@ -65,7 +67,7 @@ def test_engines_equal_one_dense_attention_over_the_plan(mode: dict[str, Any], s
 @each_mode
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_parallel_and_loop_engines_agree_in_every_gradient(mode: dict[str, Any], stride: int, checkpointing: bool) -> None:
-    model = beacon_model(stride=stride, ratio=[2, 1], sink_size=1, **mode).train()
+    model = beacon_model(stride=stride, ratio=[2, 1], sink_size=1, param=["q", "k", "v", "o", "mlp"], **mode).train()
     if checkpointing:
         checkpoint_activations(model)
     model.requires_grad_(True)
@@ -83,7 +85,11 @@ def test_parallel_and_loop_engines_agree_in_every_gradient(mode: dict[str, Any],
     for other in found[1:]:
         torch.testing.assert_close(found[0][0], other[0], **CLOSE)
     last = [name for name, gradient in found[0][1].items() if gradient is None or not gradient.any()]
-    assert last == [f"model.layers.2.self_attn.beacon_{letter}_proj.{kind}" for letter in "qo" for kind in ("weight", "bias")]
+    idle = [f"model.layers.2.self_attn.beacon_{letter}_proj.{kind}" for letter in "qo" for kind in ("weight", "bias")]
+    assert last == [*idle, *(f"model.layers.2.mlp.beacon_{part}_proj.weight" for part in ("up", "down"))]
+    assert {id(parameter) for name, parameter in model.named_parameters() if "beacon_" in name and name not in last} == {
+        id(parameter) for parameter in model.trainable_parameters()
+    }
     for name, gradient in found[0][1].items():
         if gradient is not None:
             for other in found[1:]:
@@ -103,10 +109,13 @@ KINDS: list[dict[str, Any]] = [
             "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         }
     },
+    {"kind": "qwen3"},
+    {"kind": "phi3"},
 ]  # fmt: skip
+each_family = pytest.mark.parametrize("kind", ["llama", "qwen3", "phi3"])
 
 
-@pytest.mark.parametrize("base", KINDS, ids=lambda base: base.get("rope_parameters", {}).get("rope_type", "default"))
+@pytest.mark.parametrize("base", KINDS, ids=lambda base: base.get("kind") or base.get("rope_parameters", {}).get("rope_type", "default"))
 @pytest.mark.parametrize(("pos", "sinks"), [("append", 0), ("append", 2), ("interleave", 1)])
 def test_a_text_shorter_than_the_window_is_read_as_by_the_stock_model(base: dict[str, Any], pos: str, sinks: int) -> None:
     plain, rows = stock(torch.float32, **base), ids(2, 15)
@@ -121,18 +130,21 @@ def test_a_text_shorter_than_the_window_is_read_as_by_the_stock_model(base: dict
     torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-5, atol=1e-5)
 
 
+@each_family
 @pytest.mark.parametrize("stride", [8, 4, 2])
-def test_ratio_0_is_full_attention(stride: int) -> None:
+def test_ratio_0_is_full_attention(kind: str, stride: int) -> None:
     rows = ids(2, 70)
-    model = beacon_model(torch.float32, stride=stride, ratio=[0])
+    model = beacon_model(torch.float32, base={"kind": kind}, stride=stride, ratio=[0])
     for engine in ("loop", "parallel"):
-        torch.testing.assert_close(model(rows, engine=engine).logits, stock(torch.float32)(rows).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(rows, engine=engine).logits, stock(torch.float32, kind)(rows).logits, rtol=1e-4, atol=2e-5)
 
 
-def test_a_fresh_beacon_over_a_whole_window_is_an_eos_token_behind_it() -> None:
+@each_family
+@pytest.mark.parametrize("param", [["q", "k", "v", "o"], ["v", "mlp"]])
+def test_a_fresh_beacon_over_a_whole_window_is_an_eos_token_behind_it(kind: str, param: list[str]) -> None:
     w, n = 8, 15
-    rows, plain = ids(1, n), stock(torch.float32)
-    model = beacon_model(torch.float32, shaken=False, window=w, stride=w, ratio=[w], attend_prev=True)
+    rows, plain = ids(1, n), stock(torch.float32, kind)
+    model = beacon_model(torch.float32, shaken=False, base={"kind": kind}, window=w, stride=w, ratio=[w], attend_prev=True, param=param)
     # [window, eos, tail]; the tail sees the eos, not the window
     inputs = torch.cat([rows[:, :w], torch.full((1, 1), 3), rows[:, w:]], dim=1)
     seen = torch.ones(n + 1, n + 1).tril().bool()
@@ -145,15 +157,39 @@ def test_a_fresh_beacon_over_a_whole_window_is_an_eos_token_behind_it() -> None:
     torch.testing.assert_close(ours[:, w:], expected[:, w + 1 :], rtol=1e-4, atol=1e-5)
 
 
-def test_disabled_beacons_leave_the_stock_model_bit_for_bit() -> None:
+@each_family
+def test_disabled_beacons_leave_the_stock_model_bit_for_bit(kind: str) -> None:
     rows = ids(2, 40)
-    model = beacon_model(torch.float32)
+    model, plain = beacon_model(torch.float32, base={"kind": kind}), stock(torch.float32, kind)
     with model.beacon_disabled():
-        assert torch.equal(model(rows).logits, stock(torch.float32)(rows).logits)
-    names = set(stock().state_dict())
-    assert {name for name in model.state_dict() if "beacon_" not in name} == names
-    for name, tensor in stock(torch.float32).state_dict().items():
+        assert torch.equal(model(rows).logits, plain(rows).logits)
+    assert {name for name in model.state_dict() if "beacon_" not in name} == set(plain.state_dict())
+    for name, tensor in plain.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor)
+
+
+def test_phi3_reads_like_the_llama_whose_matrices_it_joins() -> None:
+    # no bias; the beacons' matrices have the same names in both
+    options: dict[str, Any] = {"ratio": [2, 1], "sink_size": 1, "param": ["k", "v", "mlp"]}
+    llama = beacon_model(base={"attention_bias": False, "rms_norm_eps": 1e-5}, **options)
+    phi3 = beacon_model(base={"kind": "phi3"}, **options)
+    weights = llama.state_dict()
+    for layer in range(3):
+        for part, names in (("self_attn.qkv_proj", "qkv"), ("mlp.gate_up_proj", ("gate", "up"))):
+            prefix, joint = part.rsplit(".", 1)
+            own = [weights.pop(f"model.layers.{layer}.{prefix}.{name}_proj.weight") for name in names]
+            weights[f"model.layers.{layer}.{prefix}.{joint}.weight"] = torch.cat(own)
+    phi3.load_state_dict(weights)
+    rows = ids(2, 37)
+    for keep in (0, 5):
+        out = [model(rows, ratios=[2, 1], logits_to_keep=keep).logits for model in (llama, phi3)]
+        torch.testing.assert_close(*out, rtol=1e-10, atol=1e-10)
+
+
+def test_an_embedding_that_turns_a_part_of_each_head_is_refused() -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    with pytest.raises(ConfigError, match=r"model: .* turns 4 of 8 dimensions"):
+        beacon_model(base={"kind": "phi3", "rope_parameters": rope})
 
 
 # --- streaming, batches, documents ---
@@ -239,7 +275,7 @@ def test_an_aligned_document_is_read_as_if_alone() -> None:
     torch.testing.assert_close(packed, alone, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["mistral", "phi3", "qwen2", "qwen3"])
 @pytest.mark.parametrize("sliding", [None, 5])
 def test_other_families_read_like_their_stock_models(kind: str, sliding: int | None) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -323,7 +359,7 @@ def test_an_unknown_architecture_is_refused() -> None:
 
     from beacon.attach import attach_beacon
 
-    with pytest.raises(ConfigError, match=r"model: the architecture gpt2 .*supported: llama, mistral, qwen2, qwen3"):
+    with pytest.raises(ConfigError, match=r"model: the architecture gpt2 .*supported: llama, mistral, phi3, qwen2, qwen3"):
         attach_beacon(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=20)), BeaconConfig())
 
 

@@ -28,6 +28,11 @@ def attach_beacon(model: Any, config: BeaconConfig) -> Any:
         raise ConfigError(f"model: the architecture {kind} ({type(model).__name__}) cannot carry beacons; supported: {', '.join(FAMILIES)}")
     if len(set(getattr(model.config, "layer_types", None) or ["full"])) > 1:
         raise ConfigError("model: some layers look back over a sliding window and some do not; beacons need the same for all")
+    turned, size = 2 * len(model.model.rotary_emb.inv_freq), model.model.layers[0].self_attn.head_dim
+    if turned != size:
+        raise ConfigError(
+            f"model: its rotary embedding turns {turned} of {size} dimensions of a head; beacons need one that turns all, so use another model"
+        )
     model.requires_grad_(False)
     model.config.__class__ = family.config
     model.config.beacon = config.to_dict()

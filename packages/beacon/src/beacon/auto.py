@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from types import ModuleType
 
 _CONFIGS, _MODELS = "transformers.models.auto.configuration_auto", "transformers.models.auto.modeling_auto"
-_KINDS = ("llama", "mistral", "qwen2", "qwen3")
+_KINDS = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 _STOCK_CONFIGS = tuple(f"transformers.models.{kind}.configuration_{kind}" for kind in _KINDS)
 _STOCK_MODELS = ("transformers.modeling_utils", *(f"transformers.models.{kind}.modeling_{kind}" for kind in _KINDS))
 # what is registered once these are loaded, and none of the others is still in the middle of its import

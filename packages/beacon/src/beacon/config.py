@@ -11,7 +11,7 @@ from lm_core.errors import ConfigError
 
 FORMAT_VERSION = 1
 MIXES = ("step-random", "instance-random", "mix-random", "sequence", "adapt-X")
-LETTERS = ("q", "k", "v", "o")
+LETTERS = ("q", "k", "v", "o", "mlp")
 
 
 @config
@@ -26,7 +26,9 @@ class BeaconConfig:
     attn: Literal["step-expansion", "segmentation", "full-coverage"] = opt("step-expansion", "What a beacon sees of its window.")
     attend_prev: bool = opt(True, "Whether a beacon sees the earlier beacons of its window.")
     sink_size: int = opt(0, "First tokens whose keys and values stay in memory.", ge=0)
-    param: list[str] = opt(list(LETTERS), "Projections of which beacons have their own copy: q, k, v, o.", min_length=1)
+    param: list[str] = opt(
+        ["q", "k", "v", "o"], "Projections of which beacons have their own copy: q, k, v, o, mlp (up and down).", min_length=1
+    )
     pos: Literal["append", "interleave"] = opt("append", "Beacons after their window, or one after every unit.")
     embed_init: Literal["eos", "bos"] = opt("eos", "Token whose embedding the beacon starts from.")
     doc_mask: bool = opt(False, "Documents of one row do not see each other.")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from beacon.attach import attach_beacon
 from beacon.config import BeaconConfig
-from beacon.modeling.causal_lm import is_beacon
+from beacon.modeling.weights import is_beacon
 from lm_core.errors import InputError
 from lm_core.models import load_model
 

@@ -102,7 +102,7 @@ def load(path: Path, model: Any) -> BeaconCache:
 def weights_hash(model: Any) -> str:
     """SHA-256 of the beacon weights, and of the first values of the others."""
     from beacon.io import fingerprint
-    from beacon.modeling.causal_lm import is_beacon
+    from beacon.modeling.weights import is_beacon
 
     total = hashlib.sha256(fingerprint({name: x for name, x in model.state_dict().items() if not is_beacon(name)}).encode())
     for name, tensor in sorted(model.beacon_state_dict().items()):

@@ -13,7 +13,8 @@ from beacon.config import BeaconConfig
 from beacon.data import training_data
 from beacon.io import model_folder, tokenizer_name
 from beacon.losses import BeaconLoss
-from beacon.modeling.causal_lm import BeaconMixin, RatioRule, is_beacon
+from beacon.modeling.causal_lm import BeaconMixin, RatioRule
+from beacon.modeling.weights import is_beacon, without_gradient
 from beacon.options import TrainConfig, settings
 from beacon.plan import counted_tokens, first_counted
 from beacon.positions import override_positions
@@ -138,9 +139,8 @@ class Beacon(Method):
         if self.config.lora_tune or not self.config.enable_beacon:
             # what is frozen stays frozen
             return []
-        last = self.model.config.num_hidden_layers - 1
         return [
-            Training(rf"layers\.{last}\.self_attn\.beacon_[qo]_proj\.", trained=False),
+            Training(without_gradient(self.model.config.num_hidden_layers), trained=False),
             Training(r"\.beacon_"),
             *([Training("", trained=False)] if self.config.only_train_beacon else []),
         ]

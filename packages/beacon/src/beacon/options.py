@@ -32,7 +32,9 @@ class BeaconOptions:
     )
     beacon_attend_prev: bool | None = opt(None, "Whether a beacon sees the earlier beacons of its window; default: true.")
     beacon_sink_size: int | None = opt(None, "First tokens whose keys and values stay in memory; default: 0.", ge=0)
-    beacon_param: list[str] = opt(help="Projections of which beacons have their own copy; default: q k v o.", factory=list)
+    beacon_param: list[str] = opt(
+        help="Projections of which beacons have their own copy: q, k, v, o, mlp (up and down); default: q k v o.", factory=list
+    )
     beacon_pos: Literal["append", "interleave"] | None = opt(None, "Beacons after their window (default), or one after every unit.")
     beacon_embed_init: Literal["eos", "bos"] | None = opt(None, "Token whose embedding the beacon starts from; default: eos.")
 

@@ -19,7 +19,7 @@ from beacon.cache import BeaconCache
 from beacon.config import BeaconConfig
 from beacon.io import ADAPTER, load_beacon, model_folder, save_adapter, tokenizer_name
 from beacon.memory_file import describe
-from beacon.modeling.causal_lm import is_beacon
+from beacon.modeling.weights import is_beacon
 from beacon.options import CompressConfig, ExportConfig, GenerateConfig, ImportConfig, ReadOptions, settings
 from lm_core import dist
 from lm_core.data.sources import parse, resolve

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,14 +21,14 @@ from beacon.modeling.block import Angles
 from beacon.modeling.generation import Generation
 from beacon.modeling.layer import beacon_layer
 from beacon.modeling.walk import Hidden, Walk, documents_of, spans_of
+from beacon.modeling.weights import add_beacons, is_beacon, without_gradient
 from beacon.plan import Cursor
 from beacon.ratios import Rule, choose, fitting
 from lm_core.errors import ConfigError, InputError
 from lm_core.head import chunked_cross_entropy
 from lm_core.method import IGNORE
 
-# B rows, T columns (padding included), N raw tokens of a block, D hidden size, V vocabulary
-PARTS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
+# B rows, T columns (padding included), N raw tokens of a block, D hidden size
 
 
 @dataclass
@@ -250,10 +251,10 @@ class BeaconMixin(Generation):
                 tensor.copy_(weights[name])
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """The beacon weights that can receive a gradient: all but q and o of the last layer."""
-        last = f"layers.{self.config.num_hidden_layers - 1}.self_attn.beacon_"
+        """The beacon weights that can receive a gradient: all but those of the last layer that nothing follows."""
+        idle = re.compile(without_gradient(self.config.num_hidden_layers))
         named = self.named_parameters()  # type: ignore[attr-defined]
-        return [parameter for name, parameter in named if is_beacon(name) and not any(f"{last}{letter}_proj" in name for letter in "qo")]
+        return [parameter for name, parameter in named if is_beacon(name) and not idle.search(name)]
 
 
 RatioRule = Callable[[int], Rule]
@@ -270,42 +271,7 @@ def given(ratios: Sequence[int] | None) -> RatioRule | None:
     return lambda length: rule
 
 
-def is_beacon(name: str) -> bool:
-    return ".beacon_" in name or name.startswith("beacon_")
-
-
 def counted_targets(labels_BT: Tensor, counts_BT: Tensor) -> Tensor:
     """Labels shifted to the token that predicts them; -100 where nothing counts."""
     shifted = F.pad(labels_BT[:, 1:], (0, 1), value=IGNORE)
     return shifted.masked_fill(~counts_BT, IGNORE)
-
-
-def add_beacons(model: Any, config: BeaconConfig, copy: bool) -> None:
-    """Beacon embedding and projections on a stock model; with `copy` their values are those of the base."""
-    inner = model.model
-    embedding = inner.embed_tokens.weight
-    options = {"device": embedding.device, "dtype": embedding.dtype}
-    inner.beacon_embed_tokens = nn.Embedding(1, embedding.shape[1], **options)
-    if copy:
-        with torch.no_grad():
-            inner.beacon_embed_tokens.weight.copy_(embedding[first_id(model.config, config.embed_init)][None])
-    for layer in inner.layers:
-        for letter in config.param:
-            base = getattr(layer.self_attn, PARTS[letter])
-            own = nn.Linear(
-                base.in_features, base.out_features, bias=base.bias is not None, device=base.weight.device, dtype=base.weight.dtype
-            )
-            if copy:
-                own.load_state_dict(base.state_dict())
-            setattr(layer.self_attn, f"beacon_{PARTS[letter]}", own)
-
-
-def first_id(config: Any, which: str) -> int:
-    """The id of the eos or bos token, the first of a list. Raises ConfigError where the config has none."""
-    value = getattr(config, f"{which}_token_id", None)
-    if isinstance(value, list | tuple):
-        value = value[0] if value else None
-    if value is None:
-        other = "bos" if which == "eos" else "eos"
-        raise ConfigError(f"embed_init: {which}, but the model's config names no {which} token; use {other}, or set {which}_token_id")
-    return int(value)

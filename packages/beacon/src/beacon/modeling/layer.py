@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from beacon.modeling.attention import attend, gather, moved, rotate
 from beacon.modeling.block import Block, Queries
 from beacon.modeling.fused import attend_flex, attend_sdpa
 from beacon.modeling.tiles import attend_tiles
+from beacon.modeling.weights import beacon_mlp, projected
 
 # B rows, N tokens (raw, then beacons), D hidden size, G key heads, M memory entries, K open window, d head size
 Pair = tuple[Tensor, Tensor]
@@ -26,43 +29,44 @@ def beacon_layer(
     """
     attn = layer.self_attn
     raw_in, beacon_in = (normed(layer.input_layernorm, part) for part in (raw_BND, beacon_BND))
-    k, v = (_project(attn, letter, raw_in, beacon_in) for letter in "kv")
     queries = block.last if last else block.main
     if queries is None:
+        k, v = _heads(attn, "kv", raw_in, beacon_in)
         return raw_BND[:, :0], beacon_BND, k, v
-    if queries.raw is not None:
-        raw_in, raw_BND = (_rows(part, queries.raw) for part in (raw_in, raw_BND))
-    if not queries.beacons:
-        beacon_in = beacon_in[:, :0]
-    q = _project(attn, "q", raw_in, beacon_in)
+    if queries.raw is None and queries.beacons:
+        q, k, v = _heads(attn, "qkv", raw_in, beacon_in)
+    else:
+        k, v = _heads(attn, "kv", raw_in, beacon_in)
+        if queries.raw is not None:
+            raw_in, raw_BND = (_rows(part, queries.raw) for part in (raw_in, raw_BND))
+        (q,) = _heads(attn, "q", raw_in, beacon_in if queries.beacons else beacon_in[:, :0])
     out = _attention(attn, q, k, v, block, queries, open_window, memory)
     num_raw = raw_BND.shape[1]
-    raw_BND = _finish(layer, raw_BND, attn.o_proj(out[:, :num_raw]))
+    raw_BND = _finish(layer, layer.mlp, raw_BND, attn.o_proj(out[:, :num_raw]))
     if queries.beacons:
         project = getattr(attn, "beacon_o_proj", attn.o_proj)
-        beacon_BND = _finish(layer, beacon_BND, project(out[:, num_raw:]))
+        beacon_BND = _finish(layer, partial(beacon_mlp, layer.mlp), beacon_BND, project(out[:, num_raw:]))
     return raw_BND, beacon_BND, k, v
 
 
-def _project(attn: Any, letter: str, raw_BND: Tensor, beacon_BND: Tensor) -> Tensor:
+def _heads(attn: Any, letters: str, raw_BND: Tensor, beacon_BND: Tensor) -> list[Tensor]:
     """Queries, keys or values of raw tokens and beacons, B x N x heads x d, each kind by its own weight."""
-    project: nn.Module = getattr(attn, f"{letter}_proj")
-    out = project(raw_BND)
-    if beacon_BND.shape[1]:
-        out = torch.cat((out, getattr(attn, f"beacon_{letter}_proj", project)(beacon_BND)), dim=1)
-    heads: Tensor = out.view(*out.shape[:2], -1, attn.head_dim)
-    # qwen3 has a norm of queries and keys, which raw tokens and beacons share
-    norm = getattr(attn, f"{letter}_norm", None)
-    return heads if norm is None else normed(norm, heads).to(heads.dtype)
+    found = []
+    for letter, out in zip(letters, projected(attn, letters, raw_BND, beacon_BND)):
+        heads: Tensor = out.view(*out.shape[:2], -1, attn.head_dim)
+        # qwen3 has a norm of queries and keys, which raw tokens and beacons share
+        norm = getattr(attn, f"{letter}_norm", None)
+        found.append(heads if norm is None else normed(norm, heads).to(heads.dtype))
+    return found
 
 
 def _rows(hidden_BND: Tensor, index: Tensor) -> Tensor:
     return gather(hidden_BND[:, :, None], index)[:, :, 0]
 
 
-def _finish(layer: Any, hidden_BND: Tensor, attended_BND: Tensor) -> Tensor:
+def _finish(layer: Any, mlp: Callable[[Tensor], Tensor], hidden_BND: Tensor, attended_BND: Tensor) -> Tensor:
     hidden_BND = hidden_BND + attended_BND
-    out: Tensor = hidden_BND + layer.mlp(normed(layer.post_attention_layernorm, hidden_BND))
+    out: Tensor = hidden_BND + mlp(normed(layer.post_attention_layernorm, hidden_BND))
     return out
 
 

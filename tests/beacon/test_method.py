@@ -140,6 +140,41 @@ def test_a_batch_without_targets_has_loss_0_and_no_gradient() -> None:
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in made.module.parameters())
 
 
+@pytest.mark.parametrize("documents", [False, True])
+def test_distillation_adds_the_divergence_from_the_model_without_beacons(documents: bool) -> None:
+    options: dict[str, Any] = {"distill_weight": 0.5, "distill_temperature": 2.0, "max_position_embeddings": 40}
+    made = method(**options, **({"packing": "best-fit", "beacon_doc_mask": True} if documents else {}))
+    torch.manual_seed(0)
+    for parameter in made.model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    # the first row is longer than the model's positions
+    lengths, doc = (41, 30, 24), torch.tensor([[0] * 41, [0] * 13 + [1] * 17 + [-1] * 11, [0] * 24 + [-1] * 17])
+    rows = batch(list(lengths))
+    if documents:
+        rows = Batch({**rows, "document_ids": doc}, index=rows.index, step=0)
+    (loss,) = made.losses(made.module, rows)
+    made.module.distill = None
+    (plain,) = made.losses(made.module, rows)
+    expected, count = torch.zeros(()), 0
+    for b, n in list(enumerate(lengths))[1:]:
+        row, own = rows["input_ids"][b : b + 1, :n], doc[b : b + 1, :n] if documents else None
+        ratios = [made.rule(0)(n)(i) for i in range(made.settings.compactions(n, training=True))]
+        parts = [row] if own is None else [row[own == k][None] for k in own.unique()]
+        with torch.no_grad(), made.model.beacon_disabled():
+            z = torch.cat([made.model(part).logits[0] for part in parts]) / 2
+        y = made.model(row, ratios=ratios, doc_ids=own).logits[0] / 2
+        counted = build_plan(n, made.settings, ratios, doc_ids=None if own is None else own[0], training=True).label_mask
+        expected = expected + 4 * (z.softmax(-1) * (z.log_softmax(-1) - y.log_softmax(-1))).sum(-1)[counted].sum()
+        count += int(counted.sum())
+    assert loss.metrics["distill_kl"].tolist() == [pytest.approx(float(expected.detach()), rel=1e-4), count]
+    torch.testing.assert_close(loss.total, plain.total + 0.5 * expected, rtol=1e-5, atol=1e-4)
+    trained = made.model.trainable_parameters()
+    ours = torch.autograd.grad(loss.total, trained, retain_graph=True)
+    theirs = torch.autograd.grad(plain.total + 0.5 * expected, trained)
+    for one, other in zip(ours, theirs):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
 def test_training_leaves_the_base_bits_as_they_were(tmp_path: Path) -> None:
     suite = BeaconConformance()
     before = {name: tensor.clone() for name, tensor in method().model.state_dict().items()}
@@ -197,6 +232,9 @@ def test_an_adapter_finds_its_base_and_refuses_another(tmp_path: Path) -> None:
         ({"beacon_engine": "loop", "engine": "sharded"}, ConfigError, "beacon_engine: loop runs modules once per window"),
         ({"min_length": 99}, ConfigError, "min_length: 99 is larger than max_length"),
         ({"save_format": "adapter", "only_train_beacon": False}, ConfigError, "save_format: adapter would lose"),
+        ({"distill_weight": 0.5, "only_train_beacon": False}, ConfigError, "distill_weight: 0.5 measures beacons by a frozen backbone"),
+        ({"distill_weight": 0.5, "engine": "sharded"}, ConfigError, "distill_weight: 0.5 needs whole weights"),
+        ({"distill_temperature": 2.0}, ConfigError, "distill_temperature: 2 has no effect without"),
         ({"model": "llama_tiny", "budget": "2 steps", "max_steps": 3}, ConfigError, "max_steps: 3 and --budget"),
     ],
 )

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from beacon.modeling.causal_lm import RatioRule, counted_targets
+from beacon.modeling.walk import spans_of
+from kernels_cuda.head import linear_kl
 from lm_core.method import IGNORE
 from lm_core.models import CausalLoss, hf_model
 
@@ -16,7 +18,13 @@ from lm_core.models import CausalLoss, hf_model
 
 
 class BeaconLoss(CausalLoss):
-    """The model and its loss in one module, so that engines that gather weights inside a forward see one call."""
+    """The model and its loss in one module, so that engines that gather weights inside a forward see one call.
+
+    With `distill` (weight, temperature T), training adds weight * T^2 * KL(softmax(z / T), softmax(y / T)) per counted target, where z are
+    the logits of the same model without beacons and y its own; rows longer than the positions of the model have no such z.
+    """
+
+    distill: tuple[float, float] | None = None
 
     def forward(  # type: ignore[override]
         self,
@@ -48,7 +56,33 @@ class BeaconLoss(CausalLoss):
         tokens = input_ids.numel() if attention_mask is None else int((attention_mask != 0).sum())
         metrics["beacon/share"] = total.new_tensor([hidden.beacons, tokens]).double()
         metrics["beacon/over_capacity"] = total.new_tensor([hidden.over_capacity, len(input_ids)]).double()
+        if self.distill is not None and self.training:
+            kl, count = self._divergence(
+                model, hidden.states_BTD, hidden.counts_BT & (labels != IGNORE).roll(-1, 1), input_ids, attention_mask, doc_ids
+            )
+            metrics["distill_kl"] = torch.stack([kl.detach().double(), kl.new_tensor(float(count)).double()])
+            total = total + self.distill[0] * kl
         return total, metrics
+
+    def _divergence(
+        self, model: Any, states_BTD: Tensor, counts_BT: Tensor, input_ids: Tensor, attention_mask: Tensor | None, doc_ids: Tensor | None
+    ) -> tuple[Tensor, int]:
+        """T^2 KL from the model without beacons, summed over counted targets, and their number."""
+        assert self.distill is not None
+        inputs: dict[str, Any] = {"attention_mask": attention_mask}
+        if doc_ids is not None:
+            # documents are told apart by positions that start again, which a mask would overrule
+            index = torch.arange(doc_ids.shape[1], device=doc_ids.device).expand_as(doc_ids)
+            begins = F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0), value=True)
+            inputs = {"position_ids": index - index.where(begins, 0).cummax(1).values}
+        fits = [last - first <= model.positions for first, last in spans_of(attention_mask, *input_ids.shape)]
+        rows = (counts_BT & torch.tensor(fits, device=counts_BT.device)[:, None]).flatten().nonzero()[:, 0]
+        with torch.no_grad():
+            teacher_BTD = model.model(input_ids, use_cache=False, **inputs).last_hidden_state
+        head = model.lm_head.weight
+        student, teacher = states_BTD.flatten(0, 1)[rows], teacher_BTD.flatten(0, 1)[rows]
+        mean, _, _ = linear_kl(student, head, (teacher.to(student.dtype), head), tau=self.distill[1])
+        return mean * len(rows), len(rows)
 
     def _sum(self, head: Any, states_ND: Tensor, targets_N: Tensor) -> Tensor:
         if self.fused:

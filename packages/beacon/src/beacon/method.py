@@ -72,6 +72,8 @@ class Beacon(Method):
                 parameter.requires_grad_(not is_beacon(name) or id(parameter) in last)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.module = BeaconLoss(self._adapted(model))
+        if self.config.distill_weight:
+            self.module.distill = (self.config.distill_weight, self.config.distill_temperature)
         self.model = model
         for parameter in trained:
             # peft freezes all but its own

@@ -161,6 +161,10 @@ class TrainConfig(RunConfig, TrainerSpellings, BeaconOptions):
     eval_max_length: int | None = opt(None, "Tokens of a held-out row at most; default: max_length.", ge=2)
     eval_min_length: int = opt(2, "Shortest held-out row in tokens; shorter ones are left out.", ge=2)
     max_eval_num: int | None = opt(None, "Held-out rows of a source at most; default: all.", ge=1)
+    distill_weight: float = opt(
+        0.0, "Weight of the divergence from the model without beacons, added to the loss; the backbone must be frozen.", ge=0
+    )
+    distill_temperature: float = opt(1.0, "Temperature of both sides of that divergence.", gt=0)
     rope_theta: float | None = opt(None, "Base of the rotary embedding, instead of the checkpoint's.", gt=0)
     rope_method: Literal["linear", "dynamic", "yarn", "llama3"] | None = opt(
         None, "How the rotary embedding is scaled to longer texts (needs --rope-factor), instead of the checkpoint's way."
@@ -219,6 +223,15 @@ class TrainConfig(RunConfig, TrainerSpellings, BeaconOptions):
                 "eval_method: generation reads rows of one document through beacons, with whole weights; use perplexity, or enable the beacons, "
                 "drop --beacon-doc-mask and shard no weights"
             )
+        if self.distill_weight and (not self.enable_beacon or not self.only_train_beacon or self.lora_tune):
+            raise ConfigError(
+                f"distill_weight: {self.distill_weight:g} measures beacons by a frozen backbone; enable the beacons, and drop --lora-tune and "
+                "--only-train-beacon false"
+            )
+        if self.distill_weight and split(self)[0] == 3:
+            raise ConfigError(f"distill_weight: {self.distill_weight:g} needs whole weights of the output head; shard none")
+        if self.distill_temperature != 1 and not self.distill_weight:
+            raise ConfigError(f"distill_temperature: {self.distill_temperature:g} has no effect without --distill-weight; add it")
         if self.save_format == "adapter" and (not self.only_train_beacon or self.lora_tune):
             raise ConfigError("save_format: adapter would lose the trained backbone; use full")
         changed = (self.rope_theta, self.rope_method, self.rope_factor, self.max_position_embeddings, self.mistral_sliding_window)

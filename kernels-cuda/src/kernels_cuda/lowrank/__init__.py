@@ -2,9 +2,20 @@
 
 from kernels_cuda.lowrank.adam8bit_step_ import adam8bit_step_
 from kernels_cuda.lowrank.adam_step_ import adam_step_
+from kernels_cuda.lowrank.channel_update_ import channel_update_
 from kernels_cuda.lowrank.dequantize_blockwise import dequantize_blockwise
+from kernels_cuda.lowrank.gaussian_ import gaussian_
 from kernels_cuda.lowrank.lowrank_update_ import lowrank_update_
 from kernels_cuda.lowrank.project import project_accumulate_
 from kernels_cuda.lowrank.quantize_blockwise import quantize_blockwise
 
-__all__ = ["adam8bit_step_", "adam_step_", "dequantize_blockwise", "lowrank_update_", "project_accumulate_", "quantize_blockwise"]
+__all__ = [
+    "adam8bit_step_",
+    "adam_step_",
+    "channel_update_",
+    "dequantize_blockwise",
+    "gaussian_",
+    "lowrank_update_",
+    "project_accumulate_",
+    "quantize_blockwise",
+]

@@ -12,7 +12,7 @@ from torch import Tensor
 from lm_core.errors import ConfigError
 from lowrank_opt.base import BaseOptimizer, Group, State, choice, rate
 from lowrank_opt.galore import GaLoreAdamW
-from lowrank_opt.matrix import Change, matrix_shape, uncorrected_step
+from lowrank_opt.matrix import UNCORRECTED, Change, matrix_shape, normalised_step
 from lowrank_opt.projector import gaussian, project, rank_of
 
 # Settings of APOLLO-Mini: one factor for a whole matrix from a single random direction.
@@ -20,35 +20,23 @@ MINI = {"rank": 1, "scale": 128.0, "scale_type": "tensor"}
 
 
 def scaling(low: Tensor, step: Tensor) -> Tensor:
-    """How much longer Adam's step N0 is than L, for each of the d columns."""
+    """How much longer Adam's step N0 (of either sign) is than L, for each of the d columns."""
     ratio: Tensor = torch.linalg.vector_norm(step, dim=0) / (torch.linalg.vector_norm(low, dim=0) + 1e-8)
     return ratio
 
 
-def limited(norm: Tensor, state: State, growth: float) -> Tensor:
-    """The factor that keeps an update of norm `norm` within `growth` times the last one; stays on the device.
-
-    A last norm of zero limits nothing: otherwise one step without gradient would stop the weight for ever.
-    """
-    previous = state.get("prev_norm")
-    factor = torch.ones_like(norm)
-    if previous is not None:
-        factor = torch.where((previous > 0) & (norm > growth * previous), growth * previous / norm, factor)
-    state["prev_norm"] = norm * factor
-    return factor
+def last_norm(state: State, like: Tensor) -> Tensor:
+    """The norm that an update may grow from; 0, which limits nothing, before the first."""
+    if "prev_norm" not in state:
+        state["prev_norm"] = torch.zeros((), dtype=like.dtype, device=like.device)
+    norm: Tensor = state["prev_norm"]
+    return norm
 
 
 def uncorrected_rate(group: Group, step: int) -> float:
     """Learning rate with Adam's bias correction in it, since N0 has none."""
     beta1, beta2 = group["betas"]
     return rate(group) * math.sqrt(1 - float(beta2) ** step) / (1 - float(beta1) ** step)
-
-
-def channel_norms(gradient: Tensor, side: str) -> Tensor:
-    """Norms of the d channels of a gradient: its rows for side right, its columns for side left; float32."""
-    dtype = torch.promote_types(gradient.dtype, torch.float32)
-    norms: Tensor = torch.linalg.vector_norm(gradient, dim=1 if side == "right" else 0, dtype=dtype)
-    return norms
 
 
 class ApolloAdamW(GaLoreAdamW):
@@ -132,13 +120,15 @@ class ApolloAdamW(GaLoreAdamW):
         state = self.state[parameter]
         bases = self._bases(group, parameter) or (self._random(group, parameter, state),)
         low = project(gradient, bases, state["side"])
-        step = uncorrected_step(low, state, group)
-        sigma = scaling(low, step) if group["scale_type"] == "channel" else scaling(low.view(-1, 1), step.view(-1, 1))
-        strength = math.sqrt(group["scale"])
-        norm = (sigma * channel_norms(gradient, state["side"])).norm() * (strength if group["scale_front"] else 1.0)
-        size = uncorrected_rate(group, state["step"]) * strength
-        factor = limited(norm, state, group["norm_growth"]) * sigma * -size
-        self._write(group, parameter, Change(state["side"]).add_gradient(gradient, factor))
+        minus_n0 = normalised_step(low, state, UNCORRECTED, group)
+        sigma = scaling(low, minus_n0) if group["scale_type"] == "channel" else scaling(low.view(-1, 1), minus_n0.view(-1, 1))
+        size, strength = uncorrected_rate(group, state["step"]), math.sqrt(group["scale"])
+        if group["scale_front"]:
+            sigma = sigma * strength
+        else:
+            size *= strength
+        change = Change(state["side"], -size).add_gradient(gradient, sigma, last_norm(state, sigma), group["norm_growth"])
+        self._write(group, parameter, change)
 
 
 def check_channels(group: Group) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_opt.apollo import channel_norms, check_channels, limited, scaling, uncorrected_rate
+from kernels_cuda.lowrank.channel_update_.reference import limit
+from lowrank_opt.apollo import check_channels, last_norm, scaling, uncorrected_rate
 from lowrank_opt.base import Group
 from lowrank_opt.galore import GaLoreAdamW
-from lowrank_opt.matrix import Change, uncorrected_step
+from lowrank_opt.matrix import UNCORRECTED, Change, normalised_step
 
 
 class FiraAdamW(GaLoreAdamW):
@@ -36,14 +37,21 @@ class FiraAdamW(GaLoreAdamW):
         self._begin(group, parameter, gradient)
         state = self.state[parameter]
         low, bases = self._low(group, parameter, gradient), self._bases(group, parameter)
-        step = uncorrected_step(low, state, group)
-        sigma = scaling(low, step)
+        minus_n0 = normalised_step(low, state, UNCORRECTED, group)
+        sigma = scaling(low, minus_n0)
         norm = (sigma * residual_norms(channel_norms(gradient, state["side"]), low, bases[0])).norm()
-        factor = limited(norm, state, group["norm_growth"]) * sigma
+        factor = limit(norm, last_norm(state, sigma), group["norm_growth"]) * sigma
         rate = uncorrected_rate(group, state["step"] - state["reset_step"])
-        # scale back(N0) + factor (G - back(L)), with the two products in the basis made one
-        change = Change(state["side"]).add_back(group["scale"] * step - factor * low, bases, -rate)
-        self._write(group, parameter, change.add_gradient(gradient, factor * -rate))
+        # minus scale back(N0) + factor (G - back(L)), with the two products in the basis made one
+        change = Change(state["side"], rate).add_back(group["scale"] * minus_n0 + factor * low, bases)
+        self._write(group, parameter, change.add_gradient(gradient, -factor))
+
+
+def channel_norms(gradient: Tensor, side: str) -> Tensor:
+    """Norms of the d channels of a gradient: its rows for side right, its columns for side left; float32."""
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(gradient, dim=1 if side == "right" else 0, dtype=dtype)
+    return norms
 
 
 def residual_norms(norms: Tensor, low: Tensor, basis: Tensor) -> Tensor:

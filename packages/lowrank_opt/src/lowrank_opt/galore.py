@@ -228,8 +228,7 @@ class GaLoreAdamW(MatrixOptimizer):
         # products with a basis in bfloat16 take bfloat16 numbers
         dtype = torch.bfloat16 if bases[0].dtype == torch.bfloat16 else torch.float32
         minus_n = normalised_step(low, state, state["step"] - state["reset_step"], group, dtype)
-        change = Change(state["side"]).add_back(minus_n, bases, rate(group) * group["scale"])
-        self._write(group, parameter, change)
+        self._write(group, parameter, Change(state["side"], rate(group) * group["scale"]).add_back(minus_n, bases))
 
     def _write(self, group: Group, parameter: Tensor, change: Change) -> None:
         rounding = self._rounding(group, parameter, self.state[parameter]["step"])

@@ -87,7 +87,7 @@ class LDAdamW(GaLoreAdamW):
             for momentum, its_bases, sign in lost:
                 add_back_(whole, momentum, its_bases, side, sign * group["betas"][0] / (1 - group["betas"][0]))
         minus_n = normalised_step(low, state, state["step"], group)
-        self._write(group, parameter, Change(side).add_back(minus_n, self._bases(group, parameter), rate(group)))
+        self._write(group, parameter, Change(side, rate(group)).add_back(minus_n, self._bases(group, parameter)))
 
     def _follow(self, group: Group, parameter: Tensor, whole: Tensor, state: State) -> list[tuple[Tensor, tuple[Tensor, ...], float]]:
         """New basis, with the moments carried into it; the momentum before (+) and after (-), each with its basis."""

@@ -8,16 +8,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kernels_cuda.lowrank import adam_step_, lowrank_update_
+from kernels_cuda.lowrank import adam_step_, channel_update_, lowrank_update_
+from kernels_cuda.lowrank.channel_update_ import reference as channel_definition
+from kernels_cuda.lowrank.lowrank_update_ import reference as lowrank_definition
 from lm_core.errors import ConfigError
 from lowrank_opt.adamw import AdamW, normalised
-from lowrank_opt.base import CHUNK, Group, Rounding, State, UnsupportedDistributedError
-from lowrank_opt.projector import Side, factors, rank_of
+from lowrank_opt.base import Group, Rounding, State, UnsupportedDistributedError
+from lowrank_opt.projector import Side, rank_of
 from lowrank_opt.quant import Piece
 
 log = logging.getLogger("lowrank_opt")
 
 FULL_RANK_POLICIES = ("identity", "rotate", "error")
+# Number of a step at which Adam's bias correction has become one: N is then N0 = M / (sqrt(V) + eps).
+UNCORRECTED = 2**62
 
 
 def matrix_shape(parameter: Tensor) -> tuple[int, int]:
@@ -89,7 +93,10 @@ def check_full_rank(group: Group) -> None:
 
 
 def normalised_step(low: Tensor, state: State, step: int, group: Group, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Update the moments with L and return minus Adam's normalised step, r x d: in `dtype`, or float64 for a float64 L."""
+    """Update the moments with L and return minus Adam's normalised step, r x d: in `dtype`, or float64 for a float64 L.
+
+    `step` is the number of this update, 1 for the first, or UNCORRECTED.
+    """
     if low.dtype == torch.float64 and "exp_avg" in state:
         return normalised(low, state["exp_avg"], state["exp_avg_sq"], step, group)
     if "exp_avg" in state:
@@ -101,80 +108,47 @@ def normalised_step(low: Tensor, state: State, step: int, group: Group, dtype: t
     return out.to(dtype)
 
 
-def uncorrected_step(low: Tensor, state: State, group: Group) -> Tensor:
-    """Update the moments with L and return N0 = M / (sqrt(V) + eps), r x d, without bias correction."""
-    piece = Piece(state, group["block_size"]) if "exp_avg_q" in state else None
-    first, second = piece.read() if piece else (state["exp_avg"], state["exp_avg_sq"])
-    beta1, beta2 = group["betas"]
-    first.lerp_(low, 1 - beta1)
-    second.mul_(beta2).addcmul_(low, low, value=1 - beta2)
-    step = first / second.sqrt().add_(group["eps"])
-    if piece:
-        piece.write(first, second)
-    return step
-
-
 class Change:
-    """What is added to a weight: alpha back(low), and the gradient with each channel times a factor.
+    """What is added to a weight, alpha times: back(low), and the gradient with each channel times a factor.
 
     Channels are the rows of the weight for side right and its columns for side left; `factor` holds one number
     for each of them, or one for all.
     """
 
-    def __init__(self, side: Side) -> None:
+    def __init__(self, side: Side, alpha: float) -> None:
         self.side: Side = side
-        self.low: tuple[Tensor, tuple[Tensor, ...], float] | None = None
-        self.scaled: tuple[Tensor, Tensor] | None = None
+        self.alpha = alpha
+        self.low: tuple[Tensor, tuple[Tensor, ...]] | None = None
+        self.scaled: tuple[Tensor, Tensor, Tensor | None, float] | None = None
 
-    def add_back(self, low: Tensor, bases: tuple[Tensor, ...], alpha: float) -> Change:
-        self.low = low, bases, alpha
+    def add_back(self, low: Tensor, bases: tuple[Tensor, ...]) -> Change:
+        self.low = low, bases
         return self
 
-    def add_gradient(self, gradient: Tensor, factor: Tensor) -> Change:
-        self.scaled = gradient, factor.view(-1, 1) if self.side == "right" else factor.view(1, -1)
+    def add_gradient(self, gradient: Tensor, factor: Tensor, last: Tensor | None = None, growth: float = 1.0) -> Change:
+        """With `last`, the norm of the step before, this part grows by `growth` at most, and `last` becomes its norm."""
+        self.scaled = gradient, factor, last, growth
         return self
 
     def write(self, parameter: Tensor, decay: float, rounding: Rounding | None, decay_after: bool = False) -> None:
-        """W <- decay W + change, or decay (W + change); in float32 whatever W's dtype, some rows at a time."""
-        after = decay if decay_after else 1.0
-        shape = matrix_shape(parameter)
+        """W <- decay W + alpha change, or decay (W + alpha change)."""
+        alpha = -self.alpha * (decay if decay_after else 1.0)
         # a weight that is not contiguous goes through a copy
-        weight = parameter.detach().contiguous().view(shape)
-        if self.low is not None and self.scaled is None and {weight.dtype, self.low[0].dtype} <= {torch.float32, torch.bfloat16}:
-            low, bases, alpha = self.low
-            if self.side == "full":
-                low = torch.mm(low, bases[1].to(low.dtype))
+        weight = parameter.detach().contiguous().view(matrix_shape(parameter))
+        key = rounding.key if rounding else (-1, 0)
+        basis, low = (None, None) if self.low is None else (self.low[1][0], self.low[0])
+        if self.low is not None and self.side == "full":
+            low = torch.mm(self.low[0], self.low[1][1].to(self.low[0].dtype))
+        taken = [tensor.dtype for tensor in (weight, low, self.scaled and self.scaled[0]) if tensor is not None]
+        # the operators take no other types; their definitions do, and need some copies of the weight
+        whole = {torch.float32, torch.bfloat16}.issuperset(taken)
+        if self.scaled is not None:
+            update = channel_update_ if whole else channel_definition.channel_update_
+            gradient, factor, last, growth = self.scaled
+            axis = 0 if self.side == "right" else 1
+            update(weight, gradient, factor, axis, last, growth, alpha, decay, *key, P=basis, N=low)
+        elif low is not None and basis is not None:
             side: Literal["left", "right"] = "right" if self.side == "right" else "left"
-            lowrank_update_(weight, bases[0], low, side, -alpha * after, decay, *(rounding.key if rounding else (-1, 0)))
-        else:
-            self._write_in_passes(weight, decay, after, rounding)
+            (lowrank_update_ if whole else lowrank_definition.lowrank_update_)(weight, basis, low, side, alpha, decay, *key)
         if not parameter.is_contiguous():
             parameter.copy_(weight.view(parameter.shape))
-
-    def _write_in_passes(self, weight: Tensor, decay: float, after: float, rounding: Rounding | None) -> None:
-        """For the term in the gradient, and for types that the operator does not take or has nothing to fuse for."""
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        low = None
-        if self.low is not None:
-            # a bfloat16 weight gets its change from bfloat16 products
-            low = factors(self.low[0].to(weight.dtype if weight.dtype == torch.bfloat16 else dtype), self.low[1], self.side)
-        rows = len(weight) if weight.dtype == dtype else max(1, CHUNK // max(1, weight.shape[1]))
-        for start in range(0, len(weight), rows):
-            part = slice(start, start + rows)
-            value = weight[part].to(dtype)
-            if low is not None and self.low is not None:
-                left, right = low[0][part], low[1]
-                if left.dtype == dtype:
-                    value.addmm_(left, right, beta=decay, alpha=self.low[2] * after)
-                else:
-                    value.mul_(decay).add_(left @ right, alpha=self.low[2] * after)
-            else:
-                value.mul_(decay)
-            if self.scaled is not None:
-                gradient, factor = self.scaled
-                per_row = factor[part] if factor.shape[0] > 1 else factor
-                value.addcmul_(gradient[part].to(dtype), per_row, value=after)
-            if rounding:
-                rounding.round(value)
-            if value.dtype != weight.dtype:
-                weight[part].copy_(value)

@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels_cuda.lowrank import project_accumulate_
-from lm_core import counter
+from kernels_cuda.lowrank import gaussian_, project_accumulate_
 from lm_core.errors import ConfigError
 
 log = logging.getLogger("lowrank_opt")
@@ -180,7 +179,9 @@ def gaussian(seed: int, index: int, number: int) -> Draw:
     """Standard normal matrices (rows, columns, device) addressed by (seed, index of the parameter, number of the refresh)."""
 
     def draw(rows: int, columns: int, device: torch.device) -> Tensor:
-        return counter.normal(seed, "projection", (index << 32) + number, rows * columns, device).view(rows, columns)
+        out = torch.empty(rows, columns, device=device)
+        gaussian_(out, seed, index, number)
+        return out
 
     return draw
 

@@ -29,7 +29,7 @@ def lowrank_update_(
     bfloat16. The product is one of bfloat16 numbers if P is and W or N is, else of float32 ones; what follows is float32. A bfloat16
     W is rounded to nearest, or, with a seed of 0 or more, to one of its neighbours at random, the nearer the likelier: an update
     below half a step is then not lost but rare. Element e = row n + column draws 16 bits, half e % 2 (0 the lower) of word
-    e // 2 % 512 that op.h mixes from Philox4x32-10 with the key `seed` and the counter (offset, e // 1024, stream 13): the same on every
+    e // 2 % 512 that weights.h mixes from Philox4x32-10 with the key `seed` and the counter (offset, e // 1024, stream 13): the same on every
     device, for any number of threads. (They need the same products, whose last bits differ between libraries.)
 
     Memory beyond the arguments: some rows of back(N) after a product of bfloat16 numbers or for a bfloat16 W, none otherwise; a copy

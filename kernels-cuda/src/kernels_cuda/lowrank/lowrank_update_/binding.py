@@ -22,7 +22,7 @@ for _library in ("lowrank", "lowrank_emulated"):
         "(Tensor(a!) weight, Tensor back, float decay, float alpha, int seed, int offset, int first) -> ()",
     )
 
-# products on the CPU (product.h), where `multiplies`
+# products on the CPU (products.h), where `multiplies`
 torch.library.define("lowrank::lowrank_project_", "(Tensor(a!) low, Tensor basis, Tensor matrix, bool add, bool halves) -> ()")
 torch.library.define(
     "lowrank::lowrank_product_",
@@ -37,7 +37,7 @@ def products() -> int:
 
 
 def multiplies(library: str, device: str, halves: bool) -> bool:
-    """Whether `library` of torch.ops has product.h's products for tensors on `device` ("cpu", "cuda", ...)."""
+    """Whether `library` of torch.ops has products.h's products for tensors on `device` ("cpu", "cuda", ...)."""
     return library == "lowrank" and device == "cpu" and products() > halves
 
 

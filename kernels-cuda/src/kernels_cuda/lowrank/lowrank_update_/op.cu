@@ -1,19 +1,13 @@
 // A thread takes eight elements, 16 random bits each.
 #include <cmath>
 
-#include "../../include/cuda_portable.h"
+#include "../../include/weights_cuda.h"
 #include "op.h"
 
 namespace kernels {
 namespace {
 
 constexpr int flat_threads = 256;
-
-__device__ void put(float* to, float value, bool, uint16_t) { *to = value; }
-__device__ void put(bfloat16* to, float value, bool at_random, uint16_t bits) {
-  const uint16_t rounded = at_random ? rounded_at_random(value, bits) : bfloat16_bits(value);
-  memcpy(to, &rounded, sizeof rounded);
-}
 
 template <class W, class T>
 __global__ void __launch_bounds__(flat_threads) write_kernel(Write in) {

@@ -32,7 +32,7 @@ def round_at_random(value: Tensor, seed: int, offset: int) -> Tensor:
 
 
 def random_words(seed: int, offset: int, count: int, device: torch.device) -> Tensor:
-    """`count` words of 32 bits, in int64: as `mixed` in op.h, GROUP from the keys of one block of Philox."""
+    """`count` words of 32 bits, in int64: as `mixed` in weights.h, GROUP from the keys of one block of Philox."""
     keys = philox(seed, offset, (count + GROUP - 1) // GROUP, device)
     x = torch.arange(GROUP, device=device) * 0x9E3779B9 & _LOW ^ keys[:, :1]
     # a product may wrap in int64: its lower 32 bits are the same

@@ -10,7 +10,7 @@
 #include <cstdlib>
 #include <memory>
 
-#include "../../include/floats.h"
+#include "floats.h"
 
 namespace kernels {
 

@@ -1,0 +1,69 @@
+// The norm takes a block of threads for each row; the write eight elements for each thread, 16 random bits each.
+#include "op.h"
+
+#include <cmath>
+
+#include "../../include/weights_cuda.h"
+
+namespace kernels {
+namespace {
+
+constexpr int threads = 256;
+
+template <class G>
+__global__ void __launch_bounds__(threads) squares_kernel(Channels in, float* sums) {
+  SHARED(float, partial, threads);
+  const int64_t row = blockIdx.x;
+  const G* gradient = static_cast<const G*>(in.gradient) + row * in.columns;
+  float sum = 0;
+  for (int64_t column = threadIdx.x; column < in.columns; column += threads) {
+    const float value = widen(gradient[column]) * in.of(row, column);
+    sum = fmaf(value, value, sum);
+  }
+  partial[threadIdx.x] = sum;
+  for (int half = threads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (int(threadIdx.x) < half) partial[threadIdx.x] += partial[threadIdx.x + half];
+  }
+  if (threadIdx.x == 0) sums[row] = partial[0];
+}
+
+template <class W, class G>
+__global__ void __launch_bounds__(threads) write_kernel(Write in, Channels channels) {
+  const int64_t eight = in.first / 8 + int64_t(blockIdx.x) * threads + threadIdx.x;
+  W* weight = static_cast<W*>(in.weight);
+  uint32_t keys[4];
+  if (in.at_random) in.random.words(uint32_t(eight / (group / 8)), keys);
+#pragma unroll
+  for (int place = 0; place < 8; ++place) {
+    const int64_t i = 8 * eight + place - in.first;
+    if (i < 0 || i >= in.count) continue;
+    const uint32_t word = in.at_random ? mixed(keys, uint32_t(8 * eight % group + place) / 2) : 0;
+    const float back = !in.back ? 0
+                       : in.type == Float::float32 ? static_cast<const float*>(in.back)[i]
+                                                   : widen(static_cast<const bfloat16*>(in.back)[i]);
+    const float factor = channels.of(i / channels.columns, i % channels.columns);
+    const float change = fmaf(factor, widen(static_cast<const G*>(channels.gradient)[i]), back);
+    put(weight + i, in.value(widen(weight[i]), change), in.at_random, uint16_t(word >> (16 * (place % 2))));
+  }
+}
+
+template <class W>
+auto write_for(Float gradient) {
+  return gradient == Float::float32 ? write_kernel<W, float> : write_kernel<W, bfloat16>;
+}
+
+}  // namespace
+
+void channel_squares(const Channels& in, float* sums, int64_t rows, void* stream) {
+  const auto kernel = in.type == Float::float32 ? squares_kernel<float> : squares_kernel<bfloat16>;
+  LAUNCH(kernel, dim3(unsigned(rows)), dim3(threads), 0, stream)(in, sums);
+}
+
+void channel_write(const Write& in, const Channels& channels, void* stream) {
+  const int64_t count = (in.first + in.count + 7) / 8 - in.first / 8;
+  const auto kernel = in.weight_type == Float::float32 ? write_for<float>(channels.type) : write_for<bfloat16>(channels.type);
+  LAUNCH(kernel, dim3(unsigned((count + threads - 1) / threads)), dim3(threads), 0, stream)(in, channels);
+}
+
+}  // namespace kernels

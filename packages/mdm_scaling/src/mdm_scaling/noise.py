@@ -48,6 +48,11 @@ def at(seed: int, stream: str, index_B: Tensor, element_B: Tensor, first: int = 
     return torch.stack(torch.broadcast_tensors(*drawn), dim=-1).gather(1, (element_B.to(torch.int64) & 3)[:, None])[:, 0]
 
 
+def signed(seed: int) -> int:
+    """The key of a compiled operator, of which the halves count and not the sign."""
+    return seed if seed < 2**63 else seed - 2**64
+
+
 def unit(draws: Tensor) -> Tensor:
     """Draws as float64 in [0, 1)."""
     return (draws >> 8).to(torch.float64) * 2.0**-24
@@ -74,8 +79,7 @@ def masks(noise: Noise, t_B: Tensor, eligible_BS: Tensor, seed: int, stream: str
     bernoulli: an eligible token is masked with probability p = eps + (1 - eps) t and weighs 1/p.
     fixed-count: exactly k = max(1, ceil(t n)) of the n eligible tokens are masked and weigh n/k.
     """
-    # the halves of a key count, not its sign
-    key, number, size = seed if seed < 2**63 else seed - 2**64, counter.number(stream), eligible_BS.shape[1]
+    key, number, size = signed(seed), counter.number(stream), eligible_BS.shape[1]
     if noise.mode == "fixed-count":
         num_B = eligible_BS.sum(1)
         k_B = torch.clamp(torch.ceil(t_B * num_B), min=1).long().minimum(num_B)

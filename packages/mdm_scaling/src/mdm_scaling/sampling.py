@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from kernels_cuda.mdm import reveal_tokens
+from lm_core import counter
 from lm_core.errors import InputError
 from lm_core.models import load_tokenizer
 from mdm_scaling.config import GenerateConfig, to_json
 from mdm_scaling.model import checkpoint_folder, load_network, objective_of, vocabulary_of
-from mdm_scaling.noise import WHOLE, at, unit
+from mdm_scaling.noise import WHOLE, at, signed, unit
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +175,7 @@ def fill(
         raise InputError(
             f"steps: {steps} are fewer than the {len(blocks)} blocks; use at least one step per block, or a larger --block-length"
         )
-    scores = torch.zeros(ids.shape, dtype=torch.float64)
+    scores = torch.zeros(ids.shape)
     evaluations, number, known = 0, 0, None
     for part, block in enumerate(blocks):
         own = steps // len(blocks) + (part < steps % len(blocks))
@@ -189,9 +191,9 @@ def fill(
                 # while no token changes, neither do the logits
                 known, evaluations = guided(predict, ids, prompt, mask_id, cfg_scale), evaluations + (2 if cfg_scale else 1)
             rows, columns = hidden.nonzero(as_tuple=True)
-            logits = known[rows, block[columns], :mask_id]
+            logits = known[rows, block[columns]]
             address = number * ids.shape[1] + block[columns]
-            drawn, plain = choose(logits, index[rows], address, seed, temperature=temperature, top_k=top_k, top_p=top_p)
+            drawn, plain = choose(logits, mask_id, index[rows], address, seed, temperature=temperature, top_k=top_k, top_p=top_p)
             table = torch.full(hidden.shape, -torch.inf, dtype=torch.float64)
             if sampler == "ancestral":
                 chance = 1 / (own - step)
@@ -199,13 +201,13 @@ def fill(
                 count = torch.isfinite(table).sum(1)
             else:
                 how: Remasking = "random" if sampler == "first-hitting" else remasking
-                table[rows, columns] = _score(how, logits, plain, _draws(seed, index[rows], address))
+                table[rows, columns] = _score(how, logits[:, :mask_id], plain, _draws(seed, index[rows], address))
                 count = torch.full((len(ids),), quota[step])
             order = table.argsort(dim=1, descending=True, stable=True)
             rank = torch.empty_like(order).scatter_(1, order, torch.arange(len(block)).expand_as(order))
             reveal = (rank < count[:, None]) & hidden
             values = torch.full(hidden.shape, mask_id).index_put((rows, columns), drawn)
-            logs = torch.zeros(hidden.shape, dtype=torch.float64).index_put((rows, columns), plain)
+            logs = torch.zeros(hidden.shape).index_put((rows, columns), plain)
             ids[:, block] = torch.where(reveal, values, ids[:, block])
             scores[:, block] = torch.where(reveal, logs, scores[:, block])
             if trace is not None and bool(reveal.any()):
@@ -235,7 +237,7 @@ def _score(how: Remasking, logits: Tensor, plain: Tensor, draws: Tensor) -> Tens
     if how == "random":
         return draws
     if how == "low-confidence":
-        return plain
+        return plain.double()
     p = logits.double().softmax(-1)
     if how == "margin":
         top = p.topk(2, dim=-1).values
@@ -262,9 +264,8 @@ def autoregressive(
     for step in range(count):
         output = network(input_ids=ids if past is None else ids[:, -1:], past_key_values=past, use_cache=cache, logits_to_keep=1)
         past = output.past_key_values if cache else None
-        drawn, score = choose(
-            output.logits[:, -1, :vocabulary], index, torch.full((len(ids),), step), seed, temperature=temperature, top_k=top_k, top_p=top_p
-        )
+        place = torch.full((len(ids),), step)
+        drawn, score = choose(output.logits[:, -1], vocabulary, index, place, seed, temperature=temperature, top_k=top_k, top_p=top_p)
         if trace is not None:
             going = (~done).nonzero()[:, 0]
             trace(step, going, torch.full_like(going, ids.shape[1]), drawn[going], score[going])
@@ -279,26 +280,10 @@ def autoregressive(
 
 
 def choose(
-    logits_BV: Tensor, index_B: Tensor, at_B: Tensor, seed: int, *, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0
+    logits_MV: Tensor, vocabulary: int, index_M: Tensor, place_M: Tensor, seed: int, *, temperature: float, top_k: int, top_p: float
 ) -> tuple[Tensor, Tensor]:
-    """A token for each row and its log-probability under the plain model (float64).
-
-    Temperature 0 takes the likeliest token, the lowest id on ties. Above it, one uniform draw at (seed, sampling, index,
-    position) picks from the cumulative distribution of the tokens that `top_k` and `top_p` leave, likeliest first.
-    """
-    logits = logits_BV.double()
-    plain = logits.log_softmax(-1)
-    if temperature == 0:
-        chosen = logits.argmax(-1)
-        return chosen, plain.gather(1, chosen[:, None])[:, 0]
-    sorted_p, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
-    if top_k:
-        sorted_p[:, top_k:] = 0
-    if top_p < 1:
-        before = sorted_p.cumsum(-1) - sorted_p
-        sorted_p[before >= top_p] = 0
-    cumulative = sorted_p.cumsum(-1)
-    draws = at(seed, "sampling", index_B, at_B)
-    place = torch.searchsorted(cumulative, unit(draws)[:, None] * cumulative[:, -1:], right=True).clamp(max=logits.shape[1] - 1)
-    chosen = order.gather(1, place)[:, 0]
-    return chosen, plain.gather(1, chosen[:, None])[:, 0]
+    """A token for each row and its log-probability under the plain model, by a draw at (seed, sampling, index, place)."""
+    token, logprob, _ = reveal_tokens(
+        logits_MV, vocabulary, temperature, top_k, top_p, signed(seed), counter.number("sampling"), index_M, place_M
+    )  # fmt: skip
+    return token, logprob

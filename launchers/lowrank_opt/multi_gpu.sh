@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Pre-train on all GPUs of one or more machines. ENGINE is replicated (every optimizer), lowrank (galore, galore8bit, qgalore: processes
-# exchange projected gradients) or sharded (baseline and lora);
+# exchange projected gradients) or sharded (all but ldadam and muon: weights, gradients and moments are split);
 # OPTIMIZER, MODEL, DATA, TOKENIZER and the variables of ../lib.sh say what and where; further options go to `lowrank-opt train`:
-#   ENGINE=sharded OPTIMIZER=baseline MODEL=llama_1b launchers/lowrank_opt/multi_gpu.sh --max-steps 1000
+#   ENGINE=sharded OPTIMIZER=galore8bit MODEL=llama_1b launchers/lowrank_opt/multi_gpu.sh --max-steps 1000
 set -euo pipefail
 # shellcheck source=launchers/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"

@@ -64,10 +64,14 @@ class TestLora(LowRankConformance):
 @pytest.mark.slow
 class TestGalore(LowRankConformance):
     optimizer = "galore"
-    refuses = dict.fromkeys(ENGINES, "flattens or shards matrices, which galore needs whole; use --engine replicated")
+    refuses = dict.fromkeys(
+        (name for name in ENGINES if name != "sharded"),
+        "flattens matrices, which galore needs as they are; use --engine sharded, or --engine replicated with --shard-optimizer true",
+    )
 
     def configure(self, **options: Any) -> RunConfig:
-        return super().configure(galore={"rank": 8, "update_proj_gap": 3}, **options)
+        # the side that sharded matrices are projected on
+        return super().configure(**{"galore": {"rank": 8, "update_proj_gap": 3, "proj_type": "right"}, **options})
 
 
 def test_a_resumed_run_may_begin_with_a_fresh_and_other_optimizer(tmp_path: Path) -> None:

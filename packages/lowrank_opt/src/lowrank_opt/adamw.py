@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,8 +11,9 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from lm_core.errors import ConfigError
-from lowrank_opt.base import CHUNK, BaseOptimizer, Group, State, UnsupportedDistributedError, choice, local, rate
+from lowrank_opt.base import CHUNK, BaseOptimizer, Group, State, UnsupportedDistributedError, choice, is_shared, local, rate
 from lowrank_opt.quant import MOMENTS, Piece, is_quantised, moment_layout, zero_moments
+from lowrank_opt.sharding import by_rows, shares
 
 
 def adam_(
@@ -85,7 +87,8 @@ class AdamW(BaseOptimizer):
                 raise ConfigError(f"{name}: {group[name]} is below 1; use for example 256")
 
     def _layout(self, group: Group, parameter: Tensor) -> dict[str, tuple[int, ...]]:
-        return moment_layout(group, tuple(parameter.shape), row_aligned=False)
+        parts = [rows * math.prod(parameter.shape[1:]) for rows in shares(parameter)]
+        return moment_layout(group, tuple(parameter.shape), row_aligned=False, shares=parts)
 
     def _update(self, group: Group, parameters: list[Tensor]) -> None:
         whole: dict[torch.device, tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]] = {}
@@ -106,14 +109,20 @@ class AdamW(BaseOptimizer):
     def _dense_state(self, group: Group, parameter: Tensor) -> State:
         state: State = self.state[parameter]
         if not state:
-            if hasattr(parameter, "to_local") and is_quantised(group, parameter.numel()):
-                name = self._address(parameter).name
+            if is_shared(parameter) and is_quantised(group, parameter.numel()) and not by_rows(parameter):
+                name, placed = self._address(parameter).name, parameter.placements  # type: ignore[attr-defined]
                 raise UnsupportedDistributedError(
-                    f"state_bits: {name} is sharded, and 8-bit blocks would cross shards; use 32, or --engine replicated"
+                    f"state_bits: {name} is shared out by {placed}, and 8-bit blocks need rows (Shard(0)); use state_bits 32"
                 )
             state["step"] = 0
             state.update(zero_moments(AdamW._layout(self, group, parameter), parameter))
+            self._mark_cut(group, parameter, state)
         return state
+
+    def _mark_cut(self, group: Group, parameter: Tensor, state: State) -> None:
+        """Keep where 8-bit blocks are cut short by the end of a process's share, if anywhere."""
+        if cut := self._cut(group, parameter):
+            state["cut"] = cut
 
     def _update_in_chunks(self, group: Group, parameter: Tensor, weight: Tensor, gradient: Tensor, state: State) -> None:
         """A part at a time: for half precision, 8-bit moments, and tensors that are not contiguous."""
@@ -123,7 +132,7 @@ class AdamW(BaseOptimizer):
         chunk = max(1, CHUNK // block) * block
         quantised = "exp_avg_q" in state
         if quantised and flat.dtype == gradient.dtype == torch.float32:
-            chunk = flat.numel()  # nothing is copied, so there is nothing to keep small
+            chunk = max(1, flat.numel())  # nothing is copied, so there is nothing to keep small
         for start in range(0, flat.numel(), chunk):
             part = slice(start, min(start + chunk, flat.numel()))
             if quantised:

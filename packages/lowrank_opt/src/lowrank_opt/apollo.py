@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels_cuda.lowrank.channel_update_.reference import limit
 from lm_core.errors import ConfigError
-from lowrank_opt.base import BaseOptimizer, Group, State, choice, rate
+from lowrank_opt import sharding
+from lowrank_opt.base import BaseOptimizer, Group, State, choice, is_shared, rate
 from lowrank_opt.galore import GaLoreAdamW
 from lowrank_opt.matrix import UNCORRECTED, Change, matrix_shape, normalised_step
 from lowrank_opt.projector import gaussian, project, rank_of
@@ -37,6 +39,13 @@ def uncorrected_rate(group: Group, step: int) -> float:
     """Learning rate with Adam's bias correction in it, since N0 has none."""
     beta1, beta2 = group["betas"]
     return rate(group) * math.sqrt(1 - float(beta2) ** step) / (1 - float(beta1) ** step)
+
+
+def channel_norms(gradient: Tensor, side: str) -> Tensor:
+    """Norms of the d channels of a gradient: its rows for side right, its columns for side left; float32."""
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(gradient, dim=1 if side == "right" else 0, dtype=dtype)
+    return norms
 
 
 class ApolloAdamW(GaLoreAdamW):
@@ -121,13 +130,22 @@ class ApolloAdamW(GaLoreAdamW):
         bases = self._bases(group, parameter) or (self._random(group, parameter, state),)
         low = project(gradient, bases, state["side"])
         minus_n0 = normalised_step(low, state, UNCORRECTED, group)
-        sigma = scaling(low, minus_n0) if group["scale_type"] == "channel" else scaling(low.view(-1, 1), minus_n0.view(-1, 1))
+        if group["scale_type"] == "channel":
+            sigma = scaling(low, minus_n0)
+        else:
+            sigma = (sharding.norm(minus_n0, parameter) / (sharding.norm(low, parameter) + 1e-8)).view(1)
         size, strength = uncorrected_rate(group, state["step"]), math.sqrt(group["scale"])
         if group["scale_front"]:
             sigma = sigma * strength
         else:
             size *= strength
-        change = Change(state["side"], -size).add_gradient(gradient, sigma, last_norm(state, sigma), group["norm_growth"])
+        change, last = Change(state["side"], -size), last_norm(state, sigma)
+        if is_shared(parameter):
+            # the operator would see the norm of this process's rows
+            norm = sharding.norm(sigma * channel_norms(gradient, state["side"]), parameter)
+            change.add_gradient(gradient, sigma * limit(norm, last, group["norm_growth"]))
+        else:
+            change.add_gradient(gradient, sigma, last, group["norm_growth"])
         self._write(group, parameter, change)
 
 

@@ -56,9 +56,24 @@ def choice(name: str, value: object, allowed: Sequence[object]) -> None:
         raise ConfigError(f"{name}: {value!r} is unknown; {hint}choose one of {', '.join(str(one) for one in allowed)}")
 
 
-def local(tensor: Tensor) -> Tensor:
+def is_shared(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, shared out over processes."""
+    return hasattr(tensor, "to_local")
+
+
+def local(tensor: Any) -> Tensor:
     """This rank's part of a DTensor, and any other tensor as it is; element-wise updates need no more."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return tensor.to_local() if is_shared(tensor) else tensor  # type: ignore[no-any-return]
+
+
+def share(size: int, processes: int, number: int) -> int:
+    """How many of `size` rows a process has when a DTensor is shared out by rows.
+
+    >>> [share(9, 4, number) for number in range(4)]
+    [3, 3, 3, 0]
+    """
+    most = math.ceil(size / processes)
+    return max(0, min(most, size - most * number))
 
 
 def rate(group: Group) -> float:
@@ -273,7 +288,11 @@ class BaseOptimizer(torch.optim.Optimizer):
         if parameter.dtype != torch.bfloat16 or not group["stochastic_rounding"]:
             return None
         seed = group["seed"]
-        return Rounding(partial(self._tile, seed, step, parameter.device), seed, self._address(parameter).position, step)
+        place = self._address(parameter).position
+        if is_shared(parameter):
+            # other bits for every process
+            place += parameter.device_mesh.get_local_rank() << 32  # type: ignore[attr-defined]
+        return Rounding(partial(self._tile, seed, step, parameter.device), seed, place, step)
 
     def _tile(self, seed: int, step: int, device: torch.device) -> Tensor:
         if self._tiles.get(device, (None,))[:2] != (seed, step):
@@ -301,7 +320,29 @@ class BaseOptimizer(torch.optim.Optimizer):
         """The same for one parameter."""
         group = self._group_of(parameter)
         layout = self._layout(group, parameter).items()
-        return sum(math.prod(shape) * _state_type(name, group, parameter).itemsize for name, shape in layout)
+        return sum(self._elements_here(parameter, name, shape) * _state_type(name, group, parameter).itemsize for name, shape in layout)
+
+    def _shared_along(self, parameter: Tensor, name: str) -> int | None:
+        """The dimension along which the state `name` of a DTensor is shared out; None for what every process has whole."""
+        return 0
+
+    def _elements_here(self, parameter: Tensor, name: str, shape: tuple[int, ...]) -> int:
+        """Elements of a state tensor that this process has."""
+        along = self._shared_along(parameter, name) if is_shared(parameter) else None
+        if along is None:
+            return math.prod(shape)
+        mesh = parameter.device_mesh  # type: ignore[attr-defined]
+        return math.prod(shape) // shape[along] * share(shape[along], mesh.size(), mesh.get_local_rank())
+
+    def _cut(self, group: Group, parameter: Tensor) -> int:
+        """Elements of a process's share of moments in 8 bits, where they are no whole number of blocks; else 0."""
+        layout = self._layout(group, parameter)
+        if not is_shared(parameter) or "exp_avg_q" not in layout:
+            return 0
+        along = self._shared_along(parameter, "exp_avg_q") or 0
+        shape = layout["exp_avg_q"]
+        part = share(shape[along], parameter.device_mesh.size(), 0) * math.prod(shape[along + 1 :])  # type: ignore[attr-defined]
+        return part if part < math.prod(shape[along:]) and part % group["block_size"] else 0
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state dict of the same optimizer over the same parameters.
@@ -358,6 +399,11 @@ class BaseOptimizer(torch.optim.Optimizer):
                     raise ResumeRefused(f"{key}: the saved optimizer state has {values}; use the saved value or a fresh optimizer state")
 
     def _check_saved_state(self, group: Group, parameter: Tensor, saved: State) -> None:
+        if saved.get("cut", 0) != self._cut(group, parameter):
+            raise ResumeRefused(
+                f"optimizer state: 8-bit blocks of {self._address(parameter).name} end where the rows of another number of processes do; "
+                "resume with as many processes as before, or with a fresh optimizer state"
+            )
         needed = self._layout(group, parameter)
         found = {key: tuple(value.shape) for key, value in saved.items() if isinstance(value, Tensor) and value.ndim > 0}
         for key in sorted(needed.keys() | found.keys()):

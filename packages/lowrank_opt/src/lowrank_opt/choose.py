@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lm_core.config import to_dict
+from lm_core.deepspeed_settings import engine_kind
 from lowrank_opt.adamw import AdamW, AdamW8bit
 from lowrank_opt.apollo import ApolloAdamW
 from lowrank_opt.base import BaseOptimizer, Group
@@ -52,14 +53,16 @@ def low_rank_settings(config: TrainConfig) -> Group:
     """What the group of low-rank parameters overrides; empty where the optimizer has none."""
     galore, apollo = config.galore, config.apollo
     rank = galore.rank if galore.rank < 1 else int(galore.rank)
+    by_rows = {"proj_type": "right"} if engine_kind(config) == "sharded" else {}
     if config.optimizer in PROJECTED:
         # an option that is not given is left to the class
         chosen = {name: value for name, value in to_dict(galore).items() if name not in _ELSEWHERE and value is not None}
-        settings = {"rank": rank, **chosen}
+        settings = {"rank": rank, **chosen, **by_rows}
         return {**settings, "norm_growth": apollo.apollo_norm_growth} if config.optimizer == "fira" else settings
     if config.optimizer in ("apollo", "apollo-mini"):
         mini = config.optimizer == "apollo-mini"
         return {
+            **by_rows,
             "rank": apollo.apollo_rank or (1 if mini else 256),
             "scale": apollo.apollo_scale or (128.0 if mini else 1.0),
             "scale_type": apollo.apollo_scale_type or ("tensor" if mini else "channel"),

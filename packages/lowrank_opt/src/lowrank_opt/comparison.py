@@ -75,13 +75,13 @@ def _held_out(record: sinks.Record) -> float:
 
 def state_bytes(folder: Path) -> float:
     """Bytes of optimizer state in the newest checkpoint; NaN where a run keeps none."""
-    from lowrank_opt.inspection import header
+    from lowrank_opt.inspection import tensors
 
-    files = [path for path in (folder / "checkpoints").glob("checkpoint-*/optimizer.safetensors") if path.parent.suffix != ".old"]
-    if not files:
+    kept = [path.parent for path in (folder / "checkpoints").glob("checkpoint-*/optimizer.json") if path.parent.suffix != ".old"]
+    if not kept:
         return math.nan
-    newest = max(files, key=lambda path: int(path.parent.name.rpartition("-")[2]))
-    return float(sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in header(newest).values()))
+    newest = max(kept, key=lambda path: int(path.name.rpartition("-")[2]))
+    return float(sum(entry["bytes"] for entry in tensors(newest).values()))
 
 
 def markdown(lines: Sequence[Line]) -> str:

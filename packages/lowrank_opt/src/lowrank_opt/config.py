@@ -52,6 +52,8 @@ PROJECTED = ("galore", "galore8bit", "lora+galore", "lora+galore8bit", "fira", "
 REDUCED = tuple(name for name in PROJECTED if name != "fira")
 EIGHT_BIT = ("galore8bit", "lora+galore8bit", "adamw8bit", "qgalore")
 LOW_RANK = (*PROJECTED, "apollo", "apollo-mini", "ldadam", "muon")
+# those whose update can do with some rows of each matrix, which --engine sharded leaves to a process
+BY_ROWS = (*PROJECTED, "apollo", "apollo-mini")
 # of section galore, what LDAdam uses as well
 OF_LDADAM = ("rank", "proj_type", "full_rank_policy", "proj_dtype")
 
@@ -302,10 +304,14 @@ class TrainConfig(RunConfig):
         stage, said = split(self)
         if stage and self.per_layer:
             raise ConfigError(f"per_layer: {said} keeps no whole gradient; use --engine replicated")
-        if stage and self.optimizer in LOW_RANK:
-            raise ConfigError(f"optimizer: {said} flattens or shards matrices, which {self.optimizer} needs whole; use --engine replicated")
-        if stage and moment_bits(self) == 8:
-            raise ConfigError(f"optimizer: {said} would cut through the blocks of moments in 8 bits; use --engine replicated")
+        if engine_kind(self) == "sharded":
+            self.check_rows(said)
+        elif stage and self.optimizer in LOW_RANK:
+            others = "--engine sharded, or --engine replicated" if self.optimizer in BY_ROWS else "--engine replicated"
+            also = " with --shard-optimizer true" if self.optimizer in PROJECTED else ""
+            raise ConfigError(f"optimizer: {said} flattens matrices, which {self.optimizer} needs as they are; use {others}{also}")
+        elif stage and moment_bits(self) == 8:
+            raise ConfigError(f"optimizer: {said} would cut through the blocks of moments in 8 bits; use --engine sharded or replicated")
         if stage and self.verify_replicas_every:
             raise ConfigError(f"verify_replicas_every: {said} keeps no replicas to compare; drop it, or use --engine replicated")
         if self.shard_optimizer and (stage or self.engine == "lowrank"):
@@ -317,6 +323,20 @@ class TrainConfig(RunConfig):
             raise ConfigError("resume_reset_optimizer: nothing is resumed; add --resume auto, or a checkpoint folder")
         if self.resume_reset_optimizer and engine_kind(self) == "deepspeed":
             raise ConfigError("resume_reset_optimizer: DeepSpeed's checkpoints hold weights and state together; start a new run")
+
+    def check_rows(self, said: str) -> None:
+        """Refuse what needs more than some rows of a matrix."""
+        if self.optimizer in LOW_RANK and self.optimizer not in BY_ROWS:
+            raise ConfigError(
+                f"optimizer: {said} leaves every process some rows of a matrix, which {self.optimizer} needs whole; use --engine replicated"
+            )
+        if self.optimizer in PROJECTED and self.galore.proj_type in ("left", "full"):
+            raise ConfigError(
+                f"galore.proj_type: {said} leaves every process some rows of a matrix, and {self.galore.proj_type} needs whole ones; "
+                "use right, or --engine replicated"
+            )
+        if self.optimizer in PROJECTED and self.galore.compat != "none":
+            raise ConfigError(f"galore.compat: {self.galore.compat} needs whole matrices, not {said}; drop it, or use --engine replicated")
 
     def check_reduction(self) -> None:
         """Refuse what cannot do with the sum of projected gradients."""

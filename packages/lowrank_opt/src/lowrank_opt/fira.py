@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from kernels_cuda.lowrank.channel_update_.reference import limit
-from lowrank_opt.apollo import check_channels, last_norm, scaling, uncorrected_rate
+from lowrank_opt import sharding
+from lowrank_opt.apollo import channel_norms, check_channels, last_norm, scaling, uncorrected_rate
 from lowrank_opt.base import Group
 from lowrank_opt.galore import GaLoreAdamW
 from lowrank_opt.matrix import UNCORRECTED, Change, normalised_step
@@ -39,19 +40,12 @@ class FiraAdamW(GaLoreAdamW):
         low, bases = self._low(group, parameter, gradient), self._bases(group, parameter)
         minus_n0 = normalised_step(low, state, UNCORRECTED, group)
         sigma = scaling(low, minus_n0)
-        norm = (sigma * residual_norms(channel_norms(gradient, state["side"]), low, bases[0])).norm()
+        norm = sharding.norm(sigma * residual_norms(channel_norms(gradient, state["side"]), low, bases[0]), parameter)
         factor = limit(norm, last_norm(state, sigma), group["norm_growth"]) * sigma
         rate = uncorrected_rate(group, state["step"] - state["reset_step"])
         # minus scale back(N0) + factor (G - back(L)), with the two products in the basis made one
         change = Change(state["side"], rate).add_back(group["scale"] * minus_n0 + factor * low, bases)
         self._write(group, parameter, change.add_gradient(gradient, -factor))
-
-
-def channel_norms(gradient: Tensor, side: str) -> Tensor:
-    """Norms of the d channels of a gradient: its rows for side right, its columns for side left; float32."""
-    dtype = torch.promote_types(gradient.dtype, torch.float32)
-    norms: Tensor = torch.linalg.vector_norm(gradient, dim=1 if side == "right" else 0, dtype=dtype)
-    return norms
 
 
 def residual_norms(norms: Tensor, low: Tensor, basis: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable
 from typing import Any, Literal, cast
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from lm_core.errors import ConfigError, InputError, RunFailed
 from lowrank_opt import compat as galore_torch
-from lowrank_opt.base import BaseOptimizer, Group, State, choice, decay_factor, rate, work_dtype
+from lowrank_opt import sharding
+from lowrank_opt.base import BaseOptimizer, Group, State, choice, decay_factor, is_shared, local, rate, work_dtype
 from lowrank_opt.int4 import PARTS, pack, packed_layout, unpack
 from lowrank_opt.matrix import (
     FULL_RANK_POLICIES,
@@ -35,6 +37,8 @@ from lowrank_opt.projector import (
 )
 from lowrank_opt.quant import Piece, moment_layout, zero_moments
 
+log = logging.getLogger("lowrank_opt")
+
 MOMENT_TRANSFERS = ("none", "project", "reset")
 PROJ_DTYPES = ("param", "fp32", "bf16", "int4")
 COMPATS = ("none", "galore_torch")
@@ -54,6 +58,7 @@ class GaLoreAdamW(MatrixOptimizer):
     """
 
     _needs_gradient = False
+    _takes_shares = True
     # Whether compat hands matrices to the module of that name, or changes details of this class's own update.
     _mirrors = True
     _refreshed: dict[Tensor, tuple[float, int]]
@@ -115,6 +120,10 @@ class GaLoreAdamW(MatrixOptimizer):
             choice(name, group[name], allowed)
         if group["update_proj_gap"] < 1:
             raise ConfigError(f"update_proj_gap: {group['update_proj_gap']} is below 1; use the number of steps between two refreshes")
+        shared = self._takes_shares and group["rank"] is not None and any(map(is_shared, group["params"]))
+        if shared and group["proj_type"] in ("std", "reverse_std"):
+            log.info("proj_type: right for all %d matrices of a group, since every process has some rows of each", len(group["params"]))
+            group["proj_type"] = "right"
         if group["compat"] == "none":
             check_full_rank(group)
         elif group["state_bits"] != 32:
@@ -140,7 +149,7 @@ class GaLoreAdamW(MatrixOptimizer):
         low = low_shape(shape, side, rank)
         if group["compat"] != "none" and self._mirrors and side == "right":
             low = low[1], low[0]
-        layout = moment_layout(group, low, row_aligned=True)
+        layout = moment_layout(group, low, row_aligned=True, shares=sharding.shares(parameter))
         for name, size in self._basis_shapes(group, parameter).items():
             layout.update(packed_layout(name, size) if group["proj_dtype"] == "int4" else {name: size})
         return layout
@@ -171,11 +180,11 @@ class GaLoreAdamW(MatrixOptimizer):
             super()._update(group, parameters)
             return
         for parameter in parameters:
-            gradient, matrix = self._gradient(parameter), self._has_rank(group, parameter)
+            matrix = self._has_rank(group, parameter)
             if matrix and not self._mirrors:
-                self._update_matrix(group, parameter, gradient.reshape(matrix_shape(parameter)))
+                self._update_matrix(group, parameter, self._matrix_gradient(parameter))
             else:
-                galore_torch.update(group, parameter, gradient, self.state[parameter], matrix=matrix)
+                galore_torch.update(group, parameter, self._gradient(parameter), self.state[parameter], matrix=matrix)
 
     def _update_matrix(self, group: Group, parameter: Tensor, gradient: Tensor) -> None:
         self._begin(group, parameter, gradient)
@@ -188,15 +197,23 @@ class GaLoreAdamW(MatrixOptimizer):
             state.update(step=0, next_refresh=1, refreshes=0, gap=group["update_proj_gap"], reset_step=0, overlaps=[])
             state["refresh_step"] = 0
             state["side"] = side_of(matrix_shape(parameter), group["proj_type"])
-            state.update(zero_moments({name: shape for name, shape in layout.items() if not name.startswith("proj")}, parameter))
+            moments = {name: shape for name, shape in layout.items() if not name.startswith("proj")}
+            state.update(zero_moments(moments, parameter, dimension=1))
+            self._mark_cut(group, parameter, state)
         return state
+
+    def _shared_along(self, parameter: Tensor, name: str) -> int | None:
+        """Bases are everywhere; L lies column by column where the rows of the matrix do."""
+        if name.startswith("proj"):
+            return None
+        return 1 if self._is_matrix(self._group_of(parameter), parameter) else super()._shared_along(parameter, name)
 
     def _accumulates_low(self, group: Group, parameter: Tensor) -> bool:
         low_only = not self._needs_gradient and group["compat"] == "none"
         return low_only and self._has_rank(group, parameter) and self._is_matrix(group, parameter)
 
     def _accumulate_low(self, group: Group, parameter: Tensor, *, first: bool) -> Tensor:
-        gradient = self._gradient(parameter).reshape(matrix_shape(parameter))
+        gradient = self._matrix_gradient(parameter)
         if first:
             self._begin(group, parameter, gradient)
         return self._low(group, parameter, gradient)
@@ -240,7 +257,7 @@ class GaLoreAdamW(MatrixOptimizer):
         """New basis from `gradient` for the step `state["step"]`."""
         started = time.perf_counter()
         name, step = self._address(parameter).name, state["step"]
-        largest = float(torch.linalg.vector_norm(gradient, torch.inf))
+        largest = sharding.largest(gradient, parameter)
         if not largest < torch.inf:
             raise RunFailed(f"{name}: its gradient is not finite at step {step}; lower the learning rate or clip")
         if largest == 0:
@@ -273,7 +290,7 @@ class GaLoreAdamW(MatrixOptimizer):
     def find_bases(self, parameter: Tensor) -> tuple[Tensor, ...]:
         """The bases that the coming step would compute for a matrix whose refresh is due, from its present gradient."""
         group = self._group_of(parameter)
-        gradient = self._gradient(parameter).reshape(matrix_shape(parameter))
+        gradient = self._matrix_gradient(parameter)
         return self._find(group, parameter, gradient, self._matrix_state(group, parameter))[0]
 
     def _find(self, group: Group, parameter: Tensor, gradient: Tensor, state: State) -> tuple[tuple[Tensor, ...], int]:
@@ -283,6 +300,9 @@ class GaLoreAdamW(MatrixOptimizer):
         sides = ("left", "right") if state["side"] == "full" else (state["side"],)
         draw = gaussian(group["seed"], self._address(parameter).index, state["refreshes"])
         previous = self._bases(group, parameter) if state["refreshes"] > 0 else (None, None)
+        if is_shared(parameter):
+            settings = {name: group[name] for name in ("oversample", "power_iters")}
+            return (sharding.basis(gradient, parameter, rank, group["proj_method"], draw=draw, previous=previous[0], **settings),), 0
         found = [
             basis(
                 gradient,
@@ -310,7 +330,7 @@ class GaLoreAdamW(MatrixOptimizer):
         if group["moment_transfer"] == "none":
             return
         piece = Piece(state, group["block_size"]) if "exp_avg_q" in state else None
-        first, second = piece.read() if piece else (state["exp_avg"], state["exp_avg_sq"])
+        first, second = piece.read() if piece else (local(state["exp_avg"]), local(state["exp_avg_sq"]))
         if group["moment_transfer"] == "reset":
             first.zero_()
             second.zero_()
@@ -336,7 +356,7 @@ class GaLoreAdamW(MatrixOptimizer):
                     state["next_refresh"] = state["step"] + 1
                     continue
                 state["step"] += 1
-                self._refresh(group, parameter, self._gradient(parameter).reshape(matrix_shape(parameter)), state)
+                self._refresh(group, parameter, self._matrix_gradient(parameter), state)
                 state["step"] -= 1
 
     @torch.no_grad()
@@ -365,9 +385,10 @@ class GaLoreAdamW(MatrixOptimizer):
                     continue
                 energy = None
                 if parameter.grad is not None:
-                    gradient = self._gradient(parameter).reshape(matrix_shape(parameter)).to(work_dtype(parameter.dtype))
+                    gradient = self._matrix_gradient(parameter).to(work_dtype(parameter.dtype))
                     bases = tuple(b.to(gradient.dtype) for b in self._bases(group, parameter))
-                    energy = float(project(gradient, bases, state["side"]).square().sum() / gradient.square().sum())
+                    low = project(gradient, bases, state["side"])
+                    energy = float(sharding.norm(low, parameter) / sharding.norm(gradient, parameter)) ** 2
                 seconds, fallbacks = self._refreshed.get(parameter, (None, None))
                 age = state["step"] - state["refresh_step"]
                 found[self._address(parameter).name] = {"energy": energy, "age": age, "seconds": seconds, "fallbacks": fallbacks}

@@ -1,4 +1,4 @@
-"""`lowrank-opt inspect`: what the optimizer state of a checkpoint consists of. Reads headers only."""
+"""`lowrank-opt inspect`: what the optimizer state of a checkpoint consists of. Reads no tensor's values."""
 
 from __future__ import annotations
 
@@ -12,13 +12,32 @@ from lowrank_opt import saved
 from lowrank_opt.commands import InspectConfig
 
 
-def header(path: Path) -> dict[str, dict[str, Any]]:
-    """Names, dtypes, shapes and places of the tensors in a safetensors file."""
+def tensors(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """Shape, dtype and bytes of every state tensor in a checkpoint, the whole of those that are shared out."""
+    path = checkpoint / "optimizer.safetensors"
+    if not path.is_file():
+        return shared_tensors(checkpoint / "optimizer")
     with path.open("rb") as file:
         (size,) = struct.unpack("<Q", file.read(8))
         entries: dict[str, dict[str, Any]] = json.loads(file.read(size))
     entries.pop("__metadata__", None)
-    return entries
+    places = {name: entry.pop("data_offsets") for name, entry in entries.items()}
+    return {name: {**entry, "bytes": places[name][1] - places[name][0]} for name, entry in entries.items()}
+
+
+def shared_tensors(folder: Path) -> dict[str, dict[str, Any]]:
+    """The same from torch's distributed checkpoint, which the sharded engine writes."""
+    from safetensors.torch import _TYPES
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    words = {dtype: word for word, dtype in _TYPES.items()}
+    found = FileSystemReader(folder).read_metadata().state_dict_metadata
+    kinds = {name: (entry.size, entry.properties.dtype) for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
+    return {
+        name: {"dtype": words[dtype], "shape": list(size), "bytes": size.numel() * dtype.itemsize}
+        for name, (size, dtype) in sorted(kinds.items())
+    }
 
 
 def run(config: InspectConfig) -> dict[str, Any]:
@@ -30,11 +49,10 @@ def run(config: InspectConfig) -> dict[str, Any]:
     parameters: dict[str, dict[str, Any]] = {
         name: {"tensors": {}, "bytes": 0, **described(values)} for name, values in info["state"].items()
     }
-    for path, entry in header(checkpoint / "optimizer.safetensors").items():
+    for path, entry in tensors(checkpoint).items():
         name, _, key = path.rpartition("/")
-        first, last = entry["data_offsets"]
-        parameters[name]["tensors"][key] = {"shape": entry["shape"], "dtype": entry["dtype"], "bytes": last - first}
-        parameters[name]["bytes"] += last - first
+        parameters[name]["tensors"][key] = entry
+        parameters[name]["bytes"] += entry["bytes"]
     for name, values in parameters.items():
         age = f"  side {values['side']}  refreshes {values['refreshes']}  age {values['age']}" if "side" in values else ""
         print(f"{name}  {values['bytes']:,} bytes{age}")

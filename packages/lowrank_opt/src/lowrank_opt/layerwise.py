@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_core.errors import ConfigError, InputError, RunFailed
-from lowrank_opt.base import BaseOptimizer, Group, choice
+from lowrank_opt.base import BaseOptimizer, Group, UnsupportedDistributedError, choice, is_shared
 
 log = logging.getLogger("lowrank_opt")
 
@@ -56,6 +56,10 @@ class PerLayer:
         trained = {p: name for name, p in model.named_parameters() if p.requires_grad}
         if missing := [name for p, name in trained.items() if p not in self.place]:
             raise ConfigError(f"params: {len(missing)} trained parameters are in no group: {', '.join(missing)}; add or freeze them")
+        if shared := [name for p, name in trained.items() if is_shared(p)]:
+            raise UnsupportedDistributedError(
+                f"attach_per_layer: {shared[0]} is a DTensor, whose gradient is summed after the hooks; one process only"
+            )
         self.elements = sum(p.numel() for p in trained)
         self.seen: dict[Tensor, int] = {}
         self.low: dict[Tensor, Tensor] = {}

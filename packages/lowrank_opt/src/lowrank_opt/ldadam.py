@@ -25,6 +25,7 @@ class LDAdamW(GaLoreAdamW):
     """
 
     _identity: tuple[str, ...] = (*GaLoreAdamW._identity, "error_feedback")
+    _takes_shares = False
     _needs_gradient = True
 
     def __init__(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal
+import math
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,9 +14,10 @@ from kernels_cuda.lowrank.channel_update_ import reference as channel_definition
 from kernels_cuda.lowrank.lowrank_update_ import reference as lowrank_definition
 from lm_core.errors import ConfigError
 from lowrank_opt.adamw import AdamW, normalised
-from lowrank_opt.base import Group, Rounding, State, UnsupportedDistributedError
+from lowrank_opt.base import Group, Rounding, State, UnsupportedDistributedError, is_shared, local
 from lowrank_opt.projector import Side, rank_of
-from lowrank_opt.quant import Piece
+from lowrank_opt.quant import MOMENTS, Piece
+from lowrank_opt.sharding import by_rows
 
 log = logging.getLogger("lowrank_opt")
 
@@ -26,13 +28,15 @@ UNCORRECTED = 2**62
 
 def matrix_shape(parameter: Tensor) -> tuple[int, int]:
     """Rows and columns of a weight; a convolution is seen as output channels x the rest."""
-    return parameter.shape[0], parameter.numel() // max(1, parameter.shape[0])
+    return parameter.shape[0], math.prod(parameter.shape[1:])
 
 
 class MatrixOptimizer(AdamW):
     """AdamW for groups without a rank; `_update_matrix` of a subclass for the matrices of groups with one."""
 
     _takes_rank = True
+    # Whether matrices may be shared out over processes by rows.
+    _takes_shares = False
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
@@ -47,13 +51,31 @@ class MatrixOptimizer(AdamW):
     def _has_rank(self, group: Group, parameter: Tensor) -> bool:
         if group["rank"] is None:
             return False
-        if parameter.ndim < 2 or hasattr(parameter, "to_local"):
-            what = f"{parameter.ndim}-dimensional" if parameter.ndim < 2 else "a DTensor"
+        name = self._address(parameter).name
+        if parameter.ndim < 2:
             raise UnsupportedDistributedError(
-                f"rank: {self._address(parameter).name} is {what}, and a low-rank update needs the whole matrix; engines that "
-                "flatten or shard parameters destroy it. Use --engine replicated, or put the parameter into a group without rank"
+                f"rank: {name} is {parameter.ndim}-dimensional, and a low-rank update needs a matrix; engines that "
+                "flatten parameters destroy it. Use --engine replicated, or put the parameter into a group without rank"
             )
+        if is_shared(parameter):
+            self._check_shares(group, parameter, name)
         return True
+
+    def _check_shares(self, group: Group, parameter: Any, name: str) -> None:
+        """Refuse a DTensor that this optimizer cannot update from the rows of each process."""
+        instead = "use --engine replicated, or put the parameter into a group without rank"
+        if not self._takes_shares:
+            raise UnsupportedDistributedError(f"rank: {name} is a DTensor, and {type(self).__name__} needs the whole matrix; {instead}")
+        if not by_rows(parameter):
+            raise UnsupportedDistributedError(
+                f"rank: {name} is a DTensor shared out by {parameter.placements}; low-rank updates know rows (Shard(0)) alone, so {instead}"
+            )
+        if group["proj_type"] != "right" or group["compat"] != "none":
+            found = f"proj_type {group['proj_type']}" if group["compat"] == "none" else f"compat {group['compat']}"
+            raise UnsupportedDistributedError(
+                f"rank: {name} is a DTensor, of which every process has some rows, and {found} needs the whole matrix; "
+                "use proj_type right and compat none, or --engine replicated"
+            )
 
     def _is_matrix(self, group: Group, parameter: Tensor) -> bool:
         return group["rank"] is not None and parameter.ndim >= 2
@@ -66,11 +88,16 @@ class MatrixOptimizer(AdamW):
         dense = []
         for parameter in parameters:
             if self._has_rank(group, parameter) and self._is_matrix(group, parameter):
-                self._update_matrix(group, parameter, self._gradient(parameter).reshape(matrix_shape(parameter)))
+                self._update_matrix(group, parameter, self._matrix_gradient(parameter))
             else:
                 dense.append(parameter)
         if dense:
             super()._update(group if group["rank"] is None else self._identity_group(group), dense)
+
+    def _matrix_gradient(self, parameter: Tensor) -> Tensor:
+        """The gradient as m x n; this process's rows of one that is shared out."""
+        gradient = local(self._gradient(parameter))
+        return gradient.reshape(matrix_shape(gradient))
 
     def _update_matrix(self, group: Group, parameter: Tensor, gradient: Tensor) -> None:
         """One update of a matrix with its gradient, m x n."""
@@ -97,11 +124,12 @@ def normalised_step(low: Tensor, state: State, step: int, group: Group, dtype: t
 
     `step` is the number of this update, 1 for the first, or UNCORRECTED.
     """
-    if low.dtype == torch.float64 and "exp_avg" in state:
-        return normalised(low, state["exp_avg"], state["exp_avg_sq"], step, group)
-    if "exp_avg" in state:
+    first, second = (local(state[name]) if name in state else None for name in MOMENTS)
+    if low.dtype == torch.float64 and first is not None and second is not None:
+        return normalised(low, first, second, step, group)
+    if first is not None and second is not None:
         out, (beta1, beta2) = torch.empty_like(low, dtype=dtype, memory_format=torch.contiguous_format), group["betas"]
-        adam_step_(low, state["exp_avg"], state["exp_avg_sq"], out, beta1, beta2, group["eps"], step, alpha=1.0)
+        adam_step_(low, first, second, out, beta1, beta2, group["eps"], step, alpha=1.0)
         return out
     out = torch.empty_like(low, memory_format=torch.contiguous_format)
     Piece(state, group["block_size"]).adam_(low.contiguous(), out, step, group, decay=0.0, alpha=1.0)
@@ -133,8 +161,9 @@ class Change:
     def write(self, parameter: Tensor, decay: float, rounding: Rounding | None, decay_after: bool = False) -> None:
         """W <- decay W + alpha change, or decay (W + alpha change)."""
         alpha = -self.alpha * (decay if decay_after else 1.0)
+        parameter = local(parameter.detach())
         # a weight that is not contiguous goes through a copy
-        weight = parameter.detach().contiguous().view(matrix_shape(parameter))
+        weight = parameter.contiguous().view(matrix_shape(parameter))
         key = rounding.key if rounding else (-1, 0)
         basis, low = (None, None) if self.low is None else (self.low[1][0], self.low[0])
         if self.low is not None and self.side == "full":

@@ -179,6 +179,8 @@ class LowRank(Method):
         frozen = sum(parameter.numel() for parameter in self.module.parameters()) - sum(parameter.numel() for parameter in trained)
         numbers = f"low-rank {sum(p.numel() for p in low):,} ({len(low)} matrices)  "
         numbers += f"dense {sum(p.numel() for p in trained) - sum(p.numel() for p in low):,}  frozen {frozen:,}"
+        if low and engine_kind(self.config) == "sharded":
+            numbers += "  proj_type right, since every process has some rows of each"
         return f"optimizer   {numbers}  state {self.built.predicted_state_bytes():,} bytes"
 
     def sinks(self, folder: Path) -> list[Sink]:

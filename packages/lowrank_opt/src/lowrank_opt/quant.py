@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from kernels_cuda.lowrank import adam8bit_step_, dequantize_blockwise, quantize_blockwise
-from lowrank_opt.base import Group, State, work_dtype
+from lowrank_opt.base import Group, State, is_shared, local, work_dtype
+from lowrank_opt.sharding import full
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -42,29 +44,33 @@ def is_quantised(group: Group, elements: int) -> bool:
     return bool(group["state_bits"] == 8 and elements >= group["min_8bit_size"])
 
 
-def moment_layout(group: Group, shape: tuple[int, ...], row_aligned: bool) -> dict[str, tuple[int, ...]]:
-    """Shapes of the state tensors that hold two moments of `shape`."""
+def moment_layout(group: Group, shape: tuple[int, ...], row_aligned: bool, shares: Sequence[int] = ()) -> dict[str, tuple[int, ...]]:
+    """Shapes of the state tensors that hold two moments of `shape`.
+
+    `shares`: how many columns (of a flat tensor: elements) each process has, if several do. Blocks restart with every process; of a
+    flat tensor each has room for as many as the first one needs, since a DTensor is cut evenly.
+    """
     if not is_quantised(group, math.prod(shape)):
         return dict.fromkeys(MOMENTS, shape)
     rows, columns = shape if row_aligned else (1, math.prod(shape))
-    blocks = math.ceil(columns / group["block_size"])
-    maxima = (rows, blocks) if row_aligned else (blocks,)
+    blocks = [math.ceil(part / group["block_size"]) for part in shares or (columns,)]
+    maxima = (rows, sum(blocks)) if row_aligned else (max(blocks) * len(blocks),)
     return {name + suffix: size for name in MOMENTS for suffix, size in (("_q", shape), ("_absmax", maxima))}
 
 
-def zero_moments(layout: dict[str, tuple[int, ...]], like: Tensor) -> State:
-    """Moments of zero, laid out by `moment_layout`, for the parameter `like` (sharded alike if it is a DTensor)."""
+def zero_moments(layout: dict[str, tuple[int, ...]], like: Tensor, dimension: int = 0) -> State:
+    """Moments of zero, laid out by `moment_layout`, for the parameter `like`; shared out along `dimension` where it is."""
     zeros: State = {}
     for name, shape in layout.items():
-        if name.endswith("_q"):
-            code = int((code_book(True) == 0).nonzero()) if name == "exp_avg_q" else 0
-            zeros[name] = torch.full(shape, code, dtype=torch.uint8, device=like.device)
-        elif name.endswith("_absmax"):
-            zeros[name] = torch.zeros(shape, device=like.device)
-        elif shape == tuple(like.shape):
-            zeros[name] = torch.zeros_like(like, dtype=work_dtype(like.dtype), memory_format=torch.contiguous_format)
+        code = int((code_book(True) == 0).nonzero()) if name == "exp_avg_q" else 0
+        dtype = torch.uint8 if name.endswith("_q") else torch.float32 if name.endswith("_absmax") else work_dtype(like.dtype)
+        if not is_shared(like):
+            zeros[name] = torch.full(shape, code, dtype=dtype, device=like.device)
+        elif shape == tuple(like.shape) and dimension == 0:
+            # placed like the parameter, however that is
+            zeros[name] = torch.full_like(like, code, dtype=dtype, memory_format=torch.contiguous_format)
         else:
-            zeros[name] = torch.zeros(shape, dtype=work_dtype(like.dtype), device=like.device)
+            zeros[name] = full(shape, code, dtype, like, dimension)
     return zeros
 
 
@@ -75,7 +81,7 @@ class Piece:
         self.block = block
         self.codes, self.maxima = [], []
         for name in MOMENTS:
-            codes, maxima = state[name + "_q"], state[name + "_absmax"]
+            codes, maxima = local(state[name + "_q"]), local(state[name + "_absmax"])
             if columns is None:
                 self.codes.append(codes)
                 self.maxima.append(maxima)

@@ -27,11 +27,11 @@ def tensors(checkpoint: Path) -> dict[str, dict[str, Any]]:
 
 def shared_tensors(folder: Path) -> dict[str, dict[str, Any]]:
     """The same from torch's distributed checkpoint, which the sharded engine writes."""
-    from safetensors.torch import _TYPES
+    import torch
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    words = {dtype: word for word, dtype in _TYPES.items()}
+    words = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
     found = FileSystemReader(folder).read_metadata().state_dict_metadata
     kinds = {name: (entry.size, entry.properties.dtype) for name, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
     return {

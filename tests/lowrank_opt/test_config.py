@@ -142,6 +142,8 @@ def test_the_rate_stays_at_the_floor_after_tmax_epochs_but_oscillates_in_steps()
         ({"engine": "sharded", "optimizer": "baseline", "shard_optimizer": True}, "shard_optimizer: engine: sharded splits it already"),
         ({"engine": "lowrank", "shard_optimizer": True}, "shard_optimizer: --engine lowrank needs every basis"),
         ({"model": "roberta"}, "model: roberta predicts no next token"),
+        ({"optimizer": "lora", "lora": {"init_lora_weights": "pisa"}}, "lora.init_lora_weights: 'pisa' is unknown; use true, gaussian"),
+        ({"optimizer": "lora", "lora": {"lora_ga_batches": 8}}, "lora.lora_ga_batches: true takes no gradient"),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(values: dict[str, Any], named: str) -> None:

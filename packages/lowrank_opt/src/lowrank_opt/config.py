@@ -137,7 +137,11 @@ class LoraOptions:
     use_rslora: bool = opt(False, "Scale by lora_alpha / sqrt(r).")
     use_dora: bool = opt(False, "Train the magnitude of weights separately (DoRA).")
     bias: Literal["none", "all", "lora_only"] = opt("none", "Biases trained beside the adapters.")
-    init_lora_weights: str = opt("true", "Initial adapters: true, gaussian, pissa, pissa_niter_N, olora, orthogonal.")
+    init_lora_weights: str = opt(
+        "true",
+        "Initial adapters: true, gaussian, pissa, pissa_niter_N, olora, orthogonal, lora_ga (from a gradient of the weights; exported merged).",
+    )
+    lora_ga_batches: int = opt(64, "Micro-batches that lora_ga takes the gradient from.", ge=1)
     train_base_modules: Literal["auto", "none"] = opt(
         "auto", "Train embeddings, norms and head beside the adapters: auto does in pretraining."
     )
@@ -263,6 +267,13 @@ class TrainConfig(RunConfig):
             raise ConfigError(f"num_labels: {self.num_labels} labels belong to a --task such as sst2, not to next tokens; drop it")
         if self.galore.rank >= 1 and not self.galore.rank.is_integer():
             raise ConfigError(f"galore.rank: {self.galore.rank:g} is neither a whole number nor a fraction below 1; use one of them")
+        if not re.fullmatch(r"true|false|gaussian|pissa|pissa_niter_\d+|olora|orthogonal|lora_ga", self.lora.init_lora_weights):
+            raise ConfigError(
+                f"lora.init_lora_weights: {self.lora.init_lora_weights!r} is unknown; use true, gaussian, pissa, pissa_niter_N, olora, "
+                "orthogonal or lora_ga"
+            )
+        if "lora.lora_ga_batches" in explicit(self) and self.lora.init_lora_weights != "lora_ga":
+            raise ConfigError(f"lora.lora_ga_batches: {self.lora.init_lora_weights} takes no gradient; drop it, or use lora_ga")
         if self.dist is not None and self.engine not in ("auto", DIST[self.dist]):
             raise ConfigError(f"dist: {self.dist} means --engine {DIST[self.dist]}, not {self.engine}; drop one of them")
         self.check_length()

@@ -35,7 +35,7 @@ class Classifier(LowRank):
         # predicted and true values of the evaluation that is under way, of this process
         self.pairs: list[tuple[float, float]] = []
 
-    def data(self, tokenizer: PreTrainedTokenizerBase) -> Data:
+    def read(self, tokenizer: PreTrainedTokenizerBase) -> Data:
         return examples.build(self.config, tokenizer)
 
     def load(self, dtype: torch.dtype) -> PreTrainedModel:

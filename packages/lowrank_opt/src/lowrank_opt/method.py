@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from lm_core.data import Data
     from lm_core.engine import Engine
     from lm_core.sinks import Sink
 
@@ -68,6 +69,7 @@ class LowRank(Method):
     built: BaseOptimizer
     said = ""
     words: PreTrainedTokenizerBase | None = None
+    rows: Data | None = None
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
@@ -82,6 +84,14 @@ class LowRank(Method):
             name = self.config.tokenizer or (None if path is None else str(path)) or default_tokenizer(self.config.model)
             self.words = build_tokenizer(again(self.config, tokenizer=name))
         return self.words
+
+    def data(self, tokenizer: PreTrainedTokenizerBase) -> Data:
+        self.rows = self.read(tokenizer)
+        return self.rows
+
+    def read(self, tokenizer: PreTrainedTokenizerBase) -> Data:
+        """The data of the run."""
+        return super().data(tokenizer)
 
     def build(self) -> nn.Module:
         config = self.config
@@ -107,6 +117,11 @@ class LowRank(Method):
             if self.trains_base():
                 train_base_modules(model)
         module = self.wrap(model if wrapped is None else wrapped)
+        # later, weights come from a checkpoint
+        if wrapped is not None and config.lora.init_lora_weights == "lora_ga" and self.rows is not None and self.begins():
+            from lowrank_opt import lora_ga
+
+            lora_ga.initialise(self, module, self.rows, dist.init(config.device))
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         self.embeddings = frozenset(names[id(part.weight)] for part in module.modules() if isinstance(part, nn.Embedding))
         if config.optimizer in LOW_RANK:
@@ -115,6 +130,14 @@ class LowRank(Method):
             checkpoint_activations(module)
         self.module = module
         return module
+
+    def begins(self) -> bool:
+        """Whether training starts here, with weights that no checkpoint replaces."""
+        from lm_core import checkpoint
+
+        config = self.config
+        resumes = config.resume != "none" and (config.resume != "auto" or checkpoint.latest(config.run_folder()) is not None)
+        return not (config.dry_run or resumes or torch.get_default_device().type == "meta")
 
     def load(self, dtype: torch.dtype) -> PreTrainedModel:
         """The model before adapters and losses."""
@@ -140,10 +163,12 @@ class LowRank(Method):
         )
 
     def final_model(self, model: nn.Module) -> PreTrainedModel:
-        """The trained model, or its adapter; adapters of a pretraining run are merged, since their base exists nowhere else."""
-        if not self.config.optimizer.startswith("lora") or self.config.mode != "pretraining":
-            return super().final_model(model)
-        return merged(model)
+        """The trained model, or its adapter; adapters are merged where their base exists nowhere else: in pretraining, and where a
+        gradient has decided what they took from the weights."""
+        config = self.config
+        if config.optimizer.startswith("lora") and (config.mode == "pretraining" or config.lora.init_lora_weights == "lora_ga"):
+            return merged(model)
+        return super().final_model(model)
 
     def losses(self, model: nn.Module, batch: Batch) -> Iterator[Loss]:
         inputs = {name: batch[name] for name in ("input_ids", "labels", "attention_mask", "position_ids") if name in batch}
@@ -267,7 +292,8 @@ def adapter_config(config: TrainConfig, model_type: str) -> dict[str, Any]:
     by_mode = options.target_modules_pretraining if config.mode == "pretraining" else options.target_modules_finetuning
     by_model = options.target_modules_by_model
     targets = by_model.get(config.model) or by_model.get(model_type) or by_mode
-    known = {"true": True, "false": False}
+    # of lora_ga later, when there is a gradient
+    known = {"true": True, "false": False, "lora_ga": True}
     return {
         "r": options.r,
         "lora_alpha": options.lora_alpha,

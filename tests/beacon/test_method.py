@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from beacon.method import Beacon
 from beacon.options import TrainConfig
 from beacon.plan import build_plan
+from lm_core import record
 from lm_core.config import build
 from lm_core.errors import ConfigError, InputError
 from lm_core.method import Batch, Method
@@ -234,6 +236,16 @@ def test_an_adapter_finds_its_base_and_refuses_another(tmp_path: Path) -> None:
         ({"save_format": "adapter", "only_train_beacon": False}, ConfigError, "save_format: adapter would lose"),
         ({"distill_weight": 0.5, "only_train_beacon": False}, ConfigError, "distill_weight: 0.5 measures beacons by a frozen backbone"),
         ({"distill_weight": 0.5, "engine": "sharded"}, ConfigError, "distill_weight: 0.5 needs whole weights"),
+        ({"dtype": "bf16", "only_train_beacon": False}, ConfigError, "dtype: bf16 is for frozen weights"),
+        ({"dtype": "bf16", "engine": "sharded"}, ConfigError, "dtype: bf16 weights beside float32 masters"),
+        ({"load_in_4_bit": True}, ConfigError, "load_in_4_bit: the preset llama_tiny has random weights"),
+        ({"load_in_4_bit": True, "lora_tune": True}, ConfigError, "load_in_4_bit: four bits cannot be trained or merged into"),
+        (
+            {"load_in_4_bit": True, "engine": "sharded", "model": "x"},
+            ConfigError,
+            "load_in_4_bit: one process holds the weights, not 1 of the sharded",
+        ),
+        ({"load_in_4_bit": True, "num_processes": 2}, ConfigError, "load_in_4_bit: one process holds the weights, without DeepSpeed"),
         ({"distill_temperature": 2.0}, ConfigError, "distill_temperature: 2 has no effect without"),
         ({"model": "llama_tiny", "budget": "2 steps", "max_steps": 3}, ConfigError, "max_steps: 3 and --budget"),
     ],
@@ -245,9 +257,9 @@ def test_mistakes_are_named_before_any_training(options: dict[str, Any], kind: t
 
 def real(folder: Path, **options: Any) -> dict[str, Any]:
     values: dict[str, Any] = {
-        "model": "smollm2-135m", "data": ["builtin:python-docs"], "beacon_window": 64, "beacon_ratio": [2, 4, 8], "max_length": 256,
-        "min_length": 256, "eval_every": "never", "tensorboard": False, "log_every": 1, "lr": 1e-3, "schedule": "constant",
-        "output_dir": folder, **options,
+        "model": "smollm2-135m", "data": ["builtin:python-docs"], "beacon_window": 256, "beacon_stride": 256, "beacon_ratio": [2, 4, 8],
+        "max_length": 1024, "min_length": 1024, "eval_every": "never", "tensorboard": False, "log_every": 1, "lr": 1e-3,
+        "schedule": "constant", "output_dir": folder, "save_format": "adapter", **options,
     }  # fmt: skip
     config = build(TrainConfig, values)
     return run(config, Beacon(config))
@@ -261,14 +273,103 @@ def training_losses(folder: Path) -> list[float]:
 @pytest.mark.real
 @pytest.mark.slow
 def test_a_real_model_learns_resumes_and_is_read_back(tmp_path: Path) -> None:
-    real(tmp_path, max_steps=2, save_every="2")
-    real(tmp_path, max_steps=5, resume="auto", save_format="adapter", save_every="never")
-    losses = training_losses(tmp_path)
-    assert len(losses) == 5
+    straight, halves = tmp_path / "straight", tmp_path / "halves"
+    real(straight, max_steps=5, save_every="3", keep_checkpoints=0)
+    losses = training_losses(straight)
     assert min(losses[3:]) < losses[0]
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
-    assert model.beacon.window == 64
-    assert model(torch.arange(150)[None]).logits.shape == (1, 150, model.config.vocab_size)
+    real(halves, max_steps=5, save_every="never", resume=str(straight / "checkpoints" / "checkpoint-3"))
+    assert training_losses(halves) == losses[3:]
+    one, other = (load_file(folder / "final" / "beacon_adapter.safetensors") for folder in (straight, halves))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    model = AutoModelForCausalLM.from_pretrained(straight / "final")
+    cache = model.compress(torch.arange(600)[None])
+    assert cache.lengths()[0]["seen"] == 600
+    assert cache.compression_ratio()[0] > 1
+    written = model.generate(torch.arange(5)[None], past_key_values=cache, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert written.shape == (1, 8)
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from beacon.sizes import PRESETS
+
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**{key: value for key, value in PRESETS["llama_tiny"].items() if key != "model_type"})).save_pretrained(
+        folder
+    )
+    return str(folder)
+
+
+@pytest.mark.parametrize("smaller", [{"dtype": "bf16"}, {"load_in_4_bit": True}], ids=lambda smaller: next(iter(smaller)))
+def test_a_smaller_backbone_trains_float32_beacons_and_resumes_bit_for_bit(
+    smaller: dict[str, Any], base_folder: str, tmp_path: Path
+) -> None:
+    made = method(model=base_folder, **smaller)
+    half = "dtype" in smaller
+    kinds = {name.rpartition(".")[0].rpartition(".")[2]: parameter.dtype for name, parameter in made.model.named_parameters()}
+    assert kinds.pop("down_proj") == (torch.uint8 if "load_in_4_bit" in smaller else torch.bfloat16)
+    assert kinds["embed_tokens"] == (torch.bfloat16 if half else torch.float32)
+    assert {kind for name, kind in kinds.items() if "beacon_" in name} == {torch.float32}
+    suite = BeaconConformance()
+    options = {"model": base_folder, "tokenizer": "bytes", "eval_every": "never", "log_every": 1, "schedule": "constant", **smaller}
+    suite.run(tmp_path / "straight", **options, budget="4 steps")
+    suite.run(tmp_path / "halves", **options, budget="2 steps", save_every="2")
+    suite.run(tmp_path / "halves", **options, budget="4 steps", resume="auto")
+    assert training_losses(tmp_path / "straight") == training_losses(tmp_path / "halves")
+    one, other = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("straight", "halves"))
+    before = load_file(Path(base_folder) / "model.safetensors")
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name])
+        if "beacon_" not in name:
+            # the base as it was: four bits are left behind
+            assert torch.equal(tensor, before[name].to(torch.bfloat16 if half else torch.float32))
+    assert one["model.beacon_embed_tokens.weight"].any()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "straight" / "final")
+    suite.run(tmp_path / "more", **{**options, "model": str(tmp_path / "straight")}, budget="2 steps", save_format="full")
+
+
+def test_four_bits_stay_near_the_weights_they_stand_for(base_folder: str) -> None:
+    whole, small = method(model=base_folder), method(model=base_folder, load_in_4_bit=True)
+    for name, tensor in whole.model.beacon_state_dict().items():
+        # copies of the base's dequantised values; the embedding is no linear map
+        error = float((small.model.beacon_state_dict()[name] - tensor).norm() / tensor.norm())
+        assert (error == 0) == ("embed" in name)
+        assert error < 0.15
+    rows = batch([41, 30])
+    one, other = (next(iter(made.losses(made.module, rows))).total for made in (whole, small))
+    assert float(other.detach()) == pytest.approx(float(one.detach()), rel=0.02)
+
+
+def test_a_token_and_cache_folders_go_to_the_environment_and_into_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from click.testing import CliRunner
+
+    from beacon.cli import cli
+
+    for name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "LM_CORE_CACHE"):
+        monkeypatch.setenv(name, "before")
+    arguments = [
+        "train",
+        "--model",
+        "llama_tiny",
+        "--train-data",
+        "synthetic:markov",
+        "--output-dir",
+        str(tmp_path / "run"),
+        "--print-config",
+    ]
+    given = ["--access_token", "s3cret", "--model-cache-dir", "models", "--dataset-cache-dir", str(tmp_path / "rows")]
+    done = CliRunner().invoke(cli, [*arguments, *given], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert (os.environ["HF_TOKEN"], os.environ["HF_HUB_CACHE"]) == ("s3cret", "models")
+    assert os.environ["HF_DATASETS_CACHE"] == os.environ["LM_CORE_CACHE"] == str(tmp_path / "rows")
+    assert "s3cret" not in done.output
+    assert "cache_dir" not in done.output
+    monkeypatch.setattr("sys.argv", ["beacon", *arguments, *given])
+    record.write(tmp_path, BeaconConformance().configure())
+    assert "s3cret" not in (tmp_path / "record.json").read_text()
 
 
 def test_evaluations_by_generation_score_the_last_turn(tmp_path: Path) -> None:

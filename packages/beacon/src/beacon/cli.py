@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,34 @@ from lm_core.harness import add_harness
 cli = command_group("Read long contexts through compressed memory: train beacons on a frozen language model, and use them.")
 
 
+def _environment(*names: str) -> Callable[[click.Context, click.Parameter, str | None], None]:
+    """An option that sets variables of the environment, which libraries read, and is no part of the configuration or its records."""
+
+    def keep(context: click.Context, option: click.Parameter, value: str | None) -> None:
+        if value is not None:
+            os.environ.update(dict.fromkeys(names, value))
+
+    return keep
+
+
 @cli.command()
+@click.option(
+    "--access-token",
+    metavar="TOKEN",
+    expose_value=False,
+    callback=_environment("HF_TOKEN"),
+    help="Token of the Hugging Face hub, kept in no record; better in the environment, as HF_TOKEN.",
+)
+@click.option(
+    "--model-cache-dir", metavar="PATH", expose_value=False, callback=_environment("HF_HUB_CACHE"), help="Folder of downloaded models."
+)
+@click.option(
+    "--dataset-cache-dir",
+    metavar="PATH",
+    expose_value=False,
+    callback=_environment("HF_DATASETS_CACHE", "LM_CORE_CACHE"),
+    help="Folder of downloaded and tokenised data.",
+)
 @configured(TrainConfig)
 def train(config: TrainConfig) -> dict[str, Any]:
     """Train beacons on a language model.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
+from beacon import backbone
 from beacon.attach import attach_beacon, set_beacon
 from beacon.config import BeaconConfig
 from beacon.data import training_data
@@ -53,7 +54,7 @@ class Beacon(Method):
         folder = model_folder(self.config.model)
         if folder != self.config.model:
             log.info("model: %s", folder)
-        model: Any = load_model(folder, presets=PRESETS, seed=self.config.seed)
+        model: Any = backbone.load(self.config, folder)
         override_positions(model, self.config)
         if not self.config.enable_beacon:
             return self._plain(model)
@@ -61,6 +62,9 @@ class Beacon(Method):
             set_beacon(model, settings(self.config, model.beacon))
         else:
             model = attach_beacon(model, settings(self.config, None))
+        for parameter in model.beacon_state_dict(keep_vars=True).values():
+            # trained weights are float32 masters
+            parameter.data = parameter.data.float()
         model.attn_backend = self.config.attn_backend
         self.settings = model.beacon
         # fails here, before any data, when no ratio can teach
@@ -113,7 +117,16 @@ class Beacon(Method):
         return wrapped
 
     def final_model(self, model: nn.Module) -> PreTrainedModel:
-        """The trained model; adapters are merged into a copy of it."""
+        """The trained model; adapters are merged into a copy of it, and beacons beside 4-bit weights go to the base they are of."""
+        if self.config.load_in_4_bit:
+            trained: Any = self.hf_model(model)
+            base: Any = load_model(model_folder(self.config.model), dtype=trained.model.embed_tokens.weight.dtype)
+            if not isinstance(base, BeaconMixin):
+                base = attach_beacon(base, self.settings)
+            set_beacon(base, self.settings)
+            base.save_format = trained.save_format
+            base.load_beacon_state_dict({name: tensor.cpu() for name, tensor in trained.beacon_state_dict().items()})
+            return cast("PreTrainedModel", base)
         if not self.config.lora_tune:
             return super().final_model(model)
         return merged(model)
@@ -130,11 +143,7 @@ class Beacon(Method):
 
     def _known_settings(self) -> BeaconConfig:
         """The settings before the model is built: data comes first."""
-        import json
-        from pathlib import Path
-
-        path = Path(model_folder(self.config.model)) / "config.json"
-        stored = json.loads(path.read_text()).get("beacon") if path.is_file() else None
+        stored = backbone.stored(model_folder(self.config.model))
         return settings(self.config, None if stored is None else BeaconConfig.from_dict(stored))
 
     def param_rules(self) -> list[Training]:

@@ -81,10 +81,11 @@ class TrainConfig(RunConfig, TrainerSpellings, BeaconOptions):
     words: ClassVar[Mapping[str, Word]] = {
         **TrainerSpellings.words,
         "--gradient-checkpointing-kwargs": Word("checkpointing is never reentrant", ('{"use_reentrant": false}',)),
-        "--model-cache-dir": Word("HF_HOME in the environment says where models are kept"),
-        "--dataset-cache-dir": Word("LM_CORE_CACHE in the environment says where data are kept"),
         "--padding-side": Word("no token attends to padding"),
         "--use-fast": Word("the tokenizer is always the fast one", ("true",)),
+        "--device-map": Word(
+            "the model lies whole on --device, and --engine sharded splits one that a GPU does not hold", ("none", "auto", "cpu", "cuda")
+        ),
         "--per-device-eval-batch-size": Word("evaluation reads one row at a time"),
     }
     model: str = change(ModelOptions, "model", flags=("--model-name-or-path",))
@@ -161,6 +162,12 @@ class TrainConfig(RunConfig, TrainerSpellings, BeaconOptions):
     eval_max_length: int | None = opt(None, "Tokens of a held-out row at most; default: max_length.", ge=2)
     eval_min_length: int = opt(2, "Shortest held-out row in tokens; shorter ones are left out.", ge=2)
     max_eval_num: int | None = opt(None, "Held-out rows of a source at most; default: all.", ge=1)
+    dtype: Literal["auto", "fp32", "bf16"] = opt(
+        "auto", "Type of frozen weights, beside float32 masters of what is trained; auto: bf16 on a GPU (replicated engine), else fp32."
+    )
+    load_in_4_bit: bool = opt(
+        False, "Keep the frozen linear maps in four bits (NF4, by bitsandbytes); one process; final/ holds the base as it was."
+    )
     distill_weight: float = opt(
         0.0, "Weight of the divergence from the model without beacons, added to the loss; the backbone must be frozen.", ge=0
     )
@@ -223,6 +230,12 @@ class TrainConfig(RunConfig, TrainerSpellings, BeaconOptions):
                 "eval_method: generation reads rows of one document through beacons, with whole weights; use perplexity, or enable the beacons, "
                 "drop --beacon-doc-mask and shard no weights"
             )
+        if self.load_in_4_bit and (not self.enable_beacon or not self.only_train_beacon or self.lora_tune):
+            raise ConfigError(
+                "load_in_4_bit: four bits cannot be trained or merged into; enable the beacons, and drop --lora-tune and --only-train-beacon false"
+            )
+        if self.load_in_4_bit and (self.deepspeed_config is not None or self.num_processes > 1):
+            raise ConfigError("load_in_4_bit: one process holds the weights, without DeepSpeed; drop --deepspeed and --num-processes")
         if self.distill_weight and (not self.enable_beacon or not self.only_train_beacon or self.lora_tune):
             raise ConfigError(
                 f"distill_weight: {self.distill_weight:g} measures beacons by a frozen backbone; enable the beacons, and drop --lora-tune and "

@@ -44,13 +44,15 @@ def load_model(
     init: Literal["pretrained", "random"] = "pretrained",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    loading: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """The causal language model that `name` stands for, on the CPU (on the meta device when that is torch's default).
 
     `name` is looked up in this order: `presets` (name -> arguments of a transformers config, with its
     `model_type`; always random weights), `smollm2-135m`, a Hugging Face folder (an adapter folder is merged
     into its base), a `.gguf` file, a hub id. Random weights depend on `seed` alone and leave torch's generator
-    as it was. Only safetensors and `weights_only` archives are read: no file can run code.
+    as it was. Only safetensors and `weights_only` archives are read: no file can run code. `loading` holds further
+    arguments of transformers' `from_pretrained`, such as `quantization_config`.
 
     Raises InputError for a name that cannot be had, and for files that are damaged or incomplete.
     """
@@ -64,7 +66,8 @@ def load_model(
             config = AutoConfig.from_pretrained(source)
         return _initialise(config, seed, dtype)
     with _readable(name, presets):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+        more: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True, **(loading or {})}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **more)
     model, loading = loaded
     if absent := sorted(loading["missing_keys"]) + [key for key, *_ in loading["mismatched_keys"]]:
         raise InputError(f"model: {name} lacks {len(absent)} tensors or has them in another shape, first {absent[0]}; use complete weights")

@@ -236,9 +236,9 @@ class BeaconMixin(Generation):
         finally:
             self._stock = before
 
-    def beacon_state_dict(self) -> dict[str, Tensor]:
+    def beacon_state_dict(self, keep_vars: bool = False) -> dict[str, Tensor]:
         """The beacon weights by name."""
-        return {name: tensor for name, tensor in self.state_dict().items() if is_beacon(name)}  # type: ignore[attr-defined]
+        return {name: tensor for name, tensor in self.state_dict(keep_vars=keep_vars).items() if is_beacon(name)}  # type: ignore[attr-defined]
 
     def load_beacon_state_dict(self, weights: dict[str, Tensor]) -> None:
         """Replace the beacon weights. Raises InputError naming the first tensor that is missing, unknown or of another shape."""

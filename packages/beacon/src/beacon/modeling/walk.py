@@ -113,7 +113,7 @@ class Walk:
         index = torch.from_numpy(columns).to(self.input_ids.device)
         ids = self.input_ids[:, index[0]] if self.same else self.input_ids.gather(1, index)
         raw = model.embed_tokens(ids)
-        beacon = model.beacon_embed_tokens(ids.new_zeros(len(ids), block.num_beacons))
+        beacon = model.beacon_embed_tokens(ids.new_zeros(len(ids), block.num_beacons)).to(raw.dtype)
         # the last keys and values of a training row are read by nobody
         stays = not self.learning or self.unread
         for number, layer in enumerate(model.layers):

@@ -72,10 +72,11 @@ def add_beacons(model: Any, config: BeaconConfig, copy: bool) -> None:
             inner.beacon_embed_tokens.weight.copy_(embedding[first_id(model.config, config.embed_init)][None])
     for layer in inner.layers:
         for place, name, weight, bias in _copied(layer, config.param):
-            own = BeaconLinear(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device, dtype=embedding.dtype)
+            values = whole(weight)
+            own = BeaconLinear(values.shape[1], values.shape[0], bias=bias is not None, device=weight.device, dtype=embedding.dtype)
             if copy:
                 with torch.no_grad():
-                    own.weight.copy_(weight)
+                    own.weight.copy_(values)
                     if bias is not None:
                         own.bias.copy_(bias)
             setattr(place, f"beacon_{name}", own)
@@ -94,6 +95,17 @@ def _copied(layer: Any, letters: Sequence[str]) -> Iterator[tuple[nn.Module, str
         else:
             base = getattr(attn, f"{letter}_proj")
             yield attn, f"{letter}_proj", base.weight, base.bias
+
+
+def whole(weight: Tensor) -> Tensor:
+    """The values of a weight, also where it is kept in four bits."""
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    values: Tensor = dequantize_4bit(weight.data, state)
+    return values
 
 
 def without_gradient(layers: int) -> str:

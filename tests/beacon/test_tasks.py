@@ -241,3 +241,18 @@ def test_short_texts_have_the_likelihoods_of_the_base(trained: Path, tmp_path: P
     (tmp_path / "q.jsonl").write_text('{"question": "x", "choices": ["a"], "answer": 3}\n')
     with pytest.raises(InputError, match=r"data_file: .*q.jsonl:1 is no question"):
         short.run(ShortConfig(model=str(trained), data_file=tmp_path / "q.jsonl"))
+
+
+def test_turns_and_short_questions_that_end_with_a_window_are_warned_about(
+    trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place, _ = talk._facts(MultiturnConfig(model=str(trained), turns=1))[0]
+    asked = len(f"\nQuestion: What is the number of {place}? Answer: The number of {place} is")
+    for more, warns in ((0, True), (1, False)):
+        caplog.clear()
+        talk.run_multiturn(MultiturnConfig(model=str(trained), length=4 * 64 - asked + more, turns=1, beacon_ratio=[2]))
+        assert ("1 of 1 prompts end with a window (64 tokens" in caplog.text) == warns
+        caplog.clear()
+        (tmp_path / "q.jsonl").write_text(json.dumps({"question": "x" * (64 + more), "choices": ["2", "11"], "answer": 0}) + "\n")
+        short.run(ShortConfig(model=str(trained), data_file=tmp_path / "q.jsonl"))
+        assert ("1 of 1 prompts end with a window (64 tokens" in caplog.text) == warns

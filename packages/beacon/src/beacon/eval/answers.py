@@ -48,7 +48,7 @@ def answered(config: TaskOptions, model: Any, tokenizer: Any, items: Iterable[It
     folder = EvalFolder(config.output_dir, config, config.overwrite)
     readers = ["beacon", *config.baseline]
     _check_end(config, model, tokenizer)
-    _check_windows(model, [len(item.ids) for item in items])
+    check_windows(model, [len(item.ids) for item in items])
     todo = [(number, item) for number, item in enumerate(items) if number not in folder.items]
     rank, world = dist.rank(), dist.world()
     size = config.batch_size * world
@@ -131,7 +131,7 @@ def _check_end(config: TaskOptions, model: Any, tokenizer: Any) -> None:
         )  # fmt: skip
 
 
-def _check_windows(model: Any, lengths: Sequence[int]) -> None:
+def check_windows(model: Any, lengths: Sequence[int]) -> None:
     """Warn of prompts that end where a window does: what is written behind them reads even the question through memory."""
     beacon: BeaconConfig = model.beacon
     closed = sum(length >= beacon.window and (length - beacon.window) % beacon.stride == 0 for length in lengths)

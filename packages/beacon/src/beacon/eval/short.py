@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from beacon.eval.answers import finish, reader
+from beacon.eval.answers import check_windows, finish, reader
 from beacon.eval.folder import EvalFolder
 from beacon.eval.prompts import encode
 from beacon.options import ShortConfig
@@ -24,6 +24,7 @@ def run(config: ShortConfig) -> dict[str, Any]:
     model, tokenizer = reader(config)
     folder = EvalFolder(config.output_dir, config, config.overwrite)
     readers = ["beacon", *config.baseline]
+    check_windows(model, [len(encode(tokenizer, text)) for text, _, _ in questions])
     for number, (text, choices, right) in enumerate(questions):
         if number in folder.items:
             continue

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from beacon.cache import BeaconCache
-from beacon.eval.answers import answered, finish, reader
+from beacon.eval.answers import answered, check_windows, finish, reader
 from beacon.eval.folder import EvalFolder
 from beacon.eval.needle import haystack
 from beacon.eval.prompts import Frame, Item, encode, inserted, sentence_ends
@@ -146,13 +146,14 @@ def _turns(
     options: dict[str, Any] = {"max_new_tokens": config.max_new_tokens or 6, "do_sample": False, "pad_token_id": pad}
     cache: BeaconCache | None = None
     said = list(context)
-    found = []
+    found, ends = [], []
     for place, number in facts:
         asked = encode(tokenizer, f"\nQuestion: What is the number of {place}? Answer: The number of {place} is")
         began = time.perf_counter()
         if who == "beacon":
             if cache is None:
                 cache = model.compress(context, expected_length=len(context) + 64 * len(facts), ratios=ratios, seed=config.seed)
+            ends.append(cache.lengths()[0]["seen"] + len(asked))
             out = model.generate(torch.tensor([asked], device=model.device), past_key_values=cache, **options)
             new = out[0, len(asked) :].tolist()
             # the last token was written, not read
@@ -167,4 +168,5 @@ def _turns(
         seconds = time.perf_counter() - began
         text = tokenizer.decode(new, skip_special_tokens=True)
         found.append({"prediction": text, "accuracy": float(number in text), "seconds": seconds})
+    check_windows(model, ends)
     return found

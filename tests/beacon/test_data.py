@@ -192,6 +192,16 @@ def test_packing_again_gives_the_same_bytes(packed: Path, tmp_path: Path) -> Non
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
 
 
+def test_the_folder_of_the_guide_is_packed_where_none_is_named(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BEACON_DATA_ROOT", str(tmp_path))
+    asked = ["--mixture", str(packed / "mix.json"), "--num-token", "32:1k", "48:500"]
+    assert f"train_data: {tmp_path / 'slimpajama'} is no folder" in pack(tmp_path / "none", *asked, code=2)
+    (tmp_path / "slimpajama").symlink_to(packed)
+    pack(tmp_path / "out", *asked)
+    for file in ("stats.json", "data-00000-of-00001.arrow"):
+        assert (packed / "out" / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
+
+
 def test_what_cannot_be_packed_is_named(packed: Path, tmp_path: Path) -> None:
     folder = ["--train-data", str(packed)]
     mixed = [*folder, "--mixture", str(packed / "mix.json")]

@@ -476,7 +476,9 @@ class PretrainDataConfig:
     """Text packed into blocks of tokens."""
 
     train_data: list[str] = opt(
-        help="A folder of SOURCE.jsonl files, or SOURCE=DATA for several data arguments (docs=builtin:python-docs).", factory=list
+        help="A folder of SOURCE.jsonl files, or SOURCE=DATA for several data arguments (docs=builtin:python-docs); default: the folder "
+        "slimpajama in $BEACON_DATA_ROOT, else in ./data.",
+        factory=list,
     )
     mixture: str | None = opt(
         None,
@@ -499,8 +501,6 @@ class PretrainDataConfig:
     min_doc_length: int = opt(0, "Tokens below which --short-documents drop leaves a document out.", ge=0)
 
     def check(self) -> None:
-        if not self.train_data:
-            raise ConfigError("train_data: nothing to pack; give a folder, or for example docs=builtin:python-docs")
         if self.min_doc_length and self.short_documents == "keep":
             raise ConfigError(f"min_doc_length: {self.min_doc_length} has no effect with --short-documents keep; use drop")
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from beacon.data.arguments import data_root
 from beacon.data.encoded import PlainEncoder, encoded
 from beacon.data.saved import require_empty, write_rows
 from lm_core import counter
@@ -37,8 +38,9 @@ def run(config: PretrainDataConfig) -> dict[str, Any]:
     """Write `output_dir` as `datasets` reads it, with stats.json beside the rows; returns the content of that file."""
     targets = lengths_and_counts(config.num_token)
     require_empty(config.output_dir)
-    sources = dict(sorted(named_sources(config.train_data).items()))
-    shares = mixture(config.mixture, sources, from_folder=not any("=" in text for text in config.train_data))
+    given = config.train_data or [str(data_root(None) / "slimpajama")]
+    sources = dict(sorted(named_sources(given).items()))
+    shares = mixture(config.mixture, sources, from_folder=not any("=" in text for text in given))
     if absent := sorted(name for name, share in shares.items() if share > 0 and name not in sources):
         if not config.allow_missing:
             raise InputError(f"train_data: the mixture names {absent[0]}, but there is no such source; add it, or use --allow-missing")

@@ -142,6 +142,13 @@ def test_the_rate_stays_at_the_floor_after_tmax_epochs_but_oscillates_in_steps()
         ({"engine": "sharded", "optimizer": "baseline", "shard_optimizer": True}, "shard_optimizer: engine: sharded splits it already"),
         ({"engine": "lowrank", "shard_optimizer": True}, "shard_optimizer: --engine lowrank needs every basis"),
         ({"model": "roberta"}, "model: roberta predicts no next token"),
+        ({"shuffle_buffer": 5}, "shuffle_buffer: 5 documents are shuffled under --streaming true"),
+        ({"streaming": True, "packing": "stream"}, "packing: stream joins documents, and --streaming"),
+        ({"streaming": True, "mode": "finetuning", "task": "sst2"}, "streaming: --task sst2 reads all"),
+        (
+            {"streaming": True, "mode": "finetuning", "data": ["a/b"], "model": "gpt2"},
+            r"streaming: a/b has no known length.*write a/b\[100k\]",
+        ),
         ({"optimizer": "lora", "lora": {"init_lora_weights": "pisa"}}, "lora.init_lora_weights: 'pisa' is unknown; use true, gaussian"),
         ({"optimizer": "lora", "lora": {"lora_ga_batches": 8}}, "lora.lora_ga_batches: true takes no gradient"),
     ],

@@ -205,6 +205,10 @@ class TrainConfig(RunConfig):
     dataset_config: str | None = opt(
         None, "Configuration of the hub data sets that --data names without one, as in allenai/c4:en. Default: en for c4."
     )
+    streaming: bool = opt(
+        False, "Read hub data sets while training instead of writing them to token shards first; one document per sample."
+    )
+    shuffle_buffer: Count = opt(10_000, "Documents of a stream that are shuffled among each other.", ge=1)
     eval_data: list[str] = change(DataOptions, "eval_data", flags=("--validation_files",))
     eval_every: str = change(OutputOptions, "eval_every", default="1000")
     eval_tokens: Count = change(OutputOptions, "eval_tokens", default=10_000_000)
@@ -276,12 +280,28 @@ class TrainConfig(RunConfig):
             raise ConfigError(f"lora.lora_ga_batches: {self.lora.init_lora_weights} takes no gradient; drop it, or use lora_ga")
         if self.dist is not None and self.engine not in ("auto", DIST[self.dist]):
             raise ConfigError(f"dist: {self.dist} means --engine {DIST[self.dist]}, not {self.engine}; drop one of them")
+        self.check_streaming()
         self.check_length()
         self.check_batch()
         self.check_engine()
         self.check_clipping()
         if self.budget and self.max_steps is not None:
             raise ConfigError(f"max_steps: {self.max_steps} and --budget {self.budget!r} both set the length; drop one of them")
+
+    def check_streaming(self) -> None:
+        """Refuse what cannot be made of documents that come one by one."""
+        if "shuffle_buffer" in explicit(self) and not (self.streaming and self.shuffle):
+            raise ConfigError(
+                f"shuffle_buffer: {self.shuffle_buffer} documents are shuffled under --streaming true --shuffle true; drop it"
+            )
+        if not self.streaming:
+            return
+        if self.classifies():
+            raise ConfigError(f"streaming: --task {self.task} reads all its texts first; drop --streaming")
+        if self.packing not in ("document", "false"):
+            raise ConfigError(f"packing: {self.packing} joins documents, and --streaming reads one per sample; use document")
+        if self.mode == "finetuning" and any("[" not in source for source in self.data):
+            raise ConfigError(f"streaming: {self.data[0]} has no known length, which epochs need; write {self.data[0]}[100k]")
 
     def check_length(self) -> None:
         """Refuse a budget of tokens that is less than one update."""
@@ -472,14 +492,17 @@ def with_data(config: TrainConfig) -> TrainConfig:
         if config.dataset_config is not None:
             raise ConfigError(f"dataset_config: --task {config.task} says which part of GLUE is meant; drop it")
         return config
-    # rows are cut to max_length; the mean document of C4 has more than 200 tokens
-    rows = math.ceil(config.num_training_tokens / min(200, config.max_length / 2))
-    c4 = f"allenai/c4:{config.dataset_config or 'en'}[{rows}]"
+    c4 = f"allenai/c4:{config.dataset_config or 'en'}[{rows_of_an_epoch(config)}]"
     given = config.data or ["c4"]
     data = [c4 if source == "c4" else with_configuration(source, config.dataset_config) for source in given]
     if config.dataset_config is not None and data == given:
         raise ConfigError(f"dataset_config: no --data is a hub data set without a configuration ({', '.join(given)}); drop it")
     return again(config, data=data)
+
+
+def rows_of_an_epoch(config: TrainConfig) -> int:
+    """Documents that make up one epoch of tokens: they are cut to max_length, and the mean one of C4 has more than 200 tokens."""
+    return math.ceil(config.num_training_tokens / min(200, config.max_length / 2))
 
 
 def with_configuration(source: str, name: str | None) -> str:

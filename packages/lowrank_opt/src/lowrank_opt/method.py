@@ -91,6 +91,10 @@ class LowRank(Method):
 
     def read(self, tokenizer: PreTrainedTokenizerBase) -> Data:
         """The data of the run."""
+        if self.config.streaming:
+            from lowrank_opt import streaming
+
+            return streaming.build(self.config, tokenizer)
         return super().data(tokenizer)
 
     def build(self) -> nn.Module:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from beacon.config import BeaconConfig
 from beacon.errors import BackendError
-from beacon.modeling import tiles
+from beacon.modeling import attention, tiles
 from beacon.modeling.attention import attend
 from beacon.plan import build_plan
 from lm_core.errors import ConfigError, InputError
@@ -196,6 +196,7 @@ def test_an_embedding_that_turns_a_part_of_each_head_is_refused() -> None:
 
 
 @each_mode
+@torch.no_grad()
 def test_any_splitting_into_calls_equals_one_shot(mode: dict[str, Any], stride: int) -> None:
     model = beacon_model(stride=stride, ratio=[2, 1, 0], sink_size=1, inference_ratio_mix="sequence", **mode)
     rows = ids(2, 37)
@@ -345,6 +346,32 @@ def test_tiles_compute_little_that_is_hidden() -> None:
     # memory and the first key are seen by all rows of the tile; the last tile has one row, which sees everything
     assert [tile.hidden_from for tile in made.tiles[3:]] == [4, 7, 10]
     assert made.tiles[5].hidden_BtN is None
+
+
+@pytest.mark.parametrize(
+    "mode", [{}, {"pos": "interleave", "attend_prev": False}, {"sliding_window": 3}], ids=["prefix", "masked", "sliding"]
+)
+def test_one_token_attends_memory_and_window_by_operators(mode: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place where it sees the whole window, else in two parts that are joined; rows of unequal length decode together."""
+    called = []
+    for name in ("decode_attention", "segment_merge"):
+        plain = getattr(attention, name)
+        monkeypatch.setattr(attention, name, lambda *given, name=name, plain=plain: called.append(name) or plain(*given))
+    model = beacon_model(**{key: value for key, value in mode.items() if key != "sliding_window"})
+    monkeypatch.setattr(type(model), "sliding_window", lambda self: mode.get("sliding_window"))
+    rows, mask = ids(2, 31), torch.ones(2, 31, dtype=torch.long)
+    mask[1, :9] = 0
+    found = []
+    with torch.no_grad():
+        for backend in ("eager", "auto"):
+            model.attn_backend = backend
+            cache = model(rows, attention_mask=mask).past_key_values
+            assert not called
+            found.append([model(ids(2, 1, seed=n), past_key_values=cache).logits for n in range(6)])
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, **CLOSE)
+    assert ("segment_merge" in called) == bool(mode)
+    assert "decode_attention" in called
 
 
 def test_padding_inside_a_row_is_refused() -> None:

@@ -73,4 +73,12 @@ KERNELS_FN bfloat16 narrow<bfloat16>(float value) {
 }
 #endif
 
+// Calls run(T{}) with the C++ type of `type`.
+template <class Run>
+inline void with_type(Float type, Run run) {
+  if (type == Float::float32) run(float{});
+  if (type == Float::float64) run(double{});
+  if (type == Float::bfloat16) run(bfloat16{});
+}
+
 }  // namespace kernels

@@ -46,14 +46,6 @@ const T* pointer_to(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<const T*>(tensor->data_ptr()) : nullptr;
 }
 
-// Calls run(T{}) with the C++ type of `type`.
-template <class Run>
-void with_type(Float type, Run run) {
-  if (type == Float::float32) run(float{});
-  if (type == Float::float64) run(double{});
-  if (type == Float::bfloat16) run(bfloat16{});
-}
-
 #ifdef KERNELS_CUDA_BUILD_CUDA
 // Makes the tensor's device current and holds the stream that torch uses there.
 struct Stream {

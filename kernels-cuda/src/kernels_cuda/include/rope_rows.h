@@ -24,12 +24,4 @@ struct Turned {
       : first(narrow<T>(widen(a) * cos - widen(b) * sin)), second(narrow<T>(widen(b) * cos + widen(a) * sin)) {}
 };
 
-// Calls run(T{}) with the C++ type of `type`.
-template <class Run>
-inline void with_rows_of(Float type, Run run) {
-  if (type == Float::float32) run(float{});
-  if (type == Float::float64) run(double{});
-  if (type == Float::bfloat16) run(bfloat16{});
-}
-
 }  // namespace kernels

@@ -14,7 +14,6 @@ from transformers import Cache
 from beacon.errors import CacheError
 from beacon.modeling.attention import gather, moved, rotate
 from beacon.modeling.block import Append, Block, Rotation
-from beacon.modeling.layer import joined
 from beacon.plan import BEACON, Cursor
 from kernels_cuda.beacon import rope_evict_, rope_gather_append_
 
@@ -47,10 +46,9 @@ class BeaconCache(Cache):
 
     # --- what the model does ---
 
-    def store(self, layer: int, k_BNGd: Tensor, v_BNGd: Tensor, block: Block) -> None:
-        """What stays of a layer after a block."""
+    def store(self, layer: int, k: Tensor, v: Tensor, block: Block) -> None:
+        """What stays of a layer after a block, of the open window before it and the block itself (B x N x G x d)."""
         update = block.update
-        k, v = joined(self.open[layer], k_BNGd, v_BNGd)
         if update.memory_BM is not None and update.memory_rotation is not None:
             # tensors without data, which estimates run on, have no places to write to
             if update.append is not None and not (torch.is_grad_enabled() and k.requires_grad) and not k.is_meta:

@@ -32,7 +32,7 @@ void evict(const RopeEvict& in) {
 }  // namespace
 
 void rope_evict(const RopeEvict& in, void*) {
-  with_rows_of(in.type, [&](auto one) { evict<decltype(one)>(in); });
+  with_type(in.type, [&](auto one) { evict<decltype(one)>(in); });
 }
 #endif
 

@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(columns * lanes) evict_kernel(RopeEvict in) {
 void rope_evict(const RopeEvict& in, void* stream) {
   if (in.batch * in.heads * in.half == 0) return;
   const dim3 blocks(unsigned(in.batch * in.heads), unsigned((in.half + columns - 1) / columns));
-  with_rows_of(in.type, [&](auto one) {
+  with_type(in.type, [&](auto one) {
     const auto kernel = evict_kernel<decltype(one)>;
     LAUNCH(kernel, blocks, dim3(columns * lanes), 0, stream)(in);
   });

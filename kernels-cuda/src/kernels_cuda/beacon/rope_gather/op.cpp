@@ -37,11 +37,12 @@ void forward(const RopeGather& in, const int64_t* src, const Rows& k, const Rows
 template <class T>
 void add_rotated_back(const T* __restrict__ from, const Wide<T>* __restrict__ cos, const Wide<T>* __restrict__ sin, int64_t half,
                       Wide<T>* __restrict__ sums) {
-  for (int64_t j = 0; j < half; ++j) {
-    const Wide<T> first = widen(from[j]), second = widen(from[j + half]);
-    sums[j] += first * cos[j] + second * sin[j];
-    sums[j + half] += second * cos[j] - first * sin[j];
-  }
+  each_lanes<T>(0, half, [&](int64_t j, int64_t present) {
+    const auto of = [&](const auto* x) { return get(x + j, present, Wide<T>(0)); };
+    const Lanes<T> first = of(from), second = of(from + half), c = of(cos), s = of(sin);
+    put(sums + j, of(sums) + (first * c + second * s), present);
+    put(sums + j + half, of(sums + half) + (second * c - first * s), present);
+  });
 }
 
 template <class T>
@@ -60,12 +61,16 @@ void backward(const RopeGather& in, const int64_t* order, const int64_t* begin, 
           add_rotated_back<T>(dk_out.row<T>(b, g, n), static_cast<const Wide<T>*>(in.cos) + table,
                               static_cast<const Wide<T>*>(in.sin) + table, in.half, keys.data());
           const T* const value = dv_out.row<T>(b, g, n);
-          for (int64_t j = 0; j < width; ++j) values[size_t(j)] += widen(value[j]);
+          each_lanes<T>(0, width, [&](int64_t j, int64_t present) {
+            put(values.data() + j, get(values.data() + j, present, Wide<T>(0)) + get(value + j, present, Wide<T>(0)), present);
+          });
         }
         T* const key = dk.row<T>(b, g, t);
         T* const value = dv.row<T>(b, g, t);
-        for (int64_t j = 0; j < width; ++j) key[j] = narrow<T>(keys[size_t(j)]);
-        for (int64_t j = 0; j < width; ++j) value[j] = narrow<T>(values[size_t(j)]);
+        each_lanes<T>(0, width, [&](int64_t j, int64_t present) {
+          put(key + j, get(keys.data() + j, present, Wide<T>(0)), present);
+          put(value + j, get(values.data() + j, present, Wide<T>(0)), present);
+        });
       }
     }
   });
@@ -74,12 +79,12 @@ void backward(const RopeGather& in, const int64_t* order, const int64_t* begin, 
 }  // namespace
 
 void rope_gather_forward(const RopeGather& in, const int64_t* src, const Rows& k, const Rows& v, const Rows& k_out, const Rows& v_out, void*) {
-  with_rows_of(in.type, [&](auto one) { forward<decltype(one)>(in, src, k, v, k_out, v_out); });
+  with_type(in.type, [&](auto one) { forward<decltype(one)>(in, src, k, v, k_out, v_out); });
 }
 
 void rope_gather_backward(const RopeGather& in, const int64_t* order, const int64_t* begin, const Rows& dk_out, const Rows& dv_out,
                           const Rows& dk, const Rows& dv, void*) {
-  with_rows_of(in.type, [&](auto one) { backward<decltype(one)>(in, order, begin, dk_out, dv_out, dk, dv); });
+  with_type(in.type, [&](auto one) { backward<decltype(one)>(in, order, begin, dk_out, dv_out, dk, dv); });
 }
 #endif
 

@@ -76,7 +76,7 @@ void rope_gather_forward(const RopeGather& in, const int64_t* src, const Rows& k
                          void* stream) {
   const int64_t pairs = in.batch * in.heads * in.entries * in.half;
   if (pairs == 0) return;
-  with_rows_of(in.type, [&](auto one) {
+  with_type(in.type, [&](auto one) {
     const auto kernel = forward_kernel<decltype(one)>;
     LAUNCH(kernel, blocks(pairs), dim3(threads), 0, stream)(in, src, k, v, k_out, v_out);
   });
@@ -86,7 +86,7 @@ void rope_gather_backward(const RopeGather& in, const int64_t* order, const int6
                           const Rows& dk, const Rows& dv, void* stream) {
   const int64_t pairs = in.batch * in.heads * in.length * in.half;
   if (pairs == 0) return;
-  with_rows_of(in.type, [&](auto one) {
+  with_type(in.type, [&](auto one) {
     const auto kernel = backward_kernel<decltype(one)>;
     LAUNCH(kernel, blocks(pairs), dim3(threads), 0, stream)(in, order, begin, dk_out, dv_out, dk, dv);
   });

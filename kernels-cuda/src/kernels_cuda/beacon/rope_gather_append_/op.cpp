@@ -25,7 +25,7 @@ void append(const RopeAppend& in) {
 }  // namespace
 
 void rope_gather_append(const RopeAppend& in, void*) {
-  with_rows_of(in.type, [&](auto one) { append<decltype(one)>(in); });
+  with_type(in.type, [&](auto one) { append<decltype(one)>(in); });
 }
 #endif
 

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(threads) append_kernel(RopeAppend in) {
 void rope_gather_append(const RopeAppend& in, void* stream) {
   const int64_t pairs = in.batch * in.heads * in.entries * in.half;
   if (pairs == 0) return;
-  with_rows_of(in.type, [&](auto one) {
+  with_type(in.type, [&](auto one) {
     const auto kernel = append_kernel<decltype(one)>;
     LAUNCH(kernel, dim3(unsigned((pairs + threads - 1) / threads)), dim3(threads), 0, stream)(in);
   });

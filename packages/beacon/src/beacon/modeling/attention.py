@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from beacon.modeling.block import Rotation
-from kernels_cuda.beacon import rope_gather
+from beacon.modeling.block import Queries, Rotation
+from kernels_cuda.beacon import decode_attention, rope_gather, segment_merge
 
 # B rows, R segments, T queries, K keys of the open window, M memory entries, H query heads, G key heads, N tokens, d head size
 
@@ -105,3 +105,36 @@ def _attend_in_place(
     out = scores[..., :M] @ v_BGMd.flatten(0, 1) + scores[..., M:] @ near_v
     joined: Tensor = out.view(B, G, H // G, T, d).permute(0, 3, 1, 2, 4).reshape(B, 1, T, H * d)
     return joined
+
+
+def attend_few(
+    q_BRTHd: Tensor, k_BRKGd: Tensor, v_BRKGd: Tensor, memory: tuple[Tensor, Tensor] | None, queries: Queries, scale: float
+) -> Tensor:
+    """B x 1 x T x (H d), as `attend` for a few queries that all see the same of memory, which is read once, where it lies."""
+    assert queries.memory_B is not None
+    B, _, T, H, d = q_BRTHd.shape
+    k_BGKd, v_BGKd = (x[:, 0].transpose(1, 2) for x in (k_BRKGd, v_BRKGd))
+    G = k_BGKd.shape[1]
+    k_BGMd, v_BGMd = memory or (k_BGKd[:, :, :0], v_BGKd[:, :, :0])
+    # queries that see the same are heads of one token
+    q_BGQd = q_BRTHd[:, 0].unflatten(2, (G, -1)).permute(0, 2, 3, 1, 4).reshape(B, G, -1, d)
+    q_BH1d, far_B = q_BGQd.reshape(B, -1, 1, d), queries.memory_B.expand(B)
+    if queries.local_B is not None:
+        out, _ = decode_attention(q_BH1d, k_BGMd, v_BGMd, far_B, k_BGKd, v_BGKd, queries.local_B.expand(B), scale)
+    else:
+        none = k_BGKd[:, :, :0]
+        far, far_lse = decode_attention(q_BH1d, k_BGMd, v_BGMd, far_B, none, none, torch.zeros_like(far_B), scale)
+        near, near_lse = _masked(q_BGQd, k_BGKd, v_BGKd, queries, scale)
+        out, _ = segment_merge(far[:, :, 0], far_lse, near.reshape(B, -1, d), near_lse.reshape(B, -1))
+    joined: Tensor = out.reshape(B, G, H // G, T, d).permute(0, 3, 1, 2, 4).reshape(B, 1, T, H * d)
+    return joined
+
+
+def _masked(q_BGQd: Tensor, k_BGKd: Tensor, v_BGKd: Tensor, queries: Queries, scale: float) -> tuple[Tensor, Tensor]:
+    """Softmax of a few queries over the open window that each sees, and its log-sum."""
+    assert queries.local_BRTK is not None
+    wide = torch.promote_types(q_BGQd.dtype, torch.float32)
+    hidden_BTK = ~queries.local_BRTK[:, 0]
+    scores = ((q_BGQd * scale) @ k_BGKd.transpose(2, 3)).to(wide).unflatten(2, (-1, hidden_BTK.shape[1]))
+    scores = scores.masked_fill(hidden_BTK[:, None, None], float("-inf")).flatten(2, 3)
+    return scores.softmax(-1).to(q_BGQd.dtype) @ v_BGKd, scores.logsumexp(-1)

@@ -21,7 +21,9 @@ from beacon.plan import NEW_BEACON, NEW_RAW, Cursor, Entries, Integers, Segment
 # B rows, R segments per row, T queries and K keys per segment, N tokens of the block (raw, then beacons), M memory entries, d head size
 
 
-Attention = Literal["dense", "tiles", "sdpa", "flex"]
+# few: dense, but what a few queries all see of memory is read in place
+Attention = Literal["dense", "few", "tiles", "sdpa", "flex"]
+FEW = 4  # queries that read memory as one token does; more of them make products worth their joints
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Queries:
     rotation: Rotation  # B x R x T x d/2
     local_BRTK: Tensor | None  # None: everything is seen
     memory_BRTM: Tensor | None
+    memory_B: Tensor | None  # of few queries: how many entries, from the first on, they all see; None: they differ
+    local_B: Tensor | None  # the same of the open window
     tiles: Tiles | None  # instead of both masks
     kind: Attention
     memo: dict[str, Any] = field(default_factory=dict)  # what attention makes of the masks, once for all layers
@@ -227,6 +231,7 @@ def _queries(
             if new > 0:
                 memory[b, r, :count, shape.held_memory : shape.held_memory + new] = segment.memory[places, row.held_memory :]
     plain = segments == 1 and length == num_tokens and bool((index == np.arange(length)).all())
+    far, near = (_ends(seen[:, 0], angles) if kind == "few" else None for seen in (memory, local))
     raw = None
     if keep is not None and any(len(kept) != shape.num_raw for kept in keep):
         table = np.zeros((len(rows), num_raw), dtype=np.int64)
@@ -245,9 +250,18 @@ def _queries(
         angles(position),
         None if tiles or local.all() else _tensor(local, angles),
         None if tiles or memory.all() else _tensor(memory, angles),
+        far,
+        near,
         tiles,
         kind,
     )
+
+
+def _ends(seen_BTK: NDArray[np.bool_], angles: Angles) -> Tensor | None:
+    """How many keys all queries of a row see, where they are the first ones and the same for all; else None."""
+    ends = seen_BTK[:, 0].sum(-1)
+    same = (seen_BTK == (np.arange(seen_BTK.shape[2]) < ends[:, None])[:, None]).all()
+    return _tensor(ends, angles).int() if same else None
 
 
 def _picked(row: Row, r: int, kept: Integers | None, beacons: bool) -> tuple[Integers, Integers]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from beacon.modeling.attention import attend, gather, moved, rotate
+from beacon.modeling.attention import attend, attend_few, gather, moved, rotate
 from beacon.modeling.block import Block, Queries
 from beacon.modeling.fused import attend_flex, attend_sdpa
 from beacon.modeling.tiles import attend_tiles
@@ -22,7 +22,7 @@ Pair = tuple[Tensor, Tensor]
 def beacon_layer(
     layer: Any, raw_BND: Tensor, beacon_BND: Tensor, block: Block, last: bool, open_window: Pair | None, memory: Pair | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Hidden states of raw tokens and beacons after the layer, and the unrotated keys and values (B x N x G x d) of both.
+    """Hidden states of raw tokens and beacons after the layer, and the unrotated keys and values of the open window and of both.
 
     `open_window` is B x K x G x d, unrotated, `memory` B x G x M x d, rotated. In the last layer only the tokens that are
     asked for go on, and beacons stop at their keys and values.
@@ -32,7 +32,7 @@ def beacon_layer(
     queries = block.last if last else block.main
     if queries is None:
         k, v = _heads(attn, "kv", raw_in, beacon_in)
-        return raw_BND[:, :0], beacon_BND, k, v
+        return raw_BND[:, :0], beacon_BND, *joined(open_window, k, v)
     if queries.raw is None and queries.beacons:
         q, k, v = _heads(attn, "qkv", raw_in, beacon_in)
     else:
@@ -40,7 +40,8 @@ def beacon_layer(
         if queries.raw is not None:
             raw_in, raw_BND = (_rows(part, queries.raw) for part in (raw_in, raw_BND))
         (q,) = _heads(attn, "q", raw_in, beacon_in if queries.beacons else beacon_in[:, :0])
-    out = _attention(attn, q, k, v, block, queries, open_window, memory)
+    k, v = joined(open_window, k, v)
+    out = _attention(attn, q, k, v, block, queries, memory)
     num_raw = raw_BND.shape[1]
     raw_BND = _finish(layer, layer.mlp, raw_BND, attn.o_proj(out[:, :num_raw]))
     if queries.beacons:
@@ -70,13 +71,10 @@ def _finish(layer: Any, mlp: Callable[[Tensor], Tensor], hidden_BND: Tensor, att
     return out
 
 
-def _attention(
-    attn: Any, q_BNHd: Tensor, k_BNGd: Tensor, v_BNGd: Tensor, block: Block, queries: Queries, open_window: Pair | None, memory: Pair | None
-) -> Tensor:
-    """What every query gets, B x N x (H d)."""
+def _attention(attn: Any, q_BNHd: Tensor, k: Tensor, v: Tensor, block: Block, queries: Queries, memory: Pair | None) -> Tensor:
+    """What every query gets, B x N x (H d); keys and values are those of the open window, then of the block."""
     q = q_BNHd[:, None] if queries.index_BRT is None else gather(q_BNHd, queries.index_BRT)
     q = rotate(q, queries.rotation)
-    k, v = joined(open_window, k_BNGd, v_BNGd)
     far = memory
     if block.memory_BM is not None and block.memory_rotation is not None:
         fresh_k, fresh_v = moved(k, v, block.memory_BM, block.memory_rotation)
@@ -89,6 +87,8 @@ def _attention(
     if queries.tiles is not None:
         by_tiles = attend_sdpa if queries.kind == "sdpa" else attend_tiles
         out = by_tiles(q, near_k, near_v, far, queries.tiles, attn.scaling)
+    elif queries.memory_B is not None:
+        out = attend_few(q, near_k, near_v, far, queries, attn.scaling)
     elif queries.kind == "flex":
         out = attend_flex(q, near_k, near_v, far, queries, attn.scaling)
     else:

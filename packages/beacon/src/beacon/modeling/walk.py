@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from beacon.cache import BeaconCache
 from beacon.errors import BackendError
-from beacon.modeling.block import Attention, Row, make_block
+from beacon.modeling.block import FEW, Attention, Row, make_block
 from beacon.modeling.layer import normed
 from beacon.plan import Cursor, Integers, Segment, label_mask, read_documents
 from lm_core.errors import InputError
@@ -127,13 +127,14 @@ class Walk:
         backend: str = self.model.attn_backend
         if backend == "flex" and device == "cpu" and torch.is_grad_enabled() and self.model.training:
             raise BackendError("attn_impl: flex has no gradients on a CPU; use auto, or sdpa")
+        if backend == "eager":
+            return "dense"
+        single = all(len(row.segments) <= 1 for row in rows)
+        if single and all(len(segment.queries) <= FEW for row in rows for segment in row.segments):
+            return "few"
         if backend == "auto" and device == "cpu":
             # one window has little to skip
-            return "tiles" if any(len(row.segments) > 1 for row in rows) else "dense"
-        # a single token reads the memory in place, which fused kernels would need joined with the open window
-        single = all(len(segment.queries) == 1 for row in rows for segment in row.segments)
-        if backend == "eager" or single:
-            return "dense"
+            return "dense" if single else "tiles"
         return "flex" if backend == "flex" else "sdpa"
 
     def hidden(self) -> Hidden:

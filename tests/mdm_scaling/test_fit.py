@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm_core.errors import InputError
+from lm_core.errors import ConfigError, InputError
+from mdm_scaling.analysis import ChinchillaConfig
 from mdm_scaling.fit import chinchilla, constrained, crossover
 from mdm_scaling.fit.laws import BUILT_IN, Law, published_critical_flops, read_law
 from mdm_scaling.fit.points import Point, read_points, write_table
@@ -133,6 +135,56 @@ def test_tied_and_fixed_parameters() -> None:
         chinchilla.Free.of(fix={"gamma": 1})
 
 
+def test_bounds_that_hold_nothing_change_nothing() -> None:
+    points = single(CHINCHILLA, noise=0.01, seed=3)
+    free = chinchilla.parametric(points, objective="ar", bootstrap=0)
+    wide = chinchilla.parametric(points, objective="ar", bounds={"alpha": (0.01, 5.0)}, bootstrap=0)
+    assert [getattr(wide, name) for name in chinchilla.NAMES] == pytest.approx([getattr(free, name) for name in chinchilla.NAMES], rel=1e-6)
+    assert "at_bounds" not in wide.about
+
+
+def test_a_fit_in_a_box_is_not_above_scipys_and_names_what_lies_at_its_end() -> None:
+    from scipy.optimize import minimize
+
+    points = single(CHINCHILLA, noise=0.01, seed=3)
+    bounds = {"alpha": (0.36, 0.5), "e": (-math.inf, 0.4)}
+    law = chinchilla.parametric(points, objective="ar", bounds=bounds, bootstrap=20)
+    predict, target = chinchilla.model(points, chinchilla.Free.of()), np.log([p.loss for p in points])
+
+    def value(theta: np.ndarray) -> float:
+        return float(huber(predict(theta[None])[0][0] - target).sum())
+
+    box = [bounds.get(name, (-math.inf, math.inf)) for name in chinchilla.NAMES]
+    low, high = np.array(box).T
+    theirs = min(minimize(value, start.clip(low, high), method="L-BFGS-B", bounds=box).fun for start in chinchilla.STARTS[::450])
+    mine = np.array([getattr(law, name) for name in chinchilla.NAMES])
+    assert value(mine) <= theirs * (1 + 1e-9)
+    assert ((low <= mine) & (mine <= high)).all()
+    at_end = [name for name, one, ends in zip(chinchilla.NAMES, mine, box) if one in ends]
+    assert law.about["at_bounds"] == at_end != []
+    for name, (least, most) in bounds.items():
+        assert least <= law.about["intervals"][name][0] <= law.about["intervals"][name][1] <= most
+
+
+def test_odd_bounds_are_refused() -> None:
+    def options(text: str, **more: Any) -> ChinchillaConfig:
+        return ChinchillaConfig(objective="ar", bounds=[text], **more)
+
+    assert options("alpha=0.2:").bounded() == {"alpha": (0.2, math.inf)}
+    for text in ("alpha", "alpha=1", "alpha=x:2"):
+        with pytest.raises(ConfigError, match="is no NAME=LOW:HIGH"):
+            options(text).bounded()
+    with pytest.raises(ConfigError, match="bounds: only the parametric law"):
+        options("alpha=0:1", approach=2)
+    for bounds, fix, message in (
+        ({"gamma": (0.0, 1.0)}, {}, "gamma is no parameter"),
+        ({"alpha": (0.0, 1.0)}, {"alpha": 0.3}, "alpha is fixed, too"),
+        ({"alpha": (1.0, 0.5)}, {}, "alpha has no room between 1 and 0.5"),
+    ):
+        with pytest.raises(InputError, match=message):
+            chinchilla.Free.of(fix=fix).box(bounds)
+
+
 def test_the_optimum_is_stationary_and_not_above_scipy() -> None:
     from scipy.optimize import minimize
 
@@ -148,7 +200,7 @@ def test_the_optimum_is_stationary_and_not_above_scipy() -> None:
     theirs = min(minimize(value, start, method="L-BFGS-B").fun for start in chinchilla.STARTS[::450])
     mine = np.array([getattr(law, name) for name in chinchilla.NAMES])
     assert value(mine) <= theirs * (1 + 1e-9)
-    gradient, _ = chinchilla._derivatives(points, free, target)(mine)
+    gradient, _ = chinchilla._derivatives(points, free, target, np.zeros(5, dtype=bool))(mine)
     assert np.abs(gradient).max() <= 1e-9
     assert law.about["objective_value"] == pytest.approx(value(mine), rel=1e-12)
 

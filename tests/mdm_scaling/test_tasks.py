@@ -3,7 +3,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,14 +18,15 @@ from mdm_scaling import losses
 from mdm_scaling.config import TasksConfig
 from mdm_scaling.model import Scorer
 from mdm_scaling.noise import Noise
-from mdm_scaling.tasks import causal_nll, read_items, run, target_nll
+from mdm_scaling.tasks import causal_versions, grouped, masked_versions, read_items, run, scores
 
 V, S = 3, 4
 TABLE = Table(V, S, seed=2)
 
 
 def nll(context: list[int], target: list[int], how: Any, num_mc: int = 64, chunk: int = 32, address: int = 0) -> float:
-    return target_nll(TABLE, context, target, how=how, mask_id=V, num_mc=num_mc, seed=1, address=address, chunk=chunk)
+    made = masked_versions(context, target, how=how, mask_id=V, num_mc=num_mc, seed=1, address=address)
+    return scores(TABLE, [made], chunk)[0]
 
 
 def test_chain_is_a_distribution_over_targets() -> None:
@@ -61,7 +64,9 @@ def test_causal_likelihood_is_that_of_the_model() -> None:
     context, target = [1, 2, 3], [4, 5]
     with torch.no_grad():
         logprobs = model(input_ids=torch.tensor([[*context, *target]])).logits[0, :, :50].double().log_softmax(-1)
-    assert causal_nll(Scorer(model), context, target) == pytest.approx(-float(logprobs[2, 4] + logprobs[3, 5]), rel=1e-5)
+    assert scores(Scorer(model), [causal_versions(context, target)], 1)[0] == pytest.approx(
+        -float(logprobs[2, 4] + logprobs[3, 5]), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("objective", ["ar", "mdm"])
@@ -74,7 +79,7 @@ def test_a_file_of_items_is_scored(objective: Any, tmp_path: Path) -> None:
         {"context": "q", "target": "r"},
     ]
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    options: dict[str, Any] = {"checkpoint": str(tmp_path / "model"), "tasks": tmp_path / "items.jsonl"}
+    options: dict[str, Any] = {"checkpoint": str(tmp_path / "model"), "tasks": str(tmp_path / "items.jsonl")}
     result = run(TasksConfig(**options, num_mc=4))
     assert (result["items"], result["bound"], result["method"]) == (3, objective == "mdm", "mc" if objective == "mdm" else "chain")
     assert 0 <= result["accuracy"] <= 1
@@ -90,6 +95,58 @@ def test_a_file_of_items_is_scored(objective: Any, tmp_path: Path) -> None:
         assert "accuracy" not in alone
     with pytest.raises(ConfigError, match="only_mc_nll: means --method mc, but chain is given"):
         TasksConfig(**options, only_mc_nll=True, method="chain")
+
+
+@pytest.mark.parametrize("objective", ["ar", "mdm"])
+def test_what_is_scored_together_changes_nothing(objective: Any) -> None:
+    """Targets of unequal lengths, padded and in any groups, have the values that they have alone."""
+    scorer = Scorer(network(objective)).eval()
+    pairs = [([1, 2, 3], [4, 5]), ([7], [8]), ([9, 10, 11, 12], [13, 14, 15])]
+    if objective == "ar":
+        made = [causal_versions(*pair) for pair in pairs]
+    else:
+        made = [masked_versions(*pair, how="mc", mask_id=50, num_mc=5, seed=1, address=at) for at, pair in enumerate(pairs)]
+    alone = [scores(scorer, [each], 1)[0] for each in made]
+    for chunk in (4, 100):
+        torch.testing.assert_close(torch.tensor(scores(scorer, made, chunk)), torch.tensor(alone), rtol=2e-5, atol=1e-5)
+
+
+def test_groups_fill_a_forward_pass() -> None:
+    made = [masked_versions([1], [2], how="mc", mask_id=9, num_mc=3, seed=1, address=at) for at in range(5)]
+    assert [len(group) for group in grouped(made, "auto", 6)] == [2, 2, 1]
+    assert [len(group) for group in grouped(made, "4", 6)] == [4, 1]
+    with pytest.raises(ConfigError, match="batch_size: '0' is no number of targets"):
+        TasksConfig(checkpoint="x", tasks="x", batch_size="0")
+
+
+def test_names_are_asked_of_lm_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    network("mdm", vocabulary=259).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    options: dict[str, Any] = {"checkpoint": str(tmp_path), "tasks": "arc_easy,piqa", "num_mc": 2, "limit": 3}
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ConfigError, match="tasks: there is no file arc_easy,piqa, and lm_eval"):
+        run(TasksConfig(**options))
+    asked: dict[str, Any] = {}
+
+    def simple_evaluate(**given: Any) -> Any:
+        asked.update(given)
+        request = SimpleNamespace(args=("ab", "c"))
+        return {"results": {"piqa": {"acc,none": -given["model"].loglikelihood([request])[0][0]}}}
+
+    for name, module in {
+        "lm_eval": SimpleNamespace(simple_evaluate=simple_evaluate),
+        "lm_eval.api": SimpleNamespace(),
+        "lm_eval.api.model": SimpleNamespace(LM=object),
+        "lm_eval.api.registry": SimpleNamespace(register_model=lambda name: lambda made: made),
+    }.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "mdm_scaling.harness", raising=False)
+    found = run(TasksConfig(**options))
+    assert (asked["tasks"], asked["limit"]) == (["arc_easy", "piqa"], 3)
+    assert found["results"]["piqa"]["acc,none"] > 0
+    assert "piqa  acc,none" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="method: tasks of lm-eval say themselves"):
+        run(TasksConfig(**options, method="mc"))
 
 
 @pytest.mark.parametrize(

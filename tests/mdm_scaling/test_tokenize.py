@@ -58,3 +58,19 @@ def test_files_are_not_replaced_unasked_and_bad_lines_are_named(tmp_path: Path) 
     with pytest.raises(InputError, match=r"b\.jsonl:2 is not valid JSON"):
         tokenize(TokenizeConfig(input=str(tmp_path / "b.jsonl"), output_prefix=tmp_path / "b", tokenizer="bytes"))
     assert not list(tmp_path.glob("b_text*"))
+
+
+def test_bad_lines_are_left_out_and_counted_where_that_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [b'{"text": "ab"}', b'{"text"', b"[1]", b"", b'{"other": "x"}', b'{"text": 3}', b'{"text": "\xff"}', b'{"text": "c"}']
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    (tmp_path / "good.jsonl").write_bytes(lines[0] + b"\n" + lines[-1])
+    for name in ("a", "good"):
+        config = TokenizeConfig(
+            input=str(tmp_path / f"{name}.jsonl"), output_prefix=tmp_path / name, tokenizer="bytes", skip_bad_lines=name == "a"
+        )
+        result = tokenize(config)
+        assert (result["documents"], result["bad_lines"]) == (2, 5 if name == "a" else 0)
+    assert "2 documents, 5 tokens of 16 bits, 5 bad lines left out" in capsys.readouterr().out
+    assert (tmp_path / "a_text_document.bin").read_bytes() == (tmp_path / "good_text_document.bin").read_bytes()
+    with pytest.raises(ConfigError, match="skip_bad_lines: synthetic:markov has no lines of JSON"):
+        tokenize(TokenizeConfig(input="synthetic:markov", output_prefix=tmp_path / "s", tokenizer="bytes", skip_bad_lines=True))

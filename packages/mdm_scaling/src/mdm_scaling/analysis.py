@@ -108,6 +108,9 @@ class ChinchillaConfig(LawOptions):
 
     approach: Literal[1, 2, 3] = opt(3, "Frontier of the curves (1), iso-FLOP parabolas (2), or the parametric law (3).")
     fix: list[str] = opt(help="Hold a parameter: a=VALUE, also b, e, alpha, beta; repeatable.", factory=list)
+    bounds: list[str] = opt(
+        help="Keep a parameter between two values: alpha=0.2:0.5, one of them may be left out; repeatable.", factory=list
+    )
     drop_highest: int = opt(0, "Leave out this many runs with the highest loss.", ge=0)
 
     def fixed(self) -> dict[str, float]:
@@ -120,6 +123,25 @@ class ChinchillaConfig(LawOptions):
             except ValueError:
                 raise ConfigError(f"fix: {text!r} is no NAME=VALUE; write for example --fix alpha=0.34") from None
         return found
+
+    def bounded(self) -> dict[str, tuple[float, float]]:
+        """Between which values parameters are kept."""
+        found = {}
+        for text in self.bounds:
+            name, _, pair = text.partition("=")
+            low, colon, high = pair.partition(":")
+            try:
+                found[name.strip()] = float(low or "-inf"), float(high or "inf")
+                if not colon:
+                    raise ValueError
+            except ValueError:
+                raise ConfigError(f"bounds: {text!r} is no NAME=LOW:HIGH; write for example --bounds alpha=0.2:0.5") from None
+        return found
+
+    def check(self) -> None:
+        if self.approach != 3 and (self.bounds or self.fix or self.tie):
+            name = "bounds" if self.bounds else "fix" if self.fix else "tie"
+            raise ConfigError(f"{name}: only the parametric law has such parameters; drop it, or use --approach 3")
 
 
 @config

@@ -150,6 +150,7 @@ def fit_chinchilla(config: ChinchillaConfig, runs: Path) -> dict[str, Any]:
             objective=config.objective,
             tie=config.tie,
             fix=config.fixed(),
+            bounds=config.bounded(),
             bootstrap=config.bootstrap,
             seed=config.seed,
             name=_name(config),
@@ -197,6 +198,8 @@ def _report(law: Law, config: LawOptions) -> dict[str, Any]:
     print(
         f"objective {law.about['objective_value']:.4g}  R2 {law.about['r2']:.4f}  points {law.about['n_points']}  best from {law.about['share_of_starts_at_best']:.0%} of the starts"
     )
+    for name in law.about.get("at_bounds", []):
+        print(f"{name:6} lies at a bound")
     for rival in [*law.about.get("other_minima", []), *law.about.get("minima_within_1_percent", [])[1:]]:
         print("other minimum  " + "  ".join(f"{name} {value:.4g}" for name, value in rival.items()))
     for epochs, residual in law.about.get("residuals_by_epochs", {}).items():

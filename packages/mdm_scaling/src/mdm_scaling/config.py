@@ -517,6 +517,9 @@ class TokenizeConfig:
     append_eod: bool = opt(True, "End every document with the tokenizer's end token.")
     workers: int = opt(1, "Processes that tokenise.", ge=1)
     text_column: str = opt("text", "Column or key that holds the text.", flags=("--json-key",))
+    skip_bad_lines: bool = opt(
+        False, "Leave out, and count, lines of a .jsonl file that hold no text; else the first one ends the command."
+    )
     overwrite: bool = opt(False, "Replace files that are there.")
 
 
@@ -582,7 +585,7 @@ class TasksConfig:
     """Multiple-choice and cloze tasks."""
 
     checkpoint: str = opt(help="Model: a run folder, a model folder, smollm2-135m or a hub id.", flags=("--model",))
-    tasks: Path = opt(help="JSONL file of {context, choices, answer} or {context, target}.")
+    tasks: str = opt(help="JSONL file of {context, choices, answer} or {context, target}; or, with lm-eval, names of its tasks: A,B.")
     method: Literal["mc", "chain", "greedy"] | None = opt(
         None,
         "Bound by draws, left-to-right likelihood, or whether the likeliest text is the target; default: mc for a masked model, else chain.",
@@ -590,7 +593,8 @@ class TasksConfig:
     only_generate: bool = opt(False, "The same as --method greedy.")
     only_mc_nll: bool = opt(False, "Print the bound alone, by --method mc.")
     num_mc: int = opt(32, "Draws of the noise per target.", ge=1)
-    max_chunk_size: int = opt(32, "Masked versions of a sequence in one forward pass.", ge=1)
+    max_chunk_size: int = opt(32, "Sequences in one forward pass, among them the masked versions of one.", ge=1)
+    batch_size: str = opt("auto", "Targets that are scored together; auto: as many as one forward pass holds.")
     eval_seed: int = opt(4321, "Address of the noise.", ge=0)
     limit: int | None = opt(None, "Only the first so many items.", ge=1)
 
@@ -598,6 +602,8 @@ class TasksConfig:
         for name, method in (("only_generate", "greedy"), ("only_mc_nll", "mc")):
             if getattr(self, name) and self.method not in (None, method):
                 raise ConfigError(f"{name}: means --method {method}, but {self.method} is given; drop one of the two")
+        if self.batch_size != "auto" and not (self.batch_size.isdecimal() and int(self.batch_size)):
+            raise ConfigError(f"batch_size: {self.batch_size!r} is no number of targets; use auto, or 1 or more")
         if self.only_generate and self.only_mc_nll:
             raise ConfigError("only_generate: --only-mc-nll is given, too; drop one of the two")
 

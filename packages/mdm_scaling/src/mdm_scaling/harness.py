@@ -15,7 +15,7 @@ from lm_eval.api.registry import register_model
 from lm_core.models import load_tokenizer
 from mdm_scaling.model import Scorer, checkpoint_folder, load_network, objective_of, vocabulary_of
 from mdm_scaling.sampling import autoregressive, fill
-from mdm_scaling.tasks import causal_nll, greedy, target_nll
+from mdm_scaling.tasks import causal_versions, greedy, masked_versions, scores
 
 
 @register_model("mdm_scaling")
@@ -48,10 +48,9 @@ class MdmScaling(LM):  # type: ignore[misc]
         """Of the target behind as much of the context as fits."""
         context = (context or [self.end])[-max(1, self.positions - len(target)) :]
         if not self.masked:
-            return causal_nll(self.scorer, context, target)
-        return target_nll(
-            self.scorer, context, target, how="mc", mask_id=self.mask_id, num_mc=self.num_mc, seed=self.seed, address=address, chunk=self.chunk
-        )  # fmt: skip
+            return scores(self.scorer, [causal_versions(context, target)], self.chunk)[0]
+        made = masked_versions(context, target, how="mc", mask_id=self.mask_id, num_mc=self.num_mc, seed=self.seed, address=address)
+        return scores(self.scorer, [made], self.chunk)[0]
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         found = []

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import logging
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from lm_core.data.sources import parse, resolve
+from lm_core.data.sources import Corpus, Row, parse, resolve
 from lm_core.data.tokenize import open_corpus
 from lm_core.data.vocab import build_tokenizer
 from lm_core.errors import ConfigError
@@ -30,7 +34,11 @@ def tokenize(config: TokenizeConfig) -> dict[str, Any]:
             tokenizer=config.tokenizer, model="", data=[config.input], eval_data=[], text_column=config.text_column, hold_out=0.0
         )
     )
-    source = open_corpus(resolve(parse(config.input)), tokenizer, text_column=config.text_column, workers=config.workers)
+    corpus = resolve(parse(config.input))
+    bad = 0
+    if config.skip_bad_lines:
+        corpus, bad = without_bad_lines(corpus, config.text_column)
+    source = open_corpus(corpus, tokenizer, text_column=config.text_column, workers=config.workers)
     samples = parse(config.input).samples
     if samples is not None:
         source = source.take(samples)
@@ -46,5 +54,40 @@ def tokenize(config: TokenizeConfig) -> dict[str, Any]:
             if len(kept):
                 writer.add(kept)
                 tokens, documents = tokens + len(kept), documents + 1
-    print(f"{prefix}.bin: {documents} documents, {tokens} tokens of {dtype.itemsize * 8} bits")
-    return {"prefix": str(prefix), "documents": documents, "tokens": tokens, "vocabulary": len(tokenizer), "dtype": str(dtype)}
+    left_out = f", {bad} bad lines left out" if config.skip_bad_lines else ""
+    print(f"{prefix}.bin: {documents} documents, {tokens} tokens of {dtype.itemsize * 8} bits{left_out}")
+    return {
+        "prefix": str(prefix),
+        "documents": documents,
+        "bad_lines": bad,
+        "tokens": tokens,
+        "vocabulary": len(tokenizer),
+        "dtype": str(dtype),
+    }
+
+
+def without_bad_lines(corpus: Corpus, column: str) -> tuple[Corpus, int]:
+    """A file of lines without those that are no object with a text in `column`, and how many these are."""
+    path = Path(corpus.argument.source).expanduser()
+    if not path.name.endswith((".jsonl", ".jsonl.gz")):
+        raise ConfigError(f"skip_bad_lines: {corpus.argument.source} has no lines of JSON; drop it, or name a .jsonl file")
+
+    def lines() -> Iterator[Row | None]:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _row(path, number, line, column)
+
+    bad = sum(row is None for row in lines())
+    good = replace(
+        corpus, identity=[*corpus.identity, "without bad lines", column], rows=lambda: (row for row in lines() if row is not None)
+    )
+    return good, bad
+
+
+def _row(path: Path, number: int, line: bytes, column: str) -> Row | None:
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return Row(str(path), number, fields) if isinstance(fields, dict) and isinstance(fields.get(column), str) else None

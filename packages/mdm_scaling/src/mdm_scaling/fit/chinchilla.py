@@ -50,6 +50,20 @@ class Free:
         base = np.array([fixed.get(name, 0.0) for name in NAMES])
         return cls(base, np.array(columns).T.reshape(5, -1))
 
+    def box(self, bounds: Mapping[str, tuple[float, float]]) -> tuple[Floats, Floats]:
+        """The lowest and highest free parameters; tied ones share the narrowest."""
+        low, high = np.full(self.columns.shape[1], -np.inf), np.full(self.columns.shape[1], np.inf)
+        for name, (least, most) in bounds.items():
+            if name not in NAMES:
+                raise InputError(f"bounds: {name} is no parameter; use one of {', '.join(NAMES)}")
+            at = self.columns[NAMES.index(name)] == 1
+            if not at.any():
+                raise InputError(f"bounds: {name} is fixed, too; drop one of the two")
+            low[at], high[at] = np.maximum(low[at], least), np.minimum(high[at], most)
+            if not (low[at] < high[at]).all():
+                raise InputError(f"bounds: {name} has no room between {least:g} and {most:g}; give a lower and a higher value")
+        return low, high
+
     def whole(self, free: Floats) -> Floats:
         return self.base + free @ self.columns.T
 
@@ -156,17 +170,25 @@ def parametric(
     name: str = "fit",
     tie: bool = False,
     fix: Mapping[str, float] | None = None,
+    bounds: Mapping[str, tuple[float, float]] | None = None,
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> Law:
-    """Approach 3: the lowest sum of Huber losses of log L over 4500 starts, solved together; the best one polished."""
+    """Approach 3: the lowest sum of Huber losses of log L over 4500 starts, solved together; the best one polished.
+
+    What lies at one of the `bounds` in the end is named in `at_bounds`, and stays there in the polish.
+    """
     free = Free.of(tie, fix)
     require_enough(points, free.columns.shape[1])
     target = np.log([point.loss for point in points])
     predict = model(points, free)
-    solved = minimise(predict, free.starts(STARTS), target)
+    box = free.box(bounds) if bounds else None
+    starts = free.starts(STARTS)
+    solved = minimise(predict, starts if box is None else np.unique(starts.clip(*box), axis=0), target, box=box)
     best = int(np.argmin(solved.objective))
-    theta = newton(_derivatives(points, free, target), solved.parameters[best])
+    pinned = np.zeros(free.columns.shape[1], dtype=bool) if box is None else (solved.parameters[best] == box).any(0)
+    theta = newton(_derivatives(points, free, target, pinned), solved.parameters[best])
+    theta = theta if box is None else theta.clip(*box)
     objective_value = float(huber(predict(theta[None])[0] - target).sum())
     # sums of the same numbers may differ in the last digits
     if not objective_value <= solved.objective[best] * (1 + 1e-9) + 1e-25:
@@ -175,6 +197,8 @@ def parametric(
     limit = objective_value * (1 + SAME_MINIMUM) + 1e-15
     about: dict[str, Any] = {
         "estimator": "approach 3",
+        **({"bounds": {name: list(pair) for name, pair in bounds.items()}} if bounds else {}),
+        **({"at_bounds": [name for at, name in enumerate(NAMES) if free.columns[at][pinned].any()]} if pinned.any() else {}),
         "n_points": len(points),
         "objective_value": objective_value,
         "starts": len(solved.objective),
@@ -185,17 +209,17 @@ def parametric(
         "intervals": {},
     }
     if bootstrap:
-        samples = resampled(predict, theta, target, bootstrap, seed)
+        samples = resampled(predict, theta, target, bootstrap, seed, box)
         about["intervals"] = intervals(free.whole(samples))
-        left_out = minimise(predict, np.repeat(theta[None], len(points), 0), target, counts=1 - np.eye(len(points)))
+        left_out = minimise(predict, np.repeat(theta[None], len(points), 0), target, counts=1 - np.eye(len(points)), box=box)
         moved = np.abs(free.whole(left_out.parameters) - whole)
         about["leave_one_out"] = {parameter: float(moved[:, at].max()) for at, parameter in enumerate(NAMES)}
     a, b, e, alpha, beta = map(float, whole)
     return Law(name, a, b, e, alpha, beta, objective=objective, about=about)
 
 
-def _derivatives(points: Sequence[Point], free: Free, target: Floats, delta: float = 1e-3) -> Any:
-    """Gradient and Hessian of the sum of Huber losses, exact."""
+def _derivatives(points: Sequence[Point], free: Free, target: Floats, pinned: NDArray[np.bool_], delta: float = 1e-3) -> Any:
+    """Gradient and Hessian of the sum of Huber losses, exact; free parameters that are `pinned` do not move."""
     terms = _terms(points)
 
     def at(theta: Floats) -> tuple[Floats, Floats]:
@@ -205,7 +229,9 @@ def _derivatives(points: Sequence[Point], free: Free, target: Floats, delta: flo
         psi = np.clip(residual, -delta, delta)
         second = np.einsum("nj,njk,njl->nkl", share[0], terms, terms) - slope[:, :, None] * slope[:, None, :]
         curvature = np.einsum("n,nk,nl->kl", (np.abs(residual) <= delta).astype(float), slope, slope) + np.einsum("n,nkl->kl", psi, second)
-        return free.columns.T @ (psi @ slope), free.columns.T @ curvature @ free.columns
+        gradient, hessian = free.columns.T @ (psi @ slope), free.columns.T @ curvature @ free.columns
+        gradient[pinned], hessian[pinned], hessian[:, pinned] = 0, 0, 0
+        return gradient, hessian
 
     return at
 
@@ -223,11 +249,11 @@ def rivals(parameters: Floats, objective: Floats, free: Free, limit: float, most
     return found
 
 
-def resampled(predict: Model, theta: Floats, target: Floats, count: int, seed: int) -> Floats:
+def resampled(predict: Model, theta: Floats, target: Floats, count: int, seed: int, box: tuple[Floats, Floats] | None = None) -> Floats:
     """Parameters of fits to `count` resamples of the points, all solved together from the fit to all of them."""
     random = np.random.Generator(np.random.Philox(seed))
     counts = random.multinomial(len(target), np.full(len(target), 1 / len(target)), size=count).astype(np.float64)
-    return minimise(predict, np.repeat(theta[None], count, 0), target, counts=counts, steps=100).parameters
+    return minimise(predict, np.repeat(theta[None], count, 0), target, counts=counts, steps=100, box=box).parameters
 
 
 def intervals(samples: Floats, names: Sequence[str] = NAMES) -> dict[str, list[float]]:

@@ -79,20 +79,25 @@ def minimise(
     target: Floats,
     *,
     counts: Floats | None = None,
+    box: tuple[Floats, Floats] | None = None,
     delta: float = DELTA,
     steps: int = 400,
     tolerance: float = 1e-13,
 ) -> Solution:
     """The sum over points of count x Huber(model - target), lowered from every start until it no longer moves.
 
-    `counts` (S x n) weigh the points of each start, which is how resamples are solved together.
+    `counts` (S x n) weigh the points of each start, which is how resamples are solved together. `box` holds the lowest and the
+    highest parameters (k each): one that lies at its end, and would leave, stays there while the others move.
     """
     # a step may land where a formula overflows; it is then refused
     with np.errstate(all="ignore"):
-        return _minimise(model, starts, target, counts, delta, steps, tolerance)
+        return _minimise(model, starts, target, counts, box, delta, steps, tolerance)
 
 
-def _minimise(model: Model, starts: Floats, target: Floats, counts: Floats | None, delta: float, steps: int, tolerance: float) -> Solution:
+def _minimise(
+    model: Model, starts: Floats, target: Floats, counts: Floats | None, box: tuple[Floats, Floats] | None, delta: float, steps: int,
+    tolerance: float,
+) -> Solution:  # fmt: skip
     theta = np.array(starts, dtype=np.float64)
     weight = np.ones((len(theta), len(target))) if counts is None else counts
     prediction, jacobian = model(theta)
@@ -105,12 +110,17 @@ def _minimise(model: Model, starts: Floats, target: Floats, counts: Floats | Non
         residual = prediction[active] - target
         robust = weight[active] * np.where(np.abs(residual) <= delta, 1.0, delta / np.maximum(np.abs(residual), 1e-300))
         normal, gradient = jacobian[active].normal(robust, residual)
+        if box is not None:
+            held = ((theta[active] <= box[0]) & (gradient > 0)) | ((theta[active] >= box[1]) & (gradient < 0))
+            normal[held], gradient[held] = 0, 0
+            normal.transpose(0, 2, 1)[held] = 0
         scale = np.maximum(np.einsum("sii->si", normal), 1e-12)
         curvature = normal + damping[active, None, None] * scale[:, :, None] * eye
         sound = np.isfinite(curvature).all((1, 2)) & np.isfinite(gradient).all(1)
         curvature[~sound], gradient[~sound] = eye, 0
         step = np.linalg.solve(curvature, -gradient[:, :, None])[:, :, 0]
         tried = theta[active] + step
+        tried = tried if box is None else tried.clip(*box)
         found, derivatives = model(tried)
         value = (weight[active] * huber(found - target, delta)).sum(1)
         better = np.isfinite(value) & (value <= objective[active])

@@ -30,7 +30,8 @@ def initialise(method: LowRank, module: nn.Module, data: Data, device: torch.dev
     """
     from peft import LoraGAConfig
 
-    adapters = [part for part in module.modules() if hasattr(part, "lora_ga_init") and "default" in part.lora_A]
+    parts: list[Any] = list(module.modules())
+    adapters = [part for part in parts if hasattr(part, "lora_ga_init") and "default" in part.lora_A]
     # convolutions have no matrix here, and keep adapters that add nothing
     layers = {part: part.get_base_layer().weight for part in adapters if part.get_base_layer().weight.ndim == 2}
     count = method.config.lora.lora_ga_batches

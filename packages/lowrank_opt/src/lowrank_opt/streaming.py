@@ -39,7 +39,7 @@ class Stream:
     def __init__(self, corpus: Corpus, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, count: int, number: int) -> None:
         self.corpus, self.count, self.number = corpus, count, number
         self.size, self.seed, self.shuffle = config.max_length, config.seed, config.shuffle
-        self.buffer = config.shuffle_buffer if config.shuffle else 1000
+        self.buffer = int(config.shuffle_buffer) if config.shuffle else 1000
         self.encode = TextEncoder(tokenizer, config.text_column)
         self.pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
         self.fingerprint = key_of(corpus.identity, fingerprint(tokenizer), config.text_column, count, self.buffer)
@@ -75,7 +75,7 @@ class Stream:
             place = int(order(np.array([place]))[0])
         (document,) = self.encode([self.held[place]])
         # an empty one is a sample without a target
-        ids = np.array([self.pad] if document is None else document.ids[: self.size], dtype=np.int64)
+        ids = np.asarray([self.pad] if document is None else document.ids, dtype=np.int64)[: self.size]
         labels = ids.copy()
         labels[0] = IGNORE
         return {"input_ids": ids, "labels": labels}

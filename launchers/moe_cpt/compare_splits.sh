@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Convert one dense model by every split and router, train each mixture with the same data, rate, updates and seed, and compare them.
+# Convert one dense model by every split with a ridge router, and by the three splits that need no scores with the other routers; train each
+# mixture with the same data, rate, updates and seed, and compare them.
 # What is there is not made again, so an interrupted comparison goes on:
 #   OUT=runs/splits STEPS=200 launchers/moe_cpt/compare_splits.sh [MODEL]        default: smollm2-135m
 # DATA is a comma list of sources (default: builtin:python-docs,builtin:stdlib), TOKENS what splits and routers look at (8192),
-# EVAL_TOKENS the held-out tokens of each source (4096), EVAL_EVERY how often they are used (0.5); DRY_RUN=1 prints the commands.
+# EVAL_TOKENS the held-out tokens of each source (4096), EVAL_EVERY how often they are used (0.5), SEED the address of splits, routers and
+# data (1227); DRY_RUN=1 prints the commands.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 # shellcheck source=launchers/lib.sh
@@ -13,6 +15,7 @@ model=${1:-smollm2-135m}
 out=${OUT:-runs/splits}
 sources=${DATA:-builtin:python-docs,builtin:stdlib}
 tokens=${TOKENS:-8192}
+seed=${SEED:-1227}
 data=()
 IFS=, read -ra names <<<"$sources"
 for name in "${names[@]}"; do data+=(--data "$name"); done
@@ -25,14 +28,14 @@ once() {
 }
 
 split() {
-    once "$out/$1.safetensors" moe-cpt split "$1" --model_path "$model" --num_experts 16 -o "$out/$1.safetensors" "${@:2}"
+    once "$out/$1.safetensors" moe-cpt split "$1" --model_path "$model" --num_experts 16 --seed "$seed" -o "$out/$1.safetensors" "${@:2}"
 }
 
 # trained NAME MIXTURE OPTIONS OF TRAIN...
 trained() {
     once "$out/$1/run/final" moe-cpt train --model "$out/$2/moe" --dataset_dir "$sources" --block_size 256 --micro_batch_size 2 \
         --max_steps "${STEPS:-40}" --warmup 0.1 --lr 3e-4 --final_lr_portion 0.1 --held_out_tokens "${EVAL_TOKENS:-4096}" \
-        --log_every 1 --save_every 20 --resume auto "${@:3}" -o "$out/$1/run"
+        --log_every 1 --save_every 20 --resume auto --seed "$seed" "${@:3}" -o "$out/$1/run"
     # a finished run is not resumed
     [ ! -e "$out/$1/run/final" ] || rm -rf "$out/$1/run/checkpoints"
     runs+=("$out/$1/run")
@@ -40,7 +43,8 @@ trained() {
 
 # mixture NAME SPLIT OPTIONS OF CONVERT...
 mixture() {
-    once "$out/$1/moe" moe-cpt convert --model_path "$model" --split_file_path "$out/$2.safetensors" --num_selects "${selects:-4}" -o "$out/$1/moe" "${@:3}"
+    once "$out/$1/moe" moe-cpt convert --model_path "$model" --split_file_path "$out/$2.safetensors" --num_selects "${selects:-4}" \
+        --seed "$seed" -o "$out/$1/moe" "${@:3}"
     trained "$1" "$1" --eval_every "${EVAL_EVERY:-0.5}"
 }
 
@@ -56,10 +60,12 @@ split activation --features "$out/act"
 split graph --hidden_features_path "$out/up"
 split gradient --score_file_path "$out/score.safetensors"
 # 14 routed and 2 shared experts are 16 equal parts; with 2 routed ones selected 4 of the 16 see a token, as in the others
-once "$out/residual.safetensors" moe-cpt split residual --model_path "$model" --num_experts 14 --num_experts_residual 2 \
+once "$out/residual.safetensors" moe-cpt split residual --model_path "$model" --num_experts 14 --num_experts_residual 2 --seed "$seed" \
     --score_file_path "$out/score14.safetensors" -o "$out/residual.safetensors"
-once "$out/gate.safetensors" moe-cpt train-gate --model_path "$model" --split_file_path "$out/activation.safetensors" \
-    --hidden_features_path "$out/act" --gate_network linear --epochs 30 -o "$out/gate.safetensors"
+for method in random clustering activation; do
+    once "$out/$method-gate.safetensors" moe-cpt train-gate --model_path "$model" --split_file_path "$out/$method.safetensors" \
+        --hidden_features_path "$out/act" --gate_network linear --epochs 30 --seed "$seed" -o "$out/$method-gate.safetensors"
+done
 
 once "$out/dense.json" moe-cpt ref-loss --model "$model" --validation_dir "$sources" --block_size 256 --micro_batch_size 2 \
     --eval_tokens "${EVAL_TOKENS:-4096}" --precision bf16 -o "$out/dense.json"
@@ -70,9 +76,11 @@ for method in random clustering activation graph gradient; do
 done
 selects=2 mixture residual-ridge residual "${ridge[@]}"
 mixture activation-normal-mlp activation
-mixture activation-normal-linear activation --gate_network linear
-mixture activation-centroid activation --gate_network linear --gate_init centroid
-mixture activation-trained activation --gate_network linear --gate_init trained --select_file_path "$out/gate.safetensors"
+for method in random clustering activation; do
+    mixture "$method-normal-linear" "$method" --gate_network linear
+    mixture "$method-centroid" "$method" --gate_network linear --gate_init centroid
+    mixture "$method-trained" "$method" --gate_network linear --gate_init trained --select_file_path "$out/$method-gate.safetensors"
+done
 
 # the best of them with factors measured against the dense model in place of N / K, and with shares of the sources that follow the loss
 once "$out/scales.json" moe-cpt calibrate-scale --model_path "$out/activation-ridge/moe" --dense_path "$model" "${data[@]}" --mode lsq \

@@ -57,3 +57,9 @@ def one_of(field: str, value: str, allowed: Sequence[str]) -> None:
     """The value is one of the allowed words."""
     if value not in allowed:
         fail(field, repr(value), "is not known", f"use {' or '.join(map(repr, allowed))}")
+
+
+def refuse_second_derivative(op: str) -> None:
+    """In the backward of an op."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{op}: create_graph=True is wrong because the op has no second derivative; use kernels_cuda.use('reference')")

@@ -5,7 +5,7 @@
 
 namespace kernels {
 
-constexpr int64_t slice_tokens = 256;  // as in elementwise.py
+constexpr int64_t slice_tokens = 256;  // as in slices.py
 
 KERNELS_FN int64_t num_slices(int64_t tokens) { return (tokens + slice_tokens - 1) / slice_tokens; }
 KERNELS_FN int64_t slice_end(int64_t slice, int64_t tokens) {

@@ -7,13 +7,6 @@ from torch import Tensor
 
 from kernels_cuda import check
 
-SLICE_TOKENS = 256  # as in token_slices.h
-
-
-def num_slices(tokens: int) -> int:
-    """Partial sums over this many tokens."""
-    return -(-tokens // SLICE_TOKENS)
-
 
 def check_floats(**tensors: Tensor | None) -> None:
     """One dtype that kernels have, or float64; one device."""
@@ -29,9 +22,3 @@ def check_parameters(like: Tensor, **tensors: Tensor | None) -> None:
         check.dtype(name, tensor, tuple({torch.promote_types(like.dtype, torch.float32), like.dtype}))
         if tensor is not None and tensor.device != like.device:
             check.same("device", inputs=like, **{name: tensor})
-
-
-def refuse_second_derivative(op: str) -> None:
-    """In the backward of an op."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(f"{op}: create_graph=True is wrong because the op has no second derivative; use kernels_cuda.use('reference')")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kernels_cuda.moe import noisy_load, route
 from lm_core import counter
 
 # B rows, T positions of a row, R tokens (B x T), D hidden size, N experts, K selected experts
@@ -111,19 +112,12 @@ def gate(
     importance keeps the scores. Tokens where `mask_R` is 0 are routed but count nothing.
     """
     noisy_RN = logits_RN if sigma_RN is None or noise_RN is None else logits_RN + noise_RN.to(logits_RN.dtype) * sigma_RN
-    # not topk, which promises no order among equals
-    ordered_RN, order_RN = torch.sort(noisy_RN, dim=-1, descending=True, stable=True)
-    experts_RK, top_RK = order_RN[:, :k], ordered_RN[:, :k]
-    score_RK = torch.softmax(top_RK, dim=-1) if softmax else top_RK
-    real_R1 = torch.ones_like(score_RK[:, :1]) if mask_R is None else mask_R[:, None].to(score_RK.dtype)
-    importance_N = torch.zeros_like(logits_RN).scatter(1, experts_RK, score_RK * real_R1).sum(0)
-    chosen_RN = torch.zeros_like(logits_RN).scatter(1, experts_RK, 1.0)
-    count_N = (chosen_RN * real_R1).sum(0).detach()
-    load_N = count_N
+    found = route(noisy_RN, k, mask_R, softmax)
+    count_N = load_N = found.count_N.to(logits_RN.dtype)
     if sigma_RN is not None and k < logits_RN.shape[1]:
-        probability_RN = selection_probability(logits_RN, ordered_RN, chosen_RN, sigma_RN, k)
-        load_N = (probability_RN * real_R1).sum(0)
-    return Gate(experts_RK, score_RK if multiply else torch.ones_like(score_RK), importance_N, load_N, count_N, count_N.new_zeros(()))
+        load_N = noisy_load(logits_RN, noisy_RN, sigma_RN, k, mask_R)
+    score_RK = found.score_TK if multiply else torch.ones_like(found.score_TK)
+    return Gate(found.idx_TK, score_RK, found.importance_N, load_N, count_N, count_N.new_zeros(()))
 
 
 def switch_gate(logits_RN: Tensor, *, gumbel_RN: Tensor | None = None, mask_R: Tensor | None = None, multiply: bool = True) -> Gate:
@@ -171,24 +165,13 @@ def within_capacity(said: Gate, order_R: Tensor, factor: float, mask_R: Tensor |
     experts = len(said.count_N)
     real_R = torch.ones_like(order_R, dtype=torch.bool) if mask_R is None else mask_R.bool()
     first_R = torch.argsort(torch.where(real_R, order_R, order_R.max() + 1), stable=True)
-    chosen_RN = torch.nn.functional.one_hot(said.experts_RK[first_R, 0], experts)
+    chosen_RN = F.one_hot(said.experts_RK[first_R, 0].long(), experts)
     # place of a token among those of its expert
     place_R = torch.empty_like(order_R).scatter(0, first_R, (chosen_RN.cumsum(0) * chosen_RN).sum(1) - 1)
     capacity = (factor * real_R.sum() / experts).floor().clamp(min=1)
     dropped_R = (place_R >= capacity) & real_R
     kept_R1 = (~dropped_R)[:, None].to(said.score_RK.dtype)
     return replace(said, score_RK=said.score_RK * kept_R1, dropped=dropped_R.sum()), dropped_R
-
-
-def selection_probability(logits_RN: Tensor, ordered_RN: Tensor, chosen_RN: Tensor, sigma_RN: Tensor, k: int) -> Tensor:
-    """Chance of each expert to be among the k largest if its own noise were drawn again, the others' staying.
-
-    Phi((l - tau) / sigma), where tau is the largest value it has to exceed: the (k+1)-th largest noisy logit for an expert
-    that is among the k, the k-th largest for the others (Shazeer et al. 2017, appendix A).
-    """
-    threshold_RN = torch.where(chosen_RN > 0, ordered_RN[:, k : k + 1], ordered_RN[:, k - 1 : k])
-    chance: Tensor = torch.special.ndtr((logits_RN - threshold_RN) / sigma_RN)
-    return chance
 
 
 def cv_squared(values: Tensor) -> Tensor:

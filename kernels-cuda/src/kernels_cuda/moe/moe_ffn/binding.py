@@ -244,8 +244,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError("moe_ffn: create_graph=True is wrong because the op has no second derivative; use kernels_cuda.use('reference')")
+    check.refuse_second_derivative("moe_ffn")
     if dy is None:
         return (None,) * 5
     needed = ctx.needs_input_grad

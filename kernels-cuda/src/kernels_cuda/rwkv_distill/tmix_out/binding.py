@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels_cuda import choice
-from kernels_cuda.rwkv_distill.elementwise import num_slices, refuse_second_derivative
+from kernels_cuda import check, choice
 from kernels_cuda.rwkv_distill.sequences import contiguous
+from kernels_cuda.slices import num_slices
 
 OP = "rwkv_distill/tmix_out"
 
@@ -106,7 +106,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    refuse_second_derivative("tmix_out")
+    check.refuse_second_derivative("tmix_out")
     # once: activation checkpointing gives each saved tensor once
     saved = ctx.saved_tensors
     dy, dr, dk, dv, dgate, parameters = backward(*saved, ctx.eps, dout)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kernels_cuda.rwkv_distill.elementwise import num_slices
+from kernels_cuda.slices import num_slices
 from kernels_cuda.testing import Arguments, Call, Case, Refused
 
 

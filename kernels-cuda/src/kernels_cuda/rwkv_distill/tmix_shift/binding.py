@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels_cuda import choice
-from kernels_cuda.rwkv_distill.elementwise import num_slices, refuse_second_derivative
+from kernels_cuda import check, choice
 from kernels_cuda.rwkv_distill.sequences import contiguous
+from kernels_cuda.slices import num_slices
 
 OP = "rwkv_distill/tmix_shift"
 
@@ -62,7 +62,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    refuse_second_derivative("tmix_shift")
+    check.refuse_second_derivative("tmix_shift")
     # once: activation checkpointing gives each saved tensor once
     saved = ctx.saved_tensors
     dh, dprev, dmus = backward(*saved, dout)

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from kernels_cuda.rwkv_distill.elementwise import num_slices
 from kernels_cuda.rwkv_distill.tmix_shift import reference
+from kernels_cuda.slices import num_slices
 from kernels_cuda.testing import Arguments, Call, Case, Refused
 
 

@@ -117,9 +117,9 @@ def test_an_expert_takes_its_capacity_of_real_tokens_in_random_order() -> None:
     assert within_capacity(said, order, 0.1, mask)[0].dropped.item() == 3
 
 
-@pytest.mark.parametrize("padding", ["zero", "input"])
-def test_dropped_tokens_are_zero_or_their_input(padding: str) -> None:
-    kind = {"gate_type": "SwitchBalancedGate", "num_selects": 1, "calculator_type": "SwitchDropTokenCalculator"}
+@pytest.mark.parametrize(("gate_type", "padding"), [("SwitchBalancedGate", "zero"), ("TopKBalancedNoisyGate", "input")])
+def test_dropped_tokens_are_zero_or_their_input(gate_type: str, padding: str) -> None:
+    kind = {"gate_type": gate_type, "num_selects": 1, "calculator_type": "SwitchDropTokenCalculator"}
     model = made(**kind, capacity_factor=0.3, dropped_padding=padding).train()
     block, x = model.blocks()[0], torch.randn(2, 16, 32)
     y, said = block(x)

@@ -105,6 +105,16 @@ class BeaconConfig:
             return positions
         return self.stride * ((positions - self.window - self.sink_size) // (self.stride // ratio)) + self.window - 1
 
+    def held(self, length: int, ratio: int) -> int:
+        """Entries of keys and values in a layer once `length` tokens are read at one ratio.
+
+        >>> BeaconConfig(window=4, stride=4, ratio=[2], sink_size=1).held(9, 2)
+        6
+        """
+        count = self.compactions(length)
+        sinks = min(self.sink_size, length) if count and ratio else 0
+        return sinks + count * self.entries(ratio) + length - count * self.stride
+
     @property
     def visible_interleave(self) -> bool:
         """Whether raw tokens see the beacons of their own window."""

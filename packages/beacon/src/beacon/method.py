@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
@@ -48,6 +48,8 @@ class Beacon(Method):
     model: Any  # inside the module
     settings: BeaconConfig
     warned = False
+    told = False
+    dropped = 0
     words: PreTrainedTokenizerBase | None = None  # of answers that are scored
 
     def build(self) -> nn.Module:
@@ -75,6 +77,9 @@ class Beacon(Method):
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(not is_beacon(name) or id(parameter) in last)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not self.told:
+            self._tell_memory(model)
+            self.told = True
         self.module = BeaconLoss(self._adapted(model))
         if self.config.distill_weight:
             self.module.distill = (self.config.distill_weight, self.config.distill_temperature)
@@ -139,7 +144,32 @@ class Beacon(Method):
         return build_tokenizer(self.config)
 
     def data(self, tokenizer: PreTrainedTokenizerBase) -> Data:
-        return training_data(self.config, self._known_settings() if self.config.enable_beacon else None, tokenizer, dist.world())
+        found = training_data(self.config, self._known_settings() if self.config.enable_beacon else None, tokenizer, dist.world())
+        self.dropped = sum(getattr(rows, "dropped", 0) for rows in found.train.values())
+        return found
+
+    def measured(self) -> Mapping[str, float]:
+        """Samples of the data that teach nothing, and were left out."""
+        return {"data/dropped": float(self.dropped)}
+
+    def _tell_memory(self, model: Any) -> None:
+        """Say what a row of the largest length keeps once it is read, beside what there is."""
+        from lm_core.unbuilt import available_bytes
+
+        ratios = sorted({ratio for ratio in self.settings.usable() if ratio} or {0})
+        attn, length = model.model.layers[0].self_attn, self.config.max_length
+        entry = (
+            2
+            * model.config.num_hidden_layers
+            * model.config.num_key_value_heads
+            * attn.head_dim
+            * model.model.embed_tokens.weight.element_size()
+        )
+        held = {f"ratio {ratio}": self.settings.held(length, ratio) for ratio in (ratios[0], ratios[-1])}
+        told = ", ".join(f"{name} {count * entry / 2**20:.3g}" for name, count in {**held, "full attention": length}.items())
+        log.info(
+            "keys and values of %d tokens, MiB: %s; %.0f are free", length, told, available_bytes(dist.init(self.config.device)) / 2**20
+        )
 
     def _known_settings(self) -> BeaconConfig:
         """The settings before the model is built: data comes first."""

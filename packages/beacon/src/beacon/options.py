@@ -86,7 +86,6 @@ class TrainConfig(RunConfig, TrainerSpellings, BeaconOptions):
         "--device-map": Word(
             "the model lies whole on --device, and --engine sharded splits one that a GPU does not hold", ("none", "auto", "cpu", "cuda")
         ),
-        "--per-device-eval-batch-size": Word("evaluation reads one row at a time"),
     }
     model: str = change(ModelOptions, "model", flags=("--model-name-or-path",))
     data: list[str] = change(
@@ -117,6 +116,13 @@ class TrainConfig(RunConfig, TrainerSpellings, BeaconOptions):
         help="One document per sample, documents back to back, or whole documents that fit (needs --beacon-doc-mask true).",
     )
     micro_batch_size: int = change(EngineOptions, "micro_batch_size", default=1, flags=("--per-device-train-batch-size",))
+    eval_micro_batch_size: int | None = change(
+        EngineOptions,
+        "eval_micro_batch_size",
+        default=1,
+        flags=("--per-device-eval-batch-size",),
+        help="Samples per process in one forward pass of an evaluation.",
+    )
     accumulate: int = change(EngineOptions, "accumulate", flags=("--gradient-accumulation-steps",))
     lr: float = change(OptimOptions, "lr", default=5e-5)
     schedule: Literal["cosine", "linear", "constant", "exp", "inverse-sqrt"] = change(
@@ -131,7 +137,7 @@ class TrainConfig(RunConfig, TrainerSpellings, BeaconOptions):
     cpu: bool = opt(False, "--device cpu.")
     save_every: str = change(OutputOptions, "save_every", default="500", flags=("--save-steps",))
     save_strategy: Literal["no", "steps", "epoch"] = opt("steps", "--save-every never, as given, or epoch.")
-    keep_checkpoints: int = change(OutputOptions, "keep_checkpoints", flags=("--save-total-limit",))
+    keep_checkpoints: int = change(OutputOptions, "keep_checkpoints", default=0, flags=("--save-total-limit",))
     eval_every: str = change(OutputOptions, "eval_every", default="never", flags=("--eval-steps",))
     evaluation_strategy: Literal["no", "steps", "epoch"] | None = opt(
         None, "--eval-every never, as given (default: --log-every), or epoch.", flags=("--eval-strategy",)

@@ -54,6 +54,7 @@ class Ordered:
     def __init__(self, rows: Mapping[str, Rows], order: Integers, *, group: int, seed: int) -> None:
         self._rows, self._order, self._group, self._seed = list(rows.values()), order, group, seed
         self._edges = np.cumsum([0, *(len(part) for part in self._rows)])
+        self.dropped = sum(getattr(part, "dropped", 0) for part in self._rows) + int(self._edges[-1]) - len(order)
 
     def __len__(self) -> int:
         return len(self._order)

@@ -24,6 +24,7 @@ class Kept:
 
     def __init__(self, rows: Any, places: Sequence[int], documents: bool) -> None:
         self._rows, self._places, self._documents = rows, places, documents
+        self.dropped = len(rows) - len(places)
 
     def __len__(self) -> int:
         return len(self._places)

@@ -204,13 +204,14 @@ def test_samples_left_out_and_bytes_of_keys_and_values_are_said(tmp_path: Path, 
 
 def test_both_forms_load_through_the_auto_classes(tmp_path: Path) -> None:
     suite = BeaconConformance()
-    suite.run(tmp_path / "full", budget="2 steps", eval_every="never")
+    suite.run(tmp_path / "full", budget="2 steps", eval_every="never", attn_impl="sdpa")
     assert AutoConfig.from_pretrained(tmp_path / "full" / "final").model_type == "beacon_llama"
     full = AutoModelForCausalLM.from_pretrained(tmp_path / "full" / "final").eval()
     suite.run(tmp_path / "adapter", budget="2 steps", eval_every="never", model=str(tmp_path / "full"), tokenizer="bytes", beacon_ratio=[4])
     continued = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter" / "final")
     assert continued.beacon.ratio == [4]
     assert continued.beacon.window == 8
+    assert continued.attn_backend == full.attn_backend == "sdpa"
     rows = batch([30])["input_ids"]
     assert not torch.equal(continued(rows).logits, full(rows).logits)
 

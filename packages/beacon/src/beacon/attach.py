@@ -46,6 +46,7 @@ def install(model: Any, family: Family, copy: bool) -> None:
     for layer in model.model.layers:
         layer.__class__ = family.layer
     model.add_beacons(copy)
+    model.attn_backend = model.beacon.attn_backend
     trained = {id(parameter) for parameter in model.trainable_parameters()}
     for name, parameter in model.named_parameters():
         if "beacon_" in name:
@@ -57,3 +58,4 @@ def set_beacon(model: Any, config: BeaconConfig) -> None:
     if set(config.param) != set(model.beacon.param):
         raise ConfigError(f"param: {config.param}, but the model's beacons were made for {model.beacon.param}; start from the base model")
     model.config.beacon = config.to_dict()
+    model.attn_backend = config.attn_backend

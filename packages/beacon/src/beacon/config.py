@@ -40,6 +40,7 @@ class BeaconConfig:
         "error", "When a text needs more positions than the model has, outside training: stop, go on, or drop the oldest windows."
     )
     prefill_block_windows: int = opt(8, "Windows that are read at once outside training.", ge=1)
+    attn_backend: Literal["auto", "eager", "sdpa", "flex"] = opt("auto", "How attention is computed.")
     format_version: int = opt(FORMAT_VERSION, "Version of this layout.")
 
     def check(self) -> None:

@@ -21,7 +21,16 @@ from beacon.ratios import Rule
 
 FORMAT_VERSION = 1
 # settings that may differ between who wrote a memory and who reads it
-CHANGEABLE = ("ratio", "ratio_mix", "inference_ratio_mix", "memory_budget", "on_budget", "on_capacity", "prefill_block_windows")
+CHANGEABLE = (
+    "ratio",
+    "ratio_mix",
+    "inference_ratio_mix",
+    "memory_budget",
+    "on_budget",
+    "on_capacity",
+    "prefill_block_windows",
+    "attn_backend",
+)
 
 
 def save(cache: BeaconCache, path: Path) -> None:

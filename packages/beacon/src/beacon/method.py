@@ -67,7 +67,6 @@ class Beacon(Method):
         for parameter in model.beacon_state_dict(keep_vars=True).values():
             # trained weights are float32 masters
             parameter.data = parameter.data.float()
-        model.attn_backend = self.config.attn_backend
         self.settings = model.beacon
         # fails here, before any data, when no ratio can teach
         training_ratios(self.settings, 0, 0, 2, model.positions)

@@ -47,22 +47,19 @@ class BeaconOptions:
         None, "When a text needs more positions than the model has, outside training: stop (default), go on, or drop the oldest windows."
     )
     prefill_block_windows: int | None = opt(None, "Windows that are read at once outside training; default: 8.", ge=1)
-    attn_impl: Literal["auto", "eager", "sdpa", "flex", "flash_attention_2"] = opt(
-        "auto",
+    attn_impl: Literal["auto", "eager", "sdpa", "flex", "flash_attention_2"] | None = opt(
+        None,
         "How attention is computed: eager, one dense softmax, the reference; sdpa, torch's fused kernels window by window; flex, FlexAttention "
-        "over all windows, for GPUs; auto: by tiles of our own on a CPU, else sdpa; flash_attention_2 means auto.",
+        "over all windows, for GPUs; auto (default): by tiles of our own on a CPU, else sdpa; flash_attention_2 means auto.",
     )
-
-    @property
-    def attn_backend(self) -> Literal["auto", "eager", "sdpa", "flex"]:
-        """The backend that `attn_impl` means."""
-        return "auto" if self.attn_impl == "flash_attention_2" else self.attn_impl
 
     def chosen(self) -> dict[str, Any]:
         """Given settings, under the names of BeaconConfig."""
-        names = [name for name in BeaconConfig.__dataclass_fields__ if name != "format_version"]
+        names = [name for name in BeaconConfig.__dataclass_fields__ if name not in ("format_version", "attn_backend")]
         own = ("memory_budget", "on_budget", "on_capacity", "prefill_block_windows")
         fields = {name: getattr(self, name if name in own else f"beacon_{name}") for name in names}
+        # a word of the guide
+        fields["attn_backend"] = "auto" if self.attn_impl == "flash_attention_2" else self.attn_impl
         return {name: value for name, value in fields.items() if value not in (None, [])}
 
 

@@ -34,7 +34,6 @@ def reader(config: ReadOptions) -> tuple[Any, Any]:
     """The model with the asked settings, and its tokenizer."""
     model = load_beacon(config.model).to(dist.init(config.device))
     set_beacon(model, settings(config, model.beacon))
-    model.attn_backend = config.attn_backend
     return model, load_tokenizer(tokenizer_name(config.model))
 
 

@@ -35,7 +35,6 @@ def reader(config: TaskOptions) -> tuple[Any, Any]:
     """The model with the asked settings, and its tokenizer."""
     model = load_beacon(config.model).to(dist.init(config.device))
     set_beacon(model, settings(config, model.beacon))
-    model.attn_backend = config.attn_backend
     name = tokenizer_name(config.model)
     tokenizer = byte_tokenizer() if name == "bytes" else load_tokenizer(name)
     return model, tokenizer

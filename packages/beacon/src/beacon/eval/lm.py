@@ -35,7 +35,6 @@ def run(config: LmConfig) -> dict[str, Any]:
     folder = EvalFolder(config.output_dir, config, config.overwrite)
     model = load_beacon(config.model).to(dist.init(config.device))
     set_beacon(model, settings(config, model.beacon))
-    model.attn_backend = config.attn_backend
     edges = bucket_edges(model.beacon.window, config.max_length)
     texts = [text for text in documents(config, tokenizer_name(config.model)) if len(text) >= max(2, config.min_length)]
     texts = texts[: config.max_sample_num]

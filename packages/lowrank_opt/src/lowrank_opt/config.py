@@ -142,6 +142,8 @@ class LoraOptions:
         "Initial adapters: true, gaussian, pissa, pissa_niter_N, olora, orthogonal, lora_ga (from a gradient of the weights; exported merged).",
     )
     lora_ga_batches: int = opt(64, "Micro-batches that lora_ga takes the gradient from.", ge=1)
+    relora_every: int = opt(0, "Updates after which adapters are merged into the weights and begin again (ReLoRA); 0 is never.", ge=0)
+    relora_warmup: int = opt(50, "Updates over which the learning rate rises after each of these restarts.", ge=1)
     train_base_modules: Literal["auto", "none"] = opt(
         "auto", "Train embeddings, norms and head beside the adapters: auto does in pretraining."
     )
@@ -278,6 +280,7 @@ class TrainConfig(RunConfig):
             )
         if "lora.lora_ga_batches" in explicit(self) and self.lora.init_lora_weights != "lora_ga":
             raise ConfigError(f"lora.lora_ga_batches: {self.lora.init_lora_weights} takes no gradient; drop it, or use lora_ga")
+        self.check_relora()
         if self.dist is not None and self.engine not in ("auto", DIST[self.dist]):
             raise ConfigError(f"dist: {self.dist} means --engine {DIST[self.dist]}, not {self.engine}; drop one of them")
         self.check_streaming()
@@ -287,6 +290,24 @@ class TrainConfig(RunConfig):
         self.check_clipping()
         if self.budget and self.max_steps is not None:
             raise ConfigError(f"max_steps: {self.max_steps} and --budget {self.budget!r} both set the length; drop one of them")
+
+    def check_relora(self) -> None:
+        """Refuse what cannot merge adapters on the way."""
+        lora = self.lora
+        if not lora.relora_every:
+            if "lora.relora_warmup" in explicit(self):
+                raise ConfigError(
+                    f"lora.relora_warmup: {lora.relora_warmup} updates follow no restart; add for example --relora-every 1000"
+                )
+            return
+        if self.optimizer != "lora" or moment_bits(self) == 8:
+            raise ConfigError("lora.relora_every: restarts prune moments in 32 bits of the adapters themselves; use --optimizer lora")
+        if lora.use_dora:
+            raise ConfigError("lora.relora_every: DoRA's magnitudes are no part of what is merged; drop --use-dora")
+        if split(self)[0]:
+            raise ConfigError(
+                f"lora.relora_every: weights are whole where adapters are merged, not under {split(self)[1]}; use --engine replicated"
+            )
 
     def check_streaming(self) -> None:
         """Refuse what cannot be made of documents that come one by one."""
@@ -413,6 +434,12 @@ class TrainConfig(RunConfig):
         return Budget({"epochs": self.num_epochs})
 
     def learning_rate(self, progress: Progress, size: Size, epoch_samples: int) -> float:
+        """The schedule; it rises anew after each restart of ReLoRA's adapters."""
+        rate, every = self.scheduled_rate(progress, size, epoch_samples), self.lora.relora_every
+        restarts, since = divmod(progress.steps, every) if every else (0, 0)
+        return rate * min(1.0, (since + 1) / self.lora.relora_warmup) if restarts else rate
+
+    def scheduled_rate(self, progress: Progress, size: Size, epoch_samples: int) -> float:
         """core's shapes, `cosine_tmax`: half a cosine over `tmax` epochs (or updates), then the final rate, and
         `cosine_restarts`: core's cosine over `restart_every` updates, again and again."""
         if self.schedule not in ("cosine_tmax", "cosine_restarts"):

@@ -167,10 +167,11 @@ class LowRank(Method):
         )
 
     def final_model(self, model: nn.Module) -> PreTrainedModel:
-        """The trained model, or its adapter; adapters are merged where their base exists nowhere else: in pretraining, and where a
-        gradient has decided what they took from the weights."""
+        """The trained model, or its adapter; adapters are merged where their base exists nowhere else: in pretraining, where a
+        gradient has decided what they took from the weights, and where earlier ones are part of the weights."""
         config = self.config
-        if config.optimizer.startswith("lora") and (config.mode == "pretraining" or config.lora.init_lora_weights == "lora_ga"):
+        changed = config.lora.init_lora_weights == "lora_ga" or config.lora.relora_every
+        if config.optimizer.startswith("lora") and (config.mode == "pretraining" or changed):
             return merged(model)
         return super().final_model(model)
 
@@ -191,6 +192,10 @@ class LowRank(Method):
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         parts = [part for group in groups for part in self.split(group)]
         self.built = make_optimizer(self.config, parts)
+        if self.config.lora.relora_every:
+            from lowrank_opt import relora
+
+            relora.attach(self.built, self.module, self.config.lora.relora_every, self.config.seed)
         if (text := self.summary(parts)) != self.said:
             # a dry run makes the optimizer twice
             log.info("%s", text)

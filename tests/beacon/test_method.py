@@ -177,6 +177,18 @@ def test_distillation_adds_the_divergence_from_the_model_without_beacons(documen
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_changes_no_gradient(reentrant: bool) -> None:
+    rows, found = batch([41, 30]), []
+    for options in ({}, {"gradient_checkpointing": True, "use_reentrant": reentrant}):
+        made = method(**options)
+        (loss,) = made.losses(made.module, rows)
+        loss.total.backward()
+        found.append({name: parameter.grad for name, parameter in made.module.named_parameters() if parameter.requires_grad})
+    plain, recomputed = found
+    assert all(gradient is not None and torch.equal(gradient, recomputed[name]) for name, gradient in plain.items())
+
+
 def test_training_leaves_the_base_bits_as_they_were(tmp_path: Path) -> None:
     suite = BeaconConformance()
     before = {name: tensor.clone() for name, tensor in method().model.state_dict().items()}

@@ -87,7 +87,7 @@ class Beacon(Method):
             # peft freezes all but its own
             parameter.requires_grad_(True)
         if self.config.gradient_checkpointing:
-            checkpoint_activations(self.module)
+            checkpoint_activations(self.module, self.config.use_reentrant)
         return self.module
 
     def _plain(self, model: Any) -> nn.Module:

@@ -151,7 +151,9 @@ class TrainConfig(RunConfig, TrainerSpellings, BeaconOptions):
         ["q_proj", "k_proj", "v_proj", "o_proj"], "Linear layers of the backbone that get an adapter.", min_length=1
     )
     lora_extra_params: list[str] = opt(help="Further parameters of the backbone to train, as parts of their names.", factory=list)
-    use_reentrant: bool = opt(False, "Reentrant activation checkpointing, which would lose the gradients of memory: must be false.")
+    use_reentrant: bool = opt(
+        False, "Reentrant activation checkpointing, which loses the gradients of memory unless all windows are read at once."
+    )
     beacon_engine: Literal["auto", "loop", "parallel"] = opt(
         "auto", "All windows in one pass (parallel), or one after the other (loop); auto trains in parallel."
     )
@@ -206,8 +208,10 @@ class TrainConfig(RunConfig, TrainerSpellings, BeaconOptions):
         return found
 
     def check(self) -> None:
-        if self.use_reentrant:
-            raise ConfigError("use_reentrant: true loses the gradients of memory; use false")
+        if self.use_reentrant and (self.beacon_engine == "loop" or not self.enable_beacon):
+            raise ConfigError(
+                "use_reentrant: true loses the gradients of memory, or of a frozen embedding; use false, or --beacon-engine parallel"
+            )
         if self.group_by_stride != "none" and self.sort_by_stride != "none":
             raise ConfigError(
                 f"sort_by_stride: {self.sort_by_stride} and --group-by-stride {self.group_by_stride} contradict; drop one of them"

@@ -315,15 +315,16 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return layers
 
 
-def checkpoint_activations(model: nn.Module) -> None:
+def checkpoint_activations(model: nn.Module, reentrant: bool = False) -> None:
     """Recompute each decoder layer in the backward pass instead of keeping its activations.
 
-    Non-reentrant, so hooks, frozen inputs and several backwards work; dropout draws the same numbers again.
+    Non-reentrant, so hooks, frozen inputs and several backwards work; dropout draws the same numbers again. `reentrant` is torch's
+    older way, which loses the gradients of what reaches a layer by other ways than its arguments.
     """
     inner = hf_model(model)
     # the second name is deprecated where the first exists (transformers 5.2x)
     enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    enable({"use_reentrant": reentrant})
 
 
 def lora(model: PreTrainedModel, **peft_config: Any) -> PeftModel:

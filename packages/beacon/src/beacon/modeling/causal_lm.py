@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from beacon.cache import BeaconCache
 from beacon.config import BeaconConfig
+from beacon.errors import CacheError
 from beacon.modeling.block import Angles
 from beacon.modeling.generation import Generation
 from beacon.modeling.layer import beacon_layer
@@ -165,7 +166,7 @@ class BeaconMixin(Generation):
         learning = self.training and past is None
         cache = past if past is not None else self.new_cache(spans, ratios, seed, expected_length, learning, limited and not learning)
         if len(cache.cursors) != len(spans):
-            raise InputError(
+            raise CacheError(
                 f"input_ids: {len(spans)} rows, but the cache holds {len(cache.cursors)}; give as many rows, or fork the cache"
             )
         documents = [documents_of(doc_ids, b, first, last) for b, (first, last) in enumerate(spans)]

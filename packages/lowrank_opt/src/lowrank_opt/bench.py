@@ -234,7 +234,7 @@ def beside_galore_torch(config: BenchConfig) -> Iterator[Figure]:
                 weight.addmm_(*((low.t(), rows) if tall else (rows.t(), low)), alpha=-1e-9)
 
     ours, theirs, fastest, least = in_turns([*(partial(steps, optimizer) for optimizer in (*pair, fast)), products], repeats=3, warm=1)
-    what = f"galore-torch over GaLoreAdamW, {gap} steps with one refresh each, 3 matrices of smollm2-135m, r {rank}"
+    what = f"galore-torch over GaLoreAdamW with its defaults, {gap} steps with one refresh each, 3 matrices of smollm2-135m, r {rank}"
     yield Figure("galore-torch", what, theirs / ours, 3.0, least=True)
     yield Figure("galore-torch", "the same with --proj-dtype bf16 --proj-method subspace on our side", theirs / fastest, 3.0, least=True)
     yield Figure("galore-torch", "the same over the two float32 products of each step alone", theirs / least)
@@ -289,6 +289,68 @@ def updates(kind: Callable[[Any], torch.optim.Optimizer]) -> bool:
     return weight.shape == before.shape and not torch.equal(weight, before)
 
 
+# Hidden and inner size of a preset, and ranks: that of its recipe, and a quarter of the hidden size.
+GRID = {
+    "llama_60m": (512, 1376, (128,)),
+    "llama_130m": (768, 2048, (192, 256)),
+    "llama_350m": (1024, 2736, (256,)),
+    "llama_1b": (2048, 5461, (512,)),
+    "llama_7b": (4096, 11008, (1024,)),
+}
+GAPS = (50, 100, 200, 500, 1000)
+
+
+def grid_beside_galore_torch(name: str, config: BenchConfig) -> Iterator[Figure]:
+    """Whole gaps of theirs over ours for a layer of a preset (four square matrices, two tall ones and a wide one), from the times of a step
+    and of one with a refresh: a gap has T - 1 of the former and one of the latter."""
+    library = optional("galore_torch")
+    if library is None:
+        return
+    hidden, inner, ranks = GRID[name]
+    for rank in ranks:
+        total: dict[str, tuple[float, float]] = {}
+        for count, shape in ((4, (hidden, hidden)), (2, (inner, hidden)), (1, (hidden, inner))):
+            for label, (step, refresh) in step_and_refresh(library, shape, rank, config.repeats).items():
+                before = total.get(label, (0.0, 0.0))
+                total[label] = before[0] + count * step, before[1] + count * refresh
+        for gap in GAPS:
+            theirs, *others = ((gap - 1) * step + refresh for step, refresh in total.values())
+            for label, seconds in zip(list(total)[1:], others, strict=True):
+                what = f"galore-torch over {label}, a layer of {name}, float32, r {rank}, {gap} steps with one refresh"
+                yield Figure(f"grid-{name}", what, theirs / seconds)
+
+
+def step_and_refresh(library: Any, shape: tuple[int, int], rank: int, repeats: int) -> dict[str, tuple[float, float]]:
+    """Seconds of a step without and with a refresh: galore-torch's, ours in the default configuration, ours with bfloat16 products and
+    warm power iteration, and those of the two float32 products alone (twice)."""
+    ours, theirs = galore_pair(library, (shape,), torch.float32, rank, gap=10**9)
+    fast, _ = galore_pair(library, (shape,), torch.float32, rank, gap=10**9, proj_dtype="bf16", proj_method="subspace")
+    weight, rows = numbers(*shape), numbers(rank, min(shape), seed=9)
+    tall = shape[0] >= shape[1]
+    gradient = numbers(*shape, seed=100)
+
+    def products() -> None:
+        low = rows @ (gradient.t() if tall else gradient)
+        weight.addmm_(*((low.t(), rows) if tall else (rows.t(), low)), alpha=-1e-9)
+
+    def refreshed(optimizer: GaLoreAdamW) -> None:
+        optimizer.refresh(now=False)
+        optimizer.step()
+
+    def decomposed() -> None:
+        (group,) = theirs.param_groups
+        # a count that its gap divides makes the next step decompose
+        theirs.state[group["params"][0]]["projector"].update_proj_gap = 1
+        theirs.step()
+        theirs.state[group["params"][0]]["projector"].update_proj_gap = 10**9
+
+    steps = in_turns([theirs.step, ours.step, fast.step, products], repeats)
+    functions = [decomposed, partial(refreshed, ours), partial(refreshed, fast)]
+    refreshes = in_turns(functions, repeats=1 if min(shape) > 1024 else 3, warm=0)
+    labels = ("galore-torch", "GaLoreAdamW", "bf16 products and subspace", "the two products alone")
+    return dict(zip(labels, zip(steps, [*refreshes, steps[3]], strict=True), strict=True))
+
+
 def bfloat16_beside_galore_torch(config: BenchConfig) -> Iterator[Figure]:
     """Steps of bfloat16 weights without a refresh."""
     library = optional("galore_torch")
@@ -318,8 +380,10 @@ MEASUREMENTS: dict[str, Callable[[BenchConfig], Iterator[Figure]]] = {
     "galore-torch": beside_galore_torch,
     "galore-bf16": bfloat16_beside_galore_torch,
 }
+# Takes minutes and has no target: only where it is asked for.
+GRIDS = {f"grid-{name}": partial(grid_beside_galore_torch, name) for name in GRID}
 
 
 def run(config: BenchConfig) -> dict[str, Any]:
     """Print each figure with its target as it is measured."""
-    return report(MEASUREMENTS, config, only=config.only, threads=config.threads)
+    return report(MEASUREMENTS | (GRIDS if config.only else {}), config, only=config.only, threads=config.threads)

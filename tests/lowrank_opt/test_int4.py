@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from kernels_cuda.lowrank import pack_int4 as pack
+from kernels_cuda.lowrank import unpack_int4 as unpack
 from lm_core.errors import ConfigError
 from lowrank_opt import FiraAdamW, GaLoreAdamW, GaLoreAdamW8bit, QGaLoreAdamW8bit
-from lowrank_opt.int4 import GROUP, pack, packed_layout, unpack
+from lowrank_opt.int4 import GROUP, packed_layout
 
 
 def brute_force(values):

@@ -197,15 +197,13 @@ struct Words {
   const int64_t all, part;
 };
 
-// out <- left right, or that added, where the right factor is the larger one: it is packed where it is used.
+// out <- left right, or that added, where the right factor is the larger one: it is packed where it is used. `packed` holds the words of
+// the left one as `thin_times_wide` packs them.
 template <bool halves, class Parallel>
-void thin_times_wide(const Factor& left, const Factor& right, float* out, bool add, const Parallel& parallel) {
+void packed_times_wide(const float* packed, int64_t left_size, const Factor& right, float* out, bool add, const Parallel& parallel) {
   constexpr int64_t span = 4 * tile_columns;  // columns that are packed together
-  const Words<halves> words(left.length);
-  const int64_t rows = pieces(left.size, tile_rows) * tile_rows;
-  const Buffer packed = buffer(rows * words.all);
-  for (int64_t begin = 0; begin < words.all; begin += words.part)
-    pack<halves>(left, 0, rows, tile_rows, begin, std::min(begin + words.part, words.all), packed.get() + rows * begin);
+  const Words<halves> words(right.length);
+  const int64_t rows = pieces(left_size, tile_rows) * tile_rows;
   parallel(pieces(right.size, span), [&](int64_t from, int64_t to) {
     const Buffer panels = buffer(span * words.part);
     for (int64_t first = from * span; first < std::min(to * span, right.size); first += span) {
@@ -214,11 +212,21 @@ void thin_times_wide(const Factor& left, const Factor& right, float* out, bool a
         const int64_t end = std::min(begin + words.part, words.all), size = end - begin;
         pack<halves>(right, first, last, tile_columns, begin, end, panels.get());
         for (int64_t column = first; column < last; column += tile_columns)
-          tiles<halves>(packed.get() + rows * begin, panels.get() + (column - first) * size, size, out + column, right.size, left.size,
+          tiles<halves>(packed + rows * begin, panels.get() + (column - first) * size, size, out + column, right.size, left_size,
                         std::min<int64_t>(tile_columns, last - column), add || begin > 0);
       }
     }
   });
+}
+
+template <bool halves, class Parallel>
+void thin_times_wide(const Factor& left, const Factor& right, float* out, bool add, const Parallel& parallel) {
+  const Words<halves> words(left.length);
+  const int64_t rows = pieces(left.size, tile_rows) * tile_rows;
+  const Buffer packed = buffer(rows * words.all);
+  for (int64_t begin = 0; begin < words.all; begin += words.part)
+    pack<halves>(left, 0, rows, tile_rows, begin, std::min(begin + words.part, words.all), packed.get() + rows * begin);
+  packed_times_wide<halves>(packed.get(), left.size, right, out, add, parallel);
 }
 
 // use(row, rows, values) for blocks of rows of left right, whose sums are short: values[rows][columns] stay in the cache.

@@ -10,11 +10,12 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from kernels_cuda.lowrank import pack_int4, project_int4, unpack_int4
 from lm_core.errors import ConfigError, InputError, RunFailed
 from lowrank_opt import compat as galore_torch
 from lowrank_opt import sharding
 from lowrank_opt.base import BaseOptimizer, Group, State, choice, decay_factor, is_shared, local, rate, work_dtype
-from lowrank_opt.int4 import PARTS, pack, packed_layout, unpack
+from lowrank_opt.int4 import PARTS, packed_layout
 from lowrank_opt.matrix import (
     FULL_RANK_POLICIES,
     Change,
@@ -167,11 +168,9 @@ class GaLoreAdamW(MatrixOptimizer):
         if "proj_q" not in state:
             return tuple(state[name] for name in BASES if name in state)
         # products of bfloat16 gradients are taken in bfloat16
-        dtype = torch.bfloat16 if parameter.dtype == torch.bfloat16 else work_dtype(parameter.dtype)
+        dtype = torch.bfloat16 if parameter.dtype == torch.bfloat16 else torch.float32
         shapes = self._basis_shapes(group, parameter)
-        return tuple(
-            unpack(state[name + "_q"], state[name + "_scale"], state[name + "_zero"], size).to(dtype) for name, size in shapes.items()
-        )
+        return tuple(unpack_int4(*(state[name + part] for part in PARTS), size, dtype) for name, size in shapes.items())
 
     # -- step -----------------------------------------------------------------------------------------------
 
@@ -236,6 +235,12 @@ class GaLoreAdamW(MatrixOptimizer):
 
     def _low(self, group: Group, parameter: Tensor, gradient: Tensor) -> Tensor:
         """L of a gradient, m x n."""
+        state = self.state[parameter]
+        if "proj_q" in state and state["side"] != "full" and gradient.dtype in (torch.float32, torch.bfloat16):
+            low = torch.empty(self._low_shape(group, parameter), device=gradient.device)
+            dtype = torch.bfloat16 if parameter.dtype == torch.bfloat16 else torch.float32
+            project_int4(low, gradient, *(state["proj" + part] for part in PARTS), state["side"], dtype=dtype)
+            return low
         return project(gradient, self._bases(group, parameter), self.state[parameter]["side"], halves=True)
 
     def _apply(self, group: Group, parameter: Tensor, low: Tensor) -> None:
@@ -322,7 +327,7 @@ class GaLoreAdamW(MatrixOptimizer):
     def _store(self, group: Group, parameter: Tensor, state: State, new: tuple[Tensor, ...]) -> None:
         for name, tensor in zip(BASES, new, strict=False):
             if group["proj_dtype"] == "int4":
-                state.update(zip((name + part for part in PARTS), pack(tensor), strict=True))
+                state.update(zip((name + part for part in PARTS), pack_int4(tensor), strict=True))
             else:
                 state[name] = tensor.to({"param": parameter.dtype, "fp32": torch.float32, "bf16": torch.bfloat16}[group["proj_dtype"]])
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels_cuda.lowrank.channel_update_.reference import limit
 from lm_core.errors import ConfigError
 from lowrank_opt import sharding
-from lowrank_opt.base import BaseOptimizer, Group, State, choice, is_shared, rate
+from lowrank_opt.base import CHUNK, BaseOptimizer, Group, State, choice, is_shared, rate
 from lowrank_opt.galore import GaLoreAdamW
 from lowrank_opt.matrix import UNCORRECTED, Change, matrix_shape, normalised_step
 from lowrank_opt.projector import gaussian, project, rank_of
@@ -21,10 +21,18 @@ from lowrank_opt.projector import gaussian, project, rank_of
 MINI = {"rank": 1, "scale": 128.0, "scale_type": "tensor"}
 
 
+def column_norms(matrix: Tensor) -> Tensor:
+    """Norms of the columns, in float32 or float64; some rows at a time, since torch.linalg.vector_norm is ten times slower along rows."""
+    dtype = torch.promote_types(matrix.dtype, torch.float32)
+    sums = torch.zeros(matrix.shape[1], dtype=dtype, device=matrix.device)
+    for part in matrix.split(max(1, CHUNK // max(1, matrix.shape[1]))):
+        sums.add_(part.to(dtype).square().sum(dim=0))
+    return sums.sqrt_()
+
+
 def scaling(low: Tensor, step: Tensor) -> Tensor:
     """How much longer Adam's step N0 (of either sign) is than L, for each of the d columns."""
-    ratio: Tensor = torch.linalg.vector_norm(step, dim=0) / (torch.linalg.vector_norm(low, dim=0) + 1e-8)
-    return ratio
+    return column_norms(step) / (column_norms(low) + 1e-8)
 
 
 def last_norm(state: State, like: Tensor) -> Tensor:
@@ -43,8 +51,9 @@ def uncorrected_rate(group: Group, step: int) -> float:
 
 def channel_norms(gradient: Tensor, side: str) -> Tensor:
     """Norms of the d channels of a gradient: its rows for side right, its columns for side left; float32."""
-    dtype = torch.promote_types(gradient.dtype, torch.float32)
-    norms: Tensor = torch.linalg.vector_norm(gradient, dim=1 if side == "right" else 0, dtype=dtype)
+    if side == "left":
+        return column_norms(gradient)
+    norms: Tensor = torch.linalg.vector_norm(gradient, dim=1, dtype=torch.promote_types(gradient.dtype, torch.float32))
     return norms
 
 

@@ -345,7 +345,7 @@ def step_and_refresh(library: Any, shape: tuple[int, int], rank: int, repeats: i
         theirs.state[group["params"][0]]["projector"].update_proj_gap = 10**9
 
     steps = in_turns([theirs.step, ours.step, fast.step, products], repeats)
-    functions = [decomposed, partial(refreshed, ours), partial(refreshed, fast)]
+    functions: list[Callable[[], Any]] = [decomposed, partial(refreshed, ours), partial(refreshed, fast)]
     refreshes = in_turns(functions, repeats=1 if min(shape) > 1024 else 3, warm=0)
     labels = ("galore-torch", "GaLoreAdamW", "bf16 products and subspace", "the two products alone")
     return dict(zip(labels, zip(steps, [*refreshes, steps[3]], strict=True), strict=True))

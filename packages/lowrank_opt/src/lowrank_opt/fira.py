@@ -44,7 +44,7 @@ class FiraAdamW(GaLoreAdamW):
         factor = limit(norm, last_norm(state, sigma), group["norm_growth"]) * sigma
         rate = uncorrected_rate(group, state["step"] - state["reset_step"])
         # minus scale back(N0) + factor (G - back(L)), with the two products in the basis made one
-        change = Change(state["side"], rate).add_back(group["scale"] * minus_n0 + factor * low, bases)
+        change = Change(state["side"], rate).add_back(low.mul_(factor).add_(minus_n0, alpha=group["scale"]), bases)
         self._write(group, parameter, change.add_gradient(gradient, -factor))
 
 

@@ -170,7 +170,7 @@ class GaLoreAdamW(MatrixOptimizer):
         # products of bfloat16 gradients are taken in bfloat16
         dtype = torch.bfloat16 if parameter.dtype == torch.bfloat16 else torch.float32
         shapes = self._basis_shapes(group, parameter)
-        return tuple(unpack_int4(*(state[name + part] for part in PARTS), size, dtype) for name, size in shapes.items())
+        return tuple(unpack_int4(*packed(state, name), size, dtype) for name, size in shapes.items())
 
     # -- step -----------------------------------------------------------------------------------------------
 
@@ -237,11 +237,12 @@ class GaLoreAdamW(MatrixOptimizer):
         """L of a gradient, m x n."""
         state = self.state[parameter]
         if "proj_q" in state and state["side"] != "full" and gradient.dtype in (torch.float32, torch.bfloat16):
-            low = torch.empty(self._low_shape(group, parameter), device=gradient.device)
+            rank = self._basis_shapes(group, parameter)["proj"][0]
+            low = torch.empty(rank, gradient.shape[0 if state["side"] == "right" else 1], device=gradient.device)
             dtype = torch.bfloat16 if parameter.dtype == torch.bfloat16 else torch.float32
-            project_int4(low, gradient, *(state["proj" + part] for part in PARTS), state["side"], dtype=dtype)
+            project_int4(low, gradient, *packed(state, "proj"), state["side"], dtype=dtype)
             return low
-        return project(gradient, self._bases(group, parameter), self.state[parameter]["side"], halves=True)
+        return project(gradient, self._bases(group, parameter), state["side"], halves=True)
 
     def _apply(self, group: Group, parameter: Tensor, low: Tensor) -> None:
         """Finish the update with L: moments, then W <- (1 - lr decay) W - lr scale back(N)."""
@@ -419,6 +420,12 @@ class QGaLoreAdamW8bit(GaLoreAdamW8bit):
 def has_basis(state: State) -> bool:
     """Whether a parameter's state holds a basis, whole or in 4 bits."""
     return "proj" in state or "proj_q" in state
+
+
+def packed(state: State, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, steps and offsets of a basis in 4 bits."""
+    codes, scale, zero = (state[name + part] for part in PARTS)
+    return codes, scale, zero
 
 
 def adapt_gap(group: Group, state: State, old: Tensor, new: Tensor) -> None:

@@ -12,7 +12,7 @@ from lm_core.errors import ConfigError, RunFailed
 from lowrank_opt.base import BaseOptimizer, Group, State, rate
 from lowrank_opt.galore import GaLoreAdamW, has_basis
 from lowrank_opt.matrix import Change, matrix_shape, normalised_step
-from lowrank_opt.projector import basis, canonical_sign, factors, gaussian, orth, project, rank_of, transfer
+from lowrank_opt.projector import basis, canonical_sign, factors, gaussian, largest_magnitude, orth, project, rank_of, transfer
 
 
 class LDAdamW(GaLoreAdamW):
@@ -75,7 +75,7 @@ class LDAdamW(GaLoreAdamW):
         state = self._matrix_state(group, parameter)
         state["step"] += 1
         side, target = state["side"], state["exp_avg"].dtype
-        if not bool(torch.isfinite(torch.linalg.vector_norm(gradient, torch.inf))):
+        if not largest_magnitude(gradient) < torch.inf:
             name = self._address(parameter).name
             raise RunFailed(f"{name}: its gradient is not finite at step {state['step']}; lower the learning rate or clip")
         # the buffer of the error becomes A, and then the new error

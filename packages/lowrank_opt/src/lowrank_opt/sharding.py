@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowrank_opt.base import is_shared, share
-from lowrank_opt.projector import Draw, canonical_sign, gram_matrix, leading_eigenvectors, orth, resolve_method
+from lowrank_opt.projector import Draw, canonical_sign, gram_matrix, largest_magnitude, leading_eigenvectors, orth, resolve_method
 
 log = logging.getLogger("lowrank_opt")
 
@@ -56,7 +56,7 @@ def norm(part: Tensor, parameter: Any) -> Tensor:
 
 def largest(part: Tensor, parameter: Any) -> float:
     """The largest magnitude that any process has; inf where one of them is not finite."""
-    size = torch.linalg.vector_norm(part, torch.inf) if part.numel() else part.new_zeros(())
+    size = largest_magnitude(part) if part.numel() else part.new_zeros(())
     size = torch.where(size.isfinite(), size, torch.inf).float()
     if is_shared(parameter):
         torch.distributed.all_reduce(size, torch.distributed.ReduceOp.MAX, group=parameter.device_mesh.get_group())

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from beacon.io import tokenizer_name
 from beacon.method import Beacon
 from beacon.options import TrainConfig
 from beacon.plan import build_plan
@@ -102,6 +103,15 @@ def test_targets_are_known_before_the_forward(options: dict[str, Any]) -> None:
             assert sum(float(value[0]) for value in by_ratio) == pytest.approx(float(loss.total.detach()), rel=1e-5)
     made.module.eval()
     assert made.targets(batch([41, 30, 9, 8])) == 40 + 29 + 8 + 7
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"), [({"beacon_window": 64}, 32), ({"beacon_window": 64, "eval_beacon_ratio": [4]}, 4), ({}, 2)]
+)
+def test_evaluations_have_a_ratio_of_their_own(options: dict[str, Any], expected: int) -> None:
+    made = method(**options)
+    made.module.eval()
+    assert made.rule(0)(200)(0) == expected
 
 
 def test_packed_documents_count_the_targets_that_their_own_beacons_help() -> None:
@@ -226,6 +236,16 @@ def test_both_forms_load_through_the_auto_classes(tmp_path: Path) -> None:
     assert continued.attn_backend == full.attn_backend == "sdpa"
     rows = batch([30])["input_ids"]
     assert not torch.equal(continued(rows).logits, full(rows).logits)
+
+
+def test_a_checkpoint_has_the_tokenizer_of_the_model_that_its_runs_began_with(tmp_path: Path) -> None:
+    names = {"first": {"model": "smollm2-135m", "tokenizer": None}, "second": {"model": str(tmp_path / "first"), "tokenizer": None}}
+    for name, config in names.items():
+        folder = tmp_path / name / "checkpoints" / "checkpoint-3"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        (folder / "state.json").write_text(json.dumps({"config": config}))
+    assert tokenizer_name(str(tmp_path / "second")) == "smollm2-135m"
 
 
 def test_an_adapter_finds_its_base_and_refuses_another(tmp_path: Path) -> None:

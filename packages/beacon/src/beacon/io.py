@@ -34,12 +34,12 @@ def model_folder(name: str) -> str:
 
 
 def tokenizer_name(name: str) -> str:
-    """Where the tokenizer of a model argument lies: checkpoints have that of their run."""
+    """Where the tokenizer of a model argument lies: checkpoints have that of their run, which may have begun at another run's checkpoint."""
     folder = Path(model_folder(name))
     state = folder / "state.json"
     if state.is_file():
         config = json.loads(state.read_text())["config"]
-        return str(config["tokenizer"] or config["model"])
+        return str(config["tokenizer"] or tokenizer_name(config["model"]))
     return str(folder) if folder.is_dir() else name
 
 

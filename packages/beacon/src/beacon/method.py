@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+EVAL_RATIO = 32
 
 
 class Beacon(Method):
@@ -190,7 +191,8 @@ class Beacon(Method):
         positions = self.model.positions
         if self.module.training:
             return lambda length: Rule("list", tuple(training_ratios(self.settings, self.config.seed, step, length, positions)))
-        changes = {"ratio": self.config.eval_beacon_ratio, "inference_ratio_mix": self.config.eval_beacon_ratio_mix}
+        ratio = self.config.eval_beacon_ratio or ([EVAL_RATIO] if self.settings.stride % EVAL_RATIO == 0 else [])
+        changes = {"ratio": ratio, "inference_ratio_mix": self.config.eval_beacon_ratio_mix}
         config = self.settings.changed({name: value for name, value in changes.items() if value})
         return lambda length: choose(config, config.inference_ratio_mix, self.config.seed, length, length, positions)
 

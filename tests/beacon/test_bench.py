@@ -10,7 +10,7 @@ from beacon.options import BenchConfig
 def small() -> dict[str, dict[str, object]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench.Machine, "length", 512)
-        return bench.run(BenchConfig(only=["P1", "P2", "P3", "P4", "P6", "P7", "P9"]))
+        return bench.run(BenchConfig(only=["P1", "P2", "P3", "P4", "P6", "P7", "P8", "P9"]))
 
 
 def test_what_does_not_depend_on_speed_meets_its_target(small: dict[str, dict[str, object]]) -> None:
@@ -25,3 +25,5 @@ def test_every_measure_says_its_target_and_whether_it_is_met(small: dict[str, di
     assert small["P7"]["met"] == all(float(str(small["P7"][name])) >= 1 for name in ("append_speedup", "evict_speedup"))
     for name in ("P1", "P2"):
         assert small[name]["met"] == (float(str(small[name]["speedup"])) >= 1.2)
+    assert small["P8"]["met"] == (float(str(small["P8"]["speedup"])) >= 3)
+    assert str(small["P8"]["target"]).startswith("speedup >= 3 (")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -246,6 +247,34 @@ def memory_operators(machine: Machine) -> dict[str, Any]:
 
 
 @torch.no_grad()
+def decode_operator(machine: Machine) -> dict[str, Any]:
+    """One token's attention over 16K entries and half a window of 1024, beside torch's, which wants keys joined and expanded; shapes of 8B."""
+    from kernels_cuda.beacon import decode_attention
+
+    heads, groups, size, held, near = 32, 8, 128, 16384 if machine.gpu else 4 * machine.length, 512
+    kind = torch.bfloat16 if machine.gpu else torch.float32
+    q = torch.randn(1, heads, 1, size, device=machine.device, dtype=kind)
+    memory, window = (torch.randn(2, 1, groups, length, size, device=machine.device, dtype=kind) for length in (held, near))
+    lengths = [torch.full((1,), length, dtype=torch.int32, device=machine.device) for length in (held, near)]
+
+    def expanded() -> torch.Tensor:
+        keys, values = (torch.cat(pair, 2).repeat_interleave(heads // groups, 1) for pair in zip(memory, window))
+        return F.scaled_dot_product_attention(q, keys, values)
+
+    spare = torch.empty_like(memory)
+    ours, theirs, copied = machine.seconds(
+        lambda: decode_attention(q, memory[0], memory[1], lengths[0], window[0], window[1], lengths[1], size**-0.5),
+        expanded,
+        lambda: spare.copy_(memory),
+    )
+    found = {"decode": ours, "expanded": theirs, "speedup": theirs / ours}
+    if not machine.gpu:
+        return judged(found, "speedup >= 3 (of a copy's bandwidth: on a GPU, as a CPU's cache holds a part)", theirs >= 3 * ours)
+    found["of_copy"] = (memory.nbytes + window.nbytes) / ours / (2 * memory.nbytes / copied)
+    return judged(found, "speedup >= 3, at 0.5 of a copy's bandwidth", theirs >= 3 * ours and found["of_copy"] >= 0.5)
+
+
+@torch.no_grad()
 def long_context(machine: Machine) -> dict[str, Any]:
     """Prefill of a long text beside its products at the measured rate, and beside full attention; 8B weights and 128K tokens on a GPU."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -311,5 +340,6 @@ MEASURES: dict[str, tuple[str, Callable[[Machine], dict[str, Any]]]] = {
     "P5": ("bytes allocated by a decode step, memory of 4096 against 256 entries, beside the long memory", decode_bytes),
     "P6": ("a bounded stream of 200 windows: bytes held, growth of bytes allocated per window", stream),
     "P7": ("operators that append to memory and drop from it, beside plain PyTorch", memory_operators),
+    "P8": ("one token's attention over a long memory, beside joined and expanded keys", decode_operator),
     "P9": ("prefill of a long text beside its floor and beside full attention", long_context),
 }

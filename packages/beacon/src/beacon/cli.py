@@ -12,6 +12,7 @@ import click
 from beacon.options import (
     BenchConfig,
     CompressConfig,
+    CostConfig,
     ExportConfig,
     GenerateConfig,
     ImportConfig,
@@ -264,6 +265,18 @@ def short(config: ShortConfig) -> dict[str, Any]:
     Example: beacon eval short --model runs/docs --baseline full
     """
     from beacon.eval.short import run
+
+    return run(config)
+
+
+@evaluate.command()
+@configured(CostConfig)
+def cost(config: CostConfig) -> dict[str, Any]:
+    """Seconds of reading and writing and bytes of keys and values by length of the context, with a picture.
+
+    Example: beacon eval cost --model smollm2-135m --lengths 1024 2048 4096 --beacon-ratio 2 8 --baseline full --output-dir runs/cost
+    """
+    from beacon.eval.cost import run
 
     return run(config)
 

@@ -429,6 +429,24 @@ class ShortConfig(TaskOptions):
 
 
 @config
+class CostConfig(ReadOptions):
+    """Seconds and bytes by the length of the context."""
+
+    model: str = change(
+        ModelOptions,
+        "model",
+        flags=("--model-name-or-path",),
+        help="A run folder, a folder with beacon weights, or any model argument: a base costs what it will cost with beacons.",
+    )
+    lengths: list[int] = opt([512, 1024, 2048, 4096], "Tokens of context.", min_length=1, ge=1)
+    tokens: int = opt(5, "Tokens that are written behind each context.", ge=1)
+    repeats: int = opt(1, "Readings of each context; the median counts.", ge=1)
+    baseline: list[Literal["full"]] = opt(help="Also measure the base model with full attention.", factory=list)
+    output_dir: Path | None = opt(None, "Folder for result.json, items.jsonl, items.csv and figures/.", flags=("-o",))
+    overwrite: bool = opt(False, "Measure again what output_dir already holds.")
+
+
+@config
 class CompressConfig(ReadOptions):
     """Read a text into a memory file."""
 
@@ -539,7 +557,9 @@ class RecallDataConfig:
 class BenchConfig:
     """Ratios beside their baselines."""
 
-    only: list[Literal["P1", "P2", "P3", "P4", "P5", "P6", "P7", "P9"]] = opt(help="What to measure; default: everything.", factory=list)
+    only: list[Literal["P1", "P2", "P3", "P4", "P5", "P6", "P7", "P8", "P9"]] = opt(
+        help="What to measure; default: everything.", factory=list
+    )
     repeats: int = opt(3, "Measurements of each; the median counts.", ge=3)
     threads: int = opt(1, "Threads of the tensor operations.", ge=1)
     device: Literal["auto", "cpu", "cuda"] = change(EngineOptions, "device", help="Device to run on.")

@@ -2,8 +2,7 @@
 # Pre-train a LLaMA on C4 by the published recipes: pretrain_c4.sh [SIZE [OPTIMIZER]] with SIZE 60m, 130m, 350m, 1b or 7b.
 # DATA, TOKENIZER, MICRO_BATCH and the variables of ../lib.sh say what and where; further options go to `lowrank-opt train`:
 #   PROCESSES=8 launchers/lowrank_opt/pretrain_c4.sh 350m galore8bit --seed 1
-#   sbatch --nodes=2 --gpus-per-node=8 launchers/slurm.sh launchers/lowrank_opt/pretrain_c4.sh 1b galore
-# A requeued job of the second kind goes on where it stopped.
+# As a Slurm job: slurm_pretrain.sh.
 set -euo pipefail
 # shellcheck source=launchers/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"

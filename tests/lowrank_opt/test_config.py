@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from importlib.resources import files
 from pathlib import Path
@@ -274,3 +275,21 @@ def test_a_configuration_goes_to_hub_data_without_one() -> None:
         with_data(make(dataset_config="en"))
     with pytest.raises(ConfigError, match="dataset_config: --task sst2 says"):
         with_data(make(mode="finetuning", task="sst2", dataset_config="en"))
+
+
+def test_lora_targets_may_be_a_list_a_regular_expression_or_an_object_by_model(tmp_path: Path) -> None:
+    from lowrank_opt.method import adapter_config
+
+    def targets(value: Any, **more: Any) -> Any:
+        path = tmp_path / "lora.json"
+        path.write_text(json.dumps({"target_modules_pretraining": value, "target_modules_by_model": {}, **more}))
+        layers = TrainConfig.further_layers({"mode": "pretraining", "lora_config": str(path)})
+        read = next(layer["lora"] for layer in layers if "lora" in layer)
+        return adapter_config(make(optimizer="lora", lora=read), "llama")["target_modules"]
+
+    assert targets(["k_proj"]) == ["k_proj"]
+    assert targets("k_proj") == ["k_proj"]
+    assert targets("all-linear") == "all-linear"
+    assert targets(".*[qk]_proj") == ".*[qk]_proj"
+    assert targets({"llama": ["o_proj"], "gpt2": ["c_attn"]}) == ["o_proj"]
+    assert targets({"llama": ["o_proj"]}, target_modules_by_model={"llama": ["v_proj"]}) == ["v_proj"]

@@ -14,7 +14,8 @@ from tests.repo.test_commands import SCRIPTS, group
 from tests.repo.tree import ROOT
 
 # scripts that start training alone; pipelines of commands are tested by their package
-JOBS = sorted(path for path in ROOT.glob("launchers/*/**/*.sh") if path.name not in ("lib.sh", "local_smoke.sh", "compare_splits.sh"))
+ELSEWHERE = ("lib.sh", "local_smoke.sh", "compare_splits.sh", "slurm_pretrain.sh")
+JOBS = sorted(path for path in ROOT.glob("launchers/*/**/*.sh") if path.name not in ELSEWHERE)
 each_job = pytest.mark.parametrize("script", JOBS, ids=lambda path: f"{path.parent.name}/{path.name}")
 # what the scripts of moe-cpt refuse to guess
 PATHS = {"MODEL": "model", "DATA": "synthetic:markov", "VALID": "synthetic:markov", "HOSTFILE": "hosts"}
@@ -60,6 +61,8 @@ def test_several_machines_come_from_the_environment(script: Path) -> None:
 def test_slurm_runs_a_script_once_per_machine_and_resumes() -> None:
     (words,) = dry_run("launchers/slurm.sh", "launchers/x.sh", "--seed", "1", SLURM_JOB_ID="7")
     assert words == ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "bash", "launchers/x.sh", "--seed", "1", "--resume", "auto"]
+    (words,) = dry_run("launchers/lowrank_opt/slurm_pretrain.sh", "1b", "galore8bit", SLURM_JOB_ID="7", SLURM_SUBMIT_DIR=str(ROOT))
+    assert words[3:] == ["bash", f"{ROOT}/launchers/lowrank_opt/pretrain_c4.sh", "1b", "galore8bit", "--resume", "auto"]
 
 
 def test_a_job_of_an_array_makes_its_share_of_a_manifest() -> None:

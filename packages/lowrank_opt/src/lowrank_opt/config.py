@@ -252,6 +252,8 @@ class TrainConfig(RunConfig):
             if path.exists():
                 values_read = load(path)
                 inner = {one: values_read.pop(one, {}) for one in ("apollo", "ldadam")}
+                if section_name == "lora":
+                    values_read = with_targets(values_read, f"target_modules_{values.get('mode')}")
                 layers.append({section_name: values_read})
                 layers += [{one: {f"{one}_{name}": value for name, value in values.items()}} for one, values in inner.items()]
             elif path != default:
@@ -482,6 +484,22 @@ class TrainConfig(RunConfig):
             return self.output_dir
         model = self.model.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
         return Path("models") / f"{model}_{self.optimizer}_{'pretrained' if self.mode == 'pretraining' else 'finetuned'}"
+
+
+def with_targets(values: dict[str, Any], key: str) -> dict[str, Any]:
+    """The content of lora_config.json, where one value may stand for a list of targets, and an object by model for that of the present mode.
+
+    >>> with_targets({"target_modules_finetuning": {"gpt2": ["c_attn"]}}, "target_modules_finetuning")
+    {'target_modules_by_model': {'gpt2': ['c_attn']}}
+    """
+    for name in ("target_modules_pretraining", "target_modules_finetuning"):
+        if isinstance(values.get(name), str):
+            values = {**values, name: [values[name]]}
+        elif isinstance(values.get(name), Mapping):
+            by_model = values[name] if name == key else {}
+            values = {k: v for k, v in values.items() if k != name}
+            values["target_modules_by_model"] = {**by_model, **values.get("target_modules_by_model", {})}
+    return values
 
 
 def processes(config: TrainConfig) -> int:

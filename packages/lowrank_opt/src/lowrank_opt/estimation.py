@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import typing
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from lm_core.errors import ConfigError
 from lm_core.models import hf_model
 from lowrank_opt.choose import low_rank_settings
 from lowrank_opt.config import OPTIMIZERS, TrainConfig, again, moment_bits
@@ -28,9 +30,13 @@ ROWS = {
 
 
 def side_by_side(config: TrainConfig) -> dict[str, Memory]:
-    """Bytes by part for every optimizer under otherwise equal options, the chosen one first. Nothing is allocated."""
-    names = [config.optimizer, *(name for name in typing.get_args(OPTIMIZERS) if name != config.optimizer)]
-    return {name: one(again(config, optimizer=name)) for name in names}
+    """Bytes by part for every optimizer under otherwise equal options, the chosen one first; those that an option rules out are left out.
+    Nothing is allocated."""
+    found = {config.optimizer: one(config)}
+    for name in typing.get_args(OPTIMIZERS):
+        with suppress(ConfigError):
+            found |= {} if name in found else {name: one(again(config, optimizer=name))}
+    return found
 
 
 def one(config: TrainConfig) -> Memory:

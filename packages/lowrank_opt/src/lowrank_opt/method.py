@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -313,7 +314,8 @@ def adapter_config(config: TrainConfig, model_type: str) -> dict[str, Any]:
         # its linear layers are transformers' Conv1D, which stores the transposed matrix
         "fan_in_fan_out": model_type == "gpt2",
         "init_lora_weights": known.get(options.init_lora_weights, options.init_lora_weights),
-        "target_modules": targets[0] if targets == ["all-linear"] else targets,
+        # all-linear, and regular expressions on whole names, stand alone
+        "target_modules": targets[0] if len(targets) == 1 and not re.fullmatch(r"[\w.]+", targets[0]) else targets,
         # peft then trains and saves the head as well
         **({"task_type": "SEQ_CLS" if options.train_base_modules == "auto" else None} if config.classifies() else {}),
     }

@@ -36,7 +36,7 @@ def raw(folder: Path) -> Path:
 
 
 def test_from_text_to_shards_to_a_run(tmp_path: Path) -> None:
-    call("tokenize", "-i", raw(tmp_path / "raw"), "-o", tmp_path / "ids", "-t", "bytes", "-f", "jsonl", "-p", 1)
+    call("tokenize", "-i", raw(tmp_path / "raw"), "-o", tmp_path / "ids", "-t", "bytes", "-f", "jsonl", "-p", 1, "--use_fast")
     first = json.loads((tmp_path / "ids" / "github" / "part.jsonl").read_text().splitlines()[0])
     assert bytes(first["input_ids"][:-1]).decode() == f"0 {SOURCES['github'] * 3}"
     assert first["input_ids"][-1] == 258
@@ -78,6 +78,17 @@ def test_bad_lines_stop_or_are_left_out(tmp_path: Path) -> None:
     counts = call(*words, "--overwrite", "--on_bad_line", "skip", "--no-append_eos")
     assert counts["x.jsonl"] == {"kept": 1, "dropped": 2, "tokens": 4}
     assert (tmp_path / "out" / "x.jsonl").read_text() == '{"input_ids": [103, 111, 111, 100]}\n'
+
+
+def test_a_slow_tokenizer_is_refused_where_a_fast_one_is_wanted(tmp_path: Path) -> None:
+    from transformers import ByT5Tokenizer
+
+    ByT5Tokenizer().save_pretrained(tmp_path / "slow")  # type: ignore[no-untyped-call]
+    # it needs none, but a folder without any is taken for one without a tokenizer
+    (tmp_path / "slow" / "vocab.json").write_text("{}")
+    (tmp_path / "x.txt").write_text("one\n")
+    words = ("tokenize", "-i", tmp_path / "x.txt", "-o", tmp_path / "out", "-t", tmp_path / "slow", "-f", "txt", "--use_fast")
+    assert "slow has no fast tokenizer; leave out --use_fast" in call(*words, code=2)
 
 
 def test_text_lines_are_documents_and_ids_of_another_tokenizer_are_decoded(tmp_path: Path) -> None:

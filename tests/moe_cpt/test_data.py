@@ -12,7 +12,7 @@ from lm_core.data.vocab import byte_tokenizer
 from lm_core.errors import ConfigError, InputError
 from lm_core.run import run
 from moe_cpt.config import TrainConfig
-from moe_cpt.data import expanded, weighted_sources
+from moe_cpt.data import WeightedSources, expanded, weighted_sources
 from moe_cpt.method import MoeCPT
 from moe_cpt.split.features import token_rows
 
@@ -40,6 +40,14 @@ def test_a_folder_of_sources_takes_the_shares_of_llama(tmp_path: Path) -> None:
     assert weights(data=[str(root)], prob_map="uniform") == pytest.approx({"en_cc": 0.5, "github": 0.5})
     with pytest.raises(ConfigError, match="prob_map: no share for source blogs"):
         weights(data=[str(folder(tmp_path, "blogs"))])
+
+
+def test_weighted_sources_of_a_folder_are_those_that_a_run_draws(tmp_path: Path) -> None:
+    root = folder(tmp_path, "github", "en_cc", "en_book")
+    mix = WeightedSources(root, {"github": 2, "en_cc": 1, "en_book": 1}, seed=5)
+    data = weighted_sources(config(data=[str(root)], prob_map='{"github": 2, "en_cc": 1, "en_book": 1}'), byte_tokenizer())
+    loader = Loader(data, micro_batch=64, seed=5)
+    assert [mix.names[mix.at(n)[0]] for n in range(64)] == [loader.names[source] for source in next(loader)[0]["source"].tolist()]
 
 
 def test_a_comma_list_takes_the_weights_it_carries_else_equal_ones() -> None:

@@ -135,3 +135,12 @@ def test_spellings_of_the_original_guide_mean_options_of_core() -> None:
     assert made.limits().limits == {"steps": 100 // made.micro_batch_size}
     with pytest.raises(ConfigError, match="max_train_samples: 1 is less than one batch of 8"):
         build(TrainConfig, {"model": "llama_test", "data": ["d"], "max_train_samples": 1, "micro_batch_size": 8, "warmup": 0})
+
+
+def test_plan_and_convert_are_functions_of_the_package_though_modules_have_their_names() -> None:
+    config = build(TrainConfig, {"model": "x", "num_tokens": 10**9})
+    import moe_cpt.convert
+
+    assert moe_cpt.plan(config).max_steps == 10**9 // (8 * 2048)  # type: ignore[operator]
+    with pytest.raises(TypeError, match="convert"):
+        moe_cpt.convert()  # type: ignore[operator]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 
@@ -22,3 +24,16 @@ def public_names(package: str, home: Mapping[str, str]) -> tuple[list[str], Call
         return getattr(import_module(f"{package}.{home[name]}"), name)
 
     return names, load, names.copy
+
+
+class _Callable(ModuleType):
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return getattr(self, self.__name__.rpartition(".")[2])(*arguments, **named)
+
+
+def callable_as_its_function(module: str) -> None:
+    """Make a module whose public function has its name callable as that function.
+
+    An import of the module puts it in the function's place in the package, whichever was asked for first.
+    """
+    sys.modules[module].__class__ = _Callable

@@ -14,11 +14,12 @@ __all__, __getattr__, __dir__ = public_names(
         "LlamaMoEForCausalLM": "model",
         "MoEBlock": "model",
         "Split": "split",
+        "WeightedSources": "data",
         "check_slurm": "slurm",
         "convert": "convert",
         "moe_ffn": "experts",
+        "plan": "plan",
         "split_ffn": "split",
         "update_weights": "weights",
-        "weighted_sources": "data",
     },
 )

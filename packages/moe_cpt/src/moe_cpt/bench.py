@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -234,6 +235,7 @@ def split(config: BenchConfig) -> Iterator[Figure]:
     """Balanced k-means beside a library for it."""
     library = optional("k_means_constrained")
     if library is None:
+        print("split: skipped, since k-means-constrained is not installed; pip install it, or the extra bench", file=sys.stderr)
         return
     rows = np.random.default_rng(0).standard_normal((8192, 576))
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)

@@ -328,6 +328,7 @@ class TokenizeConfig:
     format: Literal["jsonl", "txt"] = opt(help="One JSON object per line, or one document per line.", flags=("-f",))
     content_column: str = opt("content", "Key that holds the text.", flags=("-c",))
     src_tokenizer: str | None = opt(None, "The column holds ids of this tokenizer, which are decoded first.", flags=("-s",))
+    use_fast: bool = opt(False, "Refuse a tokenizer that is not one of those in Rust, which are taken wherever there is one.")
     num_proc: int | None = opt(None, "Files that are worked on at a time; default: one per processor.", ge=1, flags=("-p",))
     append_eos: bool = opt(True, "End every document with the end token.")
     on_bad_line: Literal["error", "skip"] = opt("error", "What to do with a line that holds no text.")

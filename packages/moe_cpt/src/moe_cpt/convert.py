@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lm_core import counter
 from lm_core.errors import ConfigError
+from lm_core.lazy import callable_as_its_function
 from lm_core.models import load_model
 from moe_cpt.hf.configuration_llama_moe import LlamaMoEConfig
 from moe_cpt.router_init import RouterOf, centroid, ridge, trained
@@ -193,3 +194,6 @@ def initial_router(config: LlamaMoEConfig, init: Literal["normal", "zeros"], see
         return made
 
     return weights
+
+
+callable_as_its_function(__name__)

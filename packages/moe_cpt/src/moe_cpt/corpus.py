@@ -58,6 +58,8 @@ def tokenize(config: TokenizeConfig) -> dict[str, Count]:
     targets = [config.output / Path(name).with_suffix(".jsonl") for name in names]
     if config.output.exists() and not config.overwrite:
         raise ConfigError(f"output: {config.output} exists; add --overwrite, or choose another folder")
+    if config.use_fast and not _tokenizer(config.tokenizer).is_fast:
+        raise InputError(f"use_fast: {config.tokenizer} has no fast tokenizer; leave out --use_fast")
     one = partial(_tokenize_file, config)
     workers = min(config.num_proc or len(os.sched_getaffinity(0)), len(files))
     if workers == 1:
@@ -69,11 +71,15 @@ def tokenize(config: TokenizeConfig) -> dict[str, Count]:
     return dict(zip(names, counts))
 
 
-def _tokenize_file(config: TokenizeConfig, file: Path, target: Path) -> Count:
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
     from lm_core.models import load_tokenizer
 
-    tokenizer = vocab.byte_tokenizer() if config.tokenizer == "bytes" else load_tokenizer(config.tokenizer)
-    decoder = load_tokenizer(config.src_tokenizer) if config.src_tokenizer is not None else None
+    return vocab.byte_tokenizer() if name == "bytes" else load_tokenizer(name)
+
+
+def _tokenize_file(config: TokenizeConfig, file: Path, target: Path) -> Count:
+    tokenizer = _tokenizer(config.tokenizer)
+    decoder = None if config.src_tokenizer is None else _tokenizer(config.src_tokenizer)
     column = config.content_column
     encode = TextEncoder(tokenizer, column)
     end = tokenizer.eos_token_id
@@ -133,11 +139,9 @@ def _texts(rows: Sequence[Row], column: str, decoder: Any, *, skip: bool) -> lis
 
 def pack(config: PackConfig) -> dict[str, Count]:
     """Write every source of a tokenised folder as token shards; counts by source."""
-    from lm_core.models import load_tokenizer
-
     if config.output.exists() and not config.overwrite:
         raise ConfigError(f"output: {config.output} exists; add --overwrite, or choose another folder")
-    tokenizer: PreTrainedTokenizerBase = vocab.byte_tokenizer() if config.tokenizer == "bytes" else load_tokenizer(config.tokenizer)
+    tokenizer = _tokenizer(config.tokenizer)
     counts = {}
     for source in expanded([str(config.input)]):
         corpus = resolve(parse(source))

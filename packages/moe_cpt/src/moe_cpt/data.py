@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_core.cache import kept_in
 from lm_core.data import Data, build_data
+from lm_core.data.mix import Mix
 from lm_core.data.shards import Source, is_shards
 from lm_core.data.sources import Corpus, parse, resolve
 from lm_core.data.tokenize import open_corpus
@@ -91,3 +92,15 @@ def weighted_sources(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) ->
     else:
         shares = dict.fromkeys(data.train, 1 / len(data.train))
     return replace(data, weights=shares, draw="keyed", on_exhausted=config.on_exhausted)
+
+
+class WeightedSources(Mix):
+    """The sources of a folder as a run draws them: `names[at(n)[0]]` is the source of sample n.
+
+    `prob_map` is a name or file of shares, as for --prob-map, or the shares by source; `seed` that of the run.
+    """
+
+    def __init__(self, dir: str | Path, prob_map: str | Mapping[str, float] = "llama", *, seed: int = 1227) -> None:
+        self.names = [parse(source).name for source in expanded([str(dir)])]
+        shares = normalised_shares(read_shares(prob_map) if isinstance(prob_map, str) else prob_map, self.names)
+        super().__init__([shares[name] for name in self.names], seed=seed, draw="keyed")

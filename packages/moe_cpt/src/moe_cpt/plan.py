@@ -6,7 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from lm_core.lazy import callable_as_its_function
+
+if TYPE_CHECKING:
+    from moe_cpt.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,11 @@ class Plan:
     def header(self) -> str:
         """The first three lines of a run's log; other tools read them."""
         return f"max_steps: {self.max_steps}\nglobal batch size: {self.global_batch}\n#tokens/batch: {self.tokens_per_batch}"
+
+
+def plan(cfg: TrainConfig) -> Plan:
+    """The updates and sizes of a run. Raises ConfigError for a budget that only the data or the clock turns into updates."""
+    return cfg.plan()
 
 
 def comma_separated(arguments: Sequence[str]) -> list[str]:
@@ -99,3 +109,6 @@ def parameter_counts(config: Mapping[str, Any]) -> Counts:
         without + round(len(chosen) * 3 * hidden * size * (experts + shared)),
         without + round(len(chosen) * 3 * hidden * size * (config["num_selects"] + shared)),
     )
+
+
+callable_as_its_function(__name__)

@@ -90,6 +90,22 @@ def test_a_run_that_is_stopped_ends_the_manifest_and_the_same_command_goes_on(tm
     assert sweep.start(entries[:1], tmp_path) == {"0": "done"}
 
 
+def test_what_failed_is_made_again_unless_only_stopped_runs_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = {"0": "done", "1": "failed", "2": "killed", "3": "preempted", "4": ""}
+    for name, state in states.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps({"status": state}))
+    entries = [{"id": name, "config": {}} for name in states]
+    made: list[str] = []
+    monkeypatch.setattr(sweep, "_execute", lambda entry, folder: made.append(entry["id"]) or "done")
+    monkeypatch.setattr(sweep, "_tell", lambda *words: None)
+    assert sweep.start(entries, tmp_path, retry="preempted") == {**dict.fromkeys(states, "done"), "1": "failed", "2": "killed"}
+    assert made == ["3", "4"]
+    made.clear()
+    sweep.start(entries, tmp_path)
+    assert made == ["1", "2", "3", "4"]
+
+
 @pytest.mark.parametrize("preset", study.GRIDS)
 def test_single_epoch_runs_of_a_study_are_of_the_budgets_it_names(preset: str) -> None:
     """Whole updates move a run's FLOPs, by less than what makes another budget."""

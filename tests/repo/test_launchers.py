@@ -70,7 +70,7 @@ def test_a_job_of_an_array_makes_its_share_of_a_manifest() -> None:
     (words,) = dry_run(script, "sweep 1.jsonl", "--out", "runs", SLURM_JOB_ID="7", SLURM_ARRAY_TASK_ID="7", **place)
     assert words[:2] == ["srun", "--ntasks=1"]
     at = words.index("mdm-scaling")
-    assert words[at:] == ["mdm-scaling", "runs", "start", "sweep 1.jsonl", "--part", "3/16", "--out", "runs"]
+    assert words[at:] == ["mdm-scaling", "runs", "start", "sweep 1.jsonl", "--part", "3/16", "--retry", "preempted", "--out", "runs"]
     group(SCRIPTS["mdm-scaling"]).main([*words[at + 1 :], "--print-config"], standalone_mode=False)
 
 

@@ -63,6 +63,9 @@ class StartConfig:
 
     out: Path = opt(Path("runs/sweep"), "Folder of the runs, each in one named by its id.")
     jobs: int = opt(1, "Runs at a time, each in a process of its own.", ge=1)
+    retry: Literal["all", "preempted"] = opt(
+        "all", "Which runs that ended before they were done to make again, beside those that have not begun."
+    )
     part: str = opt("0/1", "Which share of the runs to make, as I/N: every Nth one, from the Ith on, counted from 0.")
 
     def share(self) -> slice:

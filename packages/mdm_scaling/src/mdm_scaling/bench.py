@@ -178,11 +178,15 @@ def fit(config: BenchConfig) -> Iterator[Figure]:
 
 def spread(config: BenchConfig) -> Iterator[Figure]:
     """How much a bound varies with the seed of its noise, stratified and not: a trained model, and the exact predictor of a periodic source."""
-    began = time.process_time()
-    model, ids = trained_on_runs()
-    spent, predict = time.process_time() - began, Scorer(model).eval()
-    what = f"a model of 2 layers of width 64, trained for {spent:.0f} s on tokens that are repeated about {RUN} times, 1 x {ids.shape[1]} tokens"
-    yield _spread(predict, ids, SYMBOLS, 12, what)
+    for symbols, steps in SOURCES:
+        began = time.process_time()
+        model, ids = trained_on_runs(symbols, steps)
+        spent, predict = time.process_time() - began, Scorer(model).eval()
+        what = (
+            f"a model of 2 layers of width 64, trained for {spent:.0f} s on {symbols} tokens that are repeated about {RUN} times, "
+            f"1 x {ids.shape[1]} tokens"
+        )
+        yield _spread(predict, ids, symbols, 12, what)
 
     copies, period = 4, 256
 
@@ -208,22 +212,22 @@ def _spread(predict: Predictor, ids: Tensor, mask_id: int, count: int, what: str
 
 
 # a source whose tokens say much about their neighbours: what one costs depends on how many of these are masked
-SYMBOLS, RUN = 64, 8
+SOURCES, RUN = ((64, 500), (256, 300)), 8
 
 
-def of_runs(rows: int, size: int, seed: int) -> Tensor:
+def of_runs(symbols: int, rows: int, size: int, seed: int) -> Tensor:
     """Sequences (rows x size) in which a token is the one before it with a chance of 1 - 1/RUN, and else any."""
     generator = torch.Generator().manual_seed(seed)
     fresh_ = torch.rand(rows, size, generator=generator) < 1 / RUN
-    drawn = torch.randint(SYMBOLS, (rows, size), generator=generator)
+    drawn = torch.randint(symbols, (rows, size), generator=generator)
     place = torch.where(fresh_, torch.arange(size), 0).cummax(1).values
     return drawn.gather(1, place)
 
 
-def trained_on_runs(steps: int = 500, size: int = 1024) -> tuple[PreTrainedModel, Tensor]:
+def trained_on_runs(symbols: int, steps: int, size: int = 1024) -> tuple[PreTrainedModel, Tensor]:
     """A masked model of that source, and a sequence that it has not seen."""
     model = fresh(
-        "mdm", shape(2, 64, 4, 16), SYMBOLS, tied=True, positions=size, theta=10000.0, eps=1e-5, std=0.05, divisible_by=8, restrict_logits=True,
+        "mdm", shape(2, 64, 4, 16), symbols, tied=True, positions=size, theta=10000.0, eps=1e-5, std=0.05, divisible_by=8, restrict_logits=True,
         seed=0,
     )  # fmt: skip
     scorer = Scorer(model).train()
@@ -233,14 +237,14 @@ def trained_on_runs(steps: int = 500, size: int = 1024) -> tuple[PreTrainedModel
             group["lr"] = 1e-2 * min(1, (step + 1) / 20) * (1 - step / steps)
         # mostly short ones, which cost less: what a token needs to see lies next to it
         rows, length = (4, size) if step % 20 == 19 else (8, size // 8)
-        index, ids = torch.arange(rows) + 8 * step, of_runs(rows, length, seed=step + 1)
+        index, ids = torch.arange(rows) + 8 * step, of_runs(symbols, rows, length, seed=step + 1)
         t = levels("stratified", 0, "noise", step, torch.arange(rows), index, rows)
         masked, weight = masks(Noise(), t, torch.ones_like(ids, dtype=torch.bool), 0, "noise", index)
-        (masked_total(scorer, ids, masked, weight, SYMBOLS) / ids.numel()).backward()
+        (masked_total(scorer, ids, masked, weight, symbols) / ids.numel()).backward()
         torch.nn.utils.clip_grad_norm_(scorer.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    return model, of_runs(1, size, seed=0)
+    return model, of_runs(symbols, 1, size, seed=0)
 
 
 def sampler(config: BenchConfig) -> Iterator[Figure]:

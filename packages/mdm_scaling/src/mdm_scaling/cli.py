@@ -300,7 +300,7 @@ def runs_start(config: StartConfig, manifest: Path) -> dict[str, Any]:
     from lm_core.errors import RunFailed
     from mdm_scaling import sweep
 
-    states = sweep.start(sweep.read(manifest)[config.share()], config.out, jobs=config.jobs)
+    states = sweep.start(sweep.read(manifest)[config.share()], config.out, jobs=config.jobs, retry=config.retry)
     failed = [name for name, state in states.items() if state == "failed"]
     if failed:
         raise RunFailed(f"runs: {len(failed)} of {len(states)} failed, first {config.out / failed[0]}; see log.txt there")

@@ -190,6 +190,11 @@ class PretrainConfig(RunConfig, MegatronSpellings, ShapeOptions, DiffusionOption
     eps: float = change(OptimOptions, "eps", flags=("--adam-eps",))
     grad_clip: float = change(OptimOptions, "grad_clip", flags=("--clip-grad",))
 
+    engine: Literal["auto", "replicated", "sharded", "deepspeed", "single", "pipeline", "torch"] = change(  # type: ignore[assignment]
+        EngineOptions,
+        "engine",
+        help="Where weights, gradients and optimizer state live; single is replicated, pipeline and torch split a model over processes.",
+    )
     tensor_model_parallel_size: int = opt(
         1, "Processes that share one model, each with a part of the heads and feed-forward columns.", ge=1
     )
@@ -210,7 +215,10 @@ class PretrainConfig(RunConfig, MegatronSpellings, ShapeOptions, DiffusionOption
     keep_checkpoints: int = change(OutputOptions, "keep_checkpoints", flags=("--keep-last",))
     keep_best: bool = change(OutputOptions, "keep_best", default=True)
     eval_every: str = change(OutputOptions, "eval_every", default="1000", flags=("--eval-interval",))
-    skip_train: bool = opt(False, "Train nothing: score the held-out corpora under the model in --load, by --num-mc draws.")
+    skip_train: bool = opt(
+        False,
+        "Train nothing: export the newest checkpoint in --load to its folder final, and score the held-out corpora under it, by --num-mc draws.",
+    )
     eval_iters: int = opt(100, "Global batches of an evaluation, at most one pass; --eval-tokens wins.", ge=1)
     eval_window: Literal["fixed", "rolling"] = opt(
         "fixed", "Evaluate the same held-out sequences every time, or go on behind the last ones, from the beginning after the end."
@@ -292,6 +300,12 @@ class PretrainConfig(RunConfig, MegatronSpellings, ShapeOptions, DiffusionOption
                 raise ConfigError(
                     f"{name}: {getattr(self, name)} goes with the replicated engine alone; drop --engine, --zero-stage and --offload"
                 )
+        if self.engine in ("single", "pipeline", "torch") and (self.zero_stage or self.offload != "none" or self.deepspeed_config):
+            raise ConfigError(f"engine: {self.engine} has no ZeRO stage, offload or DeepSpeed file; drop these, or use --engine deepspeed")
+        if self.engine in ("pipeline", "torch") and self.tensor_model_parallel_size * self.pipeline_model_parallel_size == 1:
+            raise ConfigError(
+                f"engine: {self.engine} splits a model, and one process would hold all of it; add --pipeline-model-parallel-size 2, or use single"
+            )
         if self.shape and self.shape.layers < self.pipeline_model_parallel_size:
             raise ConfigError(
                 f"pipeline_model_parallel_size: {self.pipeline_model_parallel_size} stages, but {self.shape.layers} layers; use at most that many"

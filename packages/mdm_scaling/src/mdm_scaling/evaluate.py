@@ -5,17 +5,23 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lm_core.config import build
+from lm_core import checkpoint, dist
+from lm_core.config import build, leaves
+from lm_core.engine import make_engine
 from lm_core.errors import InputError
+from lm_core.export import export
 from lm_core.models import load_tokenizer
+from lm_core.run import make_loader
 from mdm_scaling import losses
-from mdm_scaling.config import EvalConfig, PretrainConfig
+from mdm_scaling.config import PARTS, SHAPE_OPTIONS, EvalConfig, PretrainConfig
 from mdm_scaling.data import pathfile
 from mdm_scaling.data.corpus import open_held_out
 from mdm_scaling.data.tokens import Part
@@ -66,19 +72,42 @@ def corpus_loss(config: EvalConfig) -> dict[str, Any]:
 
 
 def held_out_loss(config: PretrainConfig) -> dict[str, Any]:
-    """What `--skip-train` scores: the held-out corpora of a run under its newest model."""
+    """What `--skip-train` does: export the newest checkpoint of a run and score its held-out corpora."""
     texts = pathfile.read(config.valid_data_path_file) if config.valid_data_path_file else config.eval_data
-    checkpoint = str(config.run_folder()) if config.resume in ("auto", "none") else config.resume
+    run = config.run_folder() if config.resume in ("auto", "none") else Path(config.resume)
     return corpus_loss(
         build(
             EvalConfig,
             {
-                "checkpoint": checkpoint, "data": pathfile.weighted(texts)[0], "text_column": config.text_column, "num_mc": config.num_mc,
-                "mask_eps": config.mask_eps, "eval_seed": config.eval_seed, "max_length": config.max_length,
+                "checkpoint": str(exported(config, run)), "data": pathfile.weighted(texts)[0], "text_column": config.text_column,
+                "num_mc": config.num_mc, "mask_eps": config.mask_eps, "eval_seed": config.eval_seed, "max_length": config.max_length,
                 "limit": config.eval_iters * config.global_batch_size, "micro_batch_size": config.micro_batch_size,
             },
         )
     )  # fmt: skip
+
+
+def exported(config: PretrainConfig, run: Path) -> Path:
+    """The folder `final` of a run, written from its newest checkpoint where it is missing or older; any other model as it is."""
+    newest, final = checkpoint.latest(run), run / "final"
+    written = (final / "config.json").stat().st_mtime if (final / "config.json").exists() else 0.0
+    if newest is None or (newest / "state.json").stat().st_mtime <= written:
+        return run
+    from mdm_scaling.method import Pretrain
+
+    # files of the replicated engine hold whole tensors, however a model was spread over processes
+    config = replace(config, tensor_model_parallel_size=1, pipeline_model_parallel_size=1)
+    # what decides samples and updates does not matter any more
+    free = {leaf.path for leaf in leaves(PretrainConfig)} - {"objective", "model", *SHAPE_OPTIONS, *PARTS}
+    device, method = dist.init(config.device), Pretrain(config)
+    tokenizer = method.tokenizer()
+    data = method.data(tokenizer)
+    engine = make_engine(config, method, method.build(), device)
+    loader = make_loader(config, data, engine.data_rank, engine.data_world)
+    progress = checkpoint.resume(newest, engine=engine, method=method, data=loader, config=config, allow=free | {"data"})
+    export(engine, method, final, tokenizer=tokenizer)
+    print(f"{final}: step {progress.steps} of the run, which has not ended")
+    return run
 
 
 def windows(part: Part, size: int, limit: int | None) -> Tensor:

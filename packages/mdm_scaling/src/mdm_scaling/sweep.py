@@ -165,10 +165,16 @@ def status(folder: Path) -> str:
         return ""
 
 
-def start(entries: Sequence[Mapping[str, Any]], folder: Path, *, jobs: int = 1) -> dict[str, str]:
-    """Run what is not done yet, `jobs` at a time, each in `folder`/<id>; how each ended. An interrupted run goes on where it stopped."""
+def start(
+    entries: Sequence[Mapping[str, Any]], folder: Path, *, jobs: int = 1, retry: Literal["all", "preempted"] = "all"
+) -> dict[str, str]:
+    """Run what is not done yet, `jobs` at a time, each in `folder`/<id>; how each ended. An interrupted run goes on where it stopped.
+
+    With `retry` preempted, runs that ended in another way than done are left as they are.
+    """
     states = {entry["id"]: status(folder / entry["id"]) for entry in entries}
-    waiting = [entry for entry in entries if states[entry["id"]] != "done"]
+    ended = ("done",) if retry == "all" else ("done", "failed", "killed")
+    waiting = [entry for entry in entries if states[entry["id"]] not in ended]
     print(f"{len(entries) - len(waiting)} of {len(entries)} runs are done", flush=True)
     began = time.monotonic()
     if jobs == 1:

@@ -49,9 +49,11 @@ def decode_attention(
         elif number.device.type == "cuda":
             torch._assert_async(((number >= 0) & (number <= keys.shape[2])).all(), f"decode_attention: {name} is out of range")
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_mem, v_mem, k_raw, v_raw))
-    if learns or q.dtype == torch.float16 or not choice.library(binding.OP, q.device.type):
+    if learns or q.dtype == torch.float16 or not (library := choice.library(binding.OP, q.device.type)):
         return reference.decode_attention(q, k_mem, v_mem, mem_len, k_raw, v_raw, raw_len, scale)
     rows = [x if x.stride(-1) == 1 else x.contiguous() for x in (q, k_mem, v_mem, k_raw, v_raw)]
     grouped = rows[0].reshape(len(q), k_mem.shape[1], q.shape[1] // k_mem.shape[1], q.shape[3])
-    out, lse = binding.forward(grouped, *rows[1:3], mem_len.contiguous(), *rows[3:], raw_len.contiguous(), scale)
+    out, lse, *found = binding.buffers(grouped, k_mem, k_raw)
+    lengths = mem_len.contiguous(), raw_len.contiguous()
+    getattr(torch.ops, library).decode_attention_(grouped, *rows[1:3], lengths[0], *rows[3:], lengths[1], scale, out, lse, *found)
     return out.view(q.shape), lse.view(q.shape[:2])

@@ -105,8 +105,8 @@ def draw(result: Mapping[str, Mapping[str, Mapping[str, float]]], path: Path) ->
                 values = [value / (2**20 if name == "kv_bytes" else 1) for value in costs[name].values()]
                 marks = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
                 axes.plot([int(length) for length in costs[name]], values, label="full attention" if who == "full" else who, **marks)
-            axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
+            axes.set_xlim(left=0)
+            axes.set_ylim(bottom=0)
             axes.set_xlabel("tokens of context")
             axes.set_title(label)
             axes.grid(alpha=0.3)

@@ -191,7 +191,7 @@ class Beacon(Method):
         positions = self.model.positions
         if self.module.training:
             return lambda length: Rule("list", tuple(training_ratios(self.settings, self.config.seed, step, length, positions)))
-        ratio = self.config.eval_beacon_ratio or ([EVAL_RATIO] if self.settings.stride % EVAL_RATIO == 0 else [])
+        ratio = self.config.eval_beacon_ratio or ([EVAL_RATIO] if EVAL_RATIO in self.settings.usable() else [])
         changes = {"ratio": ratio, "inference_ratio_mix": self.config.eval_beacon_ratio_mix}
         config = self.settings.changed({name: value for name, value in changes.items() if value})
         return lambda length: choose(config, config.inference_ratio_mix, self.config.seed, length, length, positions)

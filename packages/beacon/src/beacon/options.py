@@ -163,7 +163,7 @@ class TrainConfig(RunConfig, TrainerSpellings, BeaconOptions):
         "What evaluations measure beside the loss; generation: ROUGE-L of the assistant's last turn, written greedily, as eval/SOURCE/rouge_l.",
     )
     eval_beacon_ratio: list[int] = opt(
-        help="Compression ratios of evaluations; default: 32, or those of training where 32 does not divide the stride.", factory=list, ge=0
+        help="Compression ratios of evaluations; default: 32 where training has it, else those of training.", factory=list, ge=0
     )
     eval_beacon_ratio_mix: str | None = opt(None, "How a ratio is chosen in evaluations; default: as in inference.")
     eval_max_length: int | None = opt(None, "Tokens of a held-out row at most; default: max_length.", ge=2)

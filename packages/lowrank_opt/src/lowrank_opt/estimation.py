@@ -32,7 +32,7 @@ ROWS = {
 def side_by_side(config: TrainConfig) -> dict[str, Memory]:
     """Bytes by part for every optimizer under otherwise equal options, the chosen one first; those that an option rules out are left out.
     Nothing is allocated."""
-    found = {config.optimizer: one(config)}
+    found: dict[str, Memory] = {config.optimizer: one(config)}
     for name in typing.get_args(OPTIMIZERS):
         with suppress(ConfigError):
             found |= {} if name in found else {name: one(again(config, optimizer=name))}

@@ -31,7 +31,6 @@ def run(config: CostConfig) -> dict[str, Any]:
     else:
         model = attach_beacon(model, settings(config, None))
     model.to(device).eval()
-    model.attn_backend = config.attn_backend
     folder = EvalFolder(config.output_dir, config, config.overwrite)
     ratios = sorted(set(model.beacon.usable()))
     # a text that needs more positions than there are costs the same

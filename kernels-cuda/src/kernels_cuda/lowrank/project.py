@@ -66,9 +66,9 @@ def project_int4(
 
     >>> from kernels_cuda.lowrank import pack_int4
     >>> L = torch.empty(1, 3)
-    >>> project_int4(L, torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), *pack_int4(torch.tensor([[0.0, 1.5]])), "left")
-    >>> L
-    tensor([[6.0000, 7.5000, 9.0000]])
+    >>> project_int4(L, torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), *pack_int4(torch.tensor([[0.0, 15.0]])), "left")
+    >>> L.tolist()
+    [[60.0, 75.0, 90.0]]
     """
     check.one_of("side", side, ("left", "right"))
     sizes = check.shapes(L=(L, "rd"), G=(G, "kd" if side == "left" else "dk"))

@@ -91,8 +91,9 @@ void channel_write(const Write& in, const Channels& channels, void*) {
     for (int64_t at = begin * piece; at < std::min(end * piece, in.count); at += piece) {
       const int64_t count = std::min(piece, in.count - at);
       for (int64_t i = 0; i < count; ++i)
-        values[i] = !in.back ? 0 : in.type == Float::float32 ? static_cast<const float*>(in.back)[at + i]
-                                                             : widen(static_cast<const bfloat16*>(in.back)[at + i]);
+        values[i] = !in.back                    ? 0
+                    : in.type == Float::float32 ? static_cast<const float*>(in.back)[at + i]
+                                                : widen(static_cast<const bfloat16*>(in.back)[at + i]);
       add_scaled(channels, at, count, values);
       write_values(in, at, count, values);
     }
@@ -105,8 +106,8 @@ namespace {
 void channel_product_op(Tensor weight, const Tensor left, const Tensor right, const Tensor gradient, const Tensor scale, int64_t axis,
                         double decay, double alpha, int64_t seed, int64_t offset, bool halves) {
 #ifdef KERNELS_HAVE_PRODUCT
-  const Write in{weight.data_ptr(), nullptr, float_type(weight), Float::float32, 0, weight.numel(), float(decay), float(alpha), seed >= 0,
-                 Random(seed, offset, rounding_stream)};
+  const Write in{weight.data_ptr(), nullptr,      float_type(weight), Float::float32, 0,
+                 weight.numel(),    float(decay), float(alpha),       seed >= 0,      Random(seed, offset, rounding_stream)};
   const Channels channels = channels_of(gradient, scale, axis);
   const auto use = [&](int64_t row, int64_t rows, float* values) {
     const int64_t at = row * channels.columns, count = rows * channels.columns;

@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(threads) write_kernel(Write in, Channels chann
     const int64_t i = 8 * eight + place - in.first;
     if (i < 0 || i >= in.count) continue;
     const uint32_t word = in.at_random ? mixed(keys, uint32_t(8 * eight % group + place) / 2) : 0;
-    const float back = !in.back ? 0
+    const float back = !in.back                    ? 0
                        : in.type == Float::float32 ? static_cast<const float*>(in.back)[i]
                                                    : widen(static_cast<const bfloat16*>(in.back)[i]);
     const float factor = channels.of(i / channels.columns, i % channels.columns);

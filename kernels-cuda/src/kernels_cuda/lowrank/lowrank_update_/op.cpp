@@ -52,9 +52,10 @@ void lowrank_project_op(Tensor low, const Tensor basis, const Tensor matrix, boo
 void lowrank_product_op(Tensor weight, const Tensor left, const Tensor right, double decay, double alpha, int64_t seed, int64_t offset,
                         bool halves) {
 #ifdef KERNELS_HAVE_PRODUCT
-  const Write in{weight.data_ptr(), nullptr, float_type(weight), Float::float32, 0, weight.numel(), float(decay), float(alpha), seed >= 0,
-                 Random(seed, offset, rounding_stream)};
-  halves ? write_product<true>(in, factor(left, false), factor(right, true)) : write_product<false>(in, factor(left, false), factor(right, true));
+  const Write in{weight.data_ptr(), nullptr,      float_type(weight), Float::float32, 0,
+                 weight.numel(),    float(decay), float(alpha),       seed >= 0,      Random(seed, offset, rounding_stream)};
+  halves ? write_product<true>(in, factor(left, false), factor(right, true))
+         : write_product<false>(in, factor(left, false), factor(right, true));
 #else
   STD_TORCH_CHECK(false, "this build has no products");
 #endif
@@ -83,8 +84,8 @@ namespace {
 
 void lowrank_write_op(Tensor weight, const Tensor back, double decay, double alpha, int64_t seed, int64_t offset, int64_t first) {
   const Stream stream(weight);
-  lowrank_write({weight.data_ptr(), back.data_ptr(), float_type(weight), float_type(back), first, weight.numel(), float(decay), float(alpha),
-                 seed >= 0, Random(seed, offset, rounding_stream)},
+  lowrank_write({weight.data_ptr(), back.data_ptr(), float_type(weight), float_type(back), first, weight.numel(), float(decay),
+                 float(alpha), seed >= 0, Random(seed, offset, rounding_stream)},
                 stream.handle);
 }
 

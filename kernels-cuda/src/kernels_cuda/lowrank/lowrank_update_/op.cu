@@ -20,7 +20,8 @@ __global__ void __launch_bounds__(flat_threads) write_kernel(Write in) {
     const int64_t i = 8 * eight + place - in.first;
     if (i < 0 || i >= in.count) continue;
     const uint32_t word = in.at_random ? mixed(keys, uint32_t(8 * eight % group + place) / 2) : 0;
-    put(weight + i, in.value(widen(weight[i]), widen(static_cast<const T*>(in.back)[i])), in.at_random, uint16_t(word >> (16 * (place % 2))));
+    put(weight + i, in.value(widen(weight[i]), widen(static_cast<const T*>(in.back)[i])), in.at_random,
+        uint16_t(word >> (16 * (place % 2))));
   }
 }
 

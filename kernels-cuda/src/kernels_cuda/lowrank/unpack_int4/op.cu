@@ -9,7 +9,8 @@ namespace {
 constexpr int threads = 256;
 
 template <class T>
-__global__ void __launch_bounds__(threads) unpack_kernel(const uint8_t* codes, const uint16_t* scale, const uint16_t* zero, T* out, int64_t count) {
+__global__ void __launch_bounds__(threads)
+    unpack_kernel(const uint8_t* codes, const uint16_t* scale, const uint16_t* zero, T* out, int64_t count) {
   const int64_t i = 2 * (int64_t(blockIdx.x) * threads + threadIdx.x);
   if (i >= count) return;
   const uint32_t pair = codes[i / 2];

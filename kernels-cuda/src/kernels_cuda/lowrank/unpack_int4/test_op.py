@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import doctest
+
 import pytest
 import torch
 
 from kernels_cuda import testing
-from kernels_cuda.lowrank import pack_int4, project_accumulate_, project_int4, unpack_int4
+from kernels_cuda.lowrank import pack_int4, project, project_accumulate_, project_int4, unpack_int4
 from kernels_cuda.lowrank.quantize_blockwise.cases import numbers
 
 each_implementation = pytest.mark.parametrize("implementation", ["reference", *testing.implementations()])
@@ -37,6 +39,12 @@ def test_projection_is_that_onto_the_unpacked_basis(dtype: torch.dtype, side: st
                 project_int4(found, G, *packed, side, beta, dtype=dtype)
                 project_accumulate_(expected, G, unpack_int4(*packed, (r, k), dtype), side, beta)
             assert torch.equal(found, expected), (r, d, k, beta)
+
+
+def test_examples_of_projections_run() -> None:
+    result = doctest.testmod(project)
+    assert result.attempted > 0
+    assert result.failed == 0
 
 
 def test_projection_refuses_by_name() -> None:

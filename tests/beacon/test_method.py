@@ -106,10 +106,10 @@ def test_targets_are_known_before_the_forward(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"), [({"beacon_window": 64}, 32), ({"beacon_window": 64, "eval_beacon_ratio": [4]}, 4), ({}, 2)]
+    ("chosen", "expected"), [({"beacon_ratio": [2, 32]}, 32), ({"beacon_ratio": [2, 32], "eval_beacon_ratio": [4]}, 4), ({}, 2)]
 )
-def test_evaluations_have_a_ratio_of_their_own(options: dict[str, Any], expected: int) -> None:
-    made = method(**options)
+def test_evaluations_have_a_ratio_of_their_own(chosen: dict[str, Any], expected: int) -> None:
+    made = method(beacon_window=64, **chosen)
     made.module.eval()
     assert made.rule(0)(200)(0) == expected
 

@@ -287,6 +287,10 @@ def test_lora_targets_may_be_a_list_a_regular_expression_or_an_object_by_model(t
         read = next(layer["lora"] for layer in layers if "lora" in layer)
         return adapter_config(make(optimizer="lora", lora=read), "llama")["target_modules"]
 
+    with pytest.raises(ConfigError, match=r"lora_config: apollo in .*lora.json is no object"):
+        targets("k_proj", apollo=3)
+    with pytest.raises(ConfigError, match="target_modules_by_model"):
+        targets({"llama": ["o_proj"]}, target_modules_by_model=3)
     assert targets(["k_proj"]) == ["k_proj"]
     assert targets("k_proj") == ["k_proj"]
     assert targets("all-linear") == "all-linear"

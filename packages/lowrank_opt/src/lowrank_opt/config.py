@@ -245,15 +245,21 @@ class TrainConfig(RunConfig):
     @classmethod
     def further_layers(cls, values: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         """The two JSON files, read like a last --config; an absent default one stands for the packaged content. And --dist as an engine."""
-        layers: list[Mapping[str, Any]] = [{"engine": DIST[values["dist"]]}] if values.get("dist") in DIST else []
+        layers: list[Mapping[str, Any]] = []
+        # values of another type are refused where all options are checked
+        texts = {name: value for name, value in values.items() if isinstance(value, str | Path)}
+        if texts.get("dist") in DIST:
+            layers.append({"engine": DIST[str(texts["dist"])]})
         for section_name, default in (("lora", LORA_FILE), ("galore", GALORE_FILE)):
             option = f"{section_name}_config"
-            path = Path(str(values.get(option, default)))
+            path = Path(texts.get(option, default))
             if path.exists():
                 values_read = load(path)
                 inner = {one: values_read.pop(one, {}) for one in ("apollo", "ldadam")}
+                if wrong := next((one for one, content in inner.items() if not isinstance(content, Mapping)), None):
+                    raise Mistakes([f"{option}: {wrong} in {path} is no object; write its keys in braces"])
                 if section_name == "lora":
-                    values_read = with_targets(values_read, f"target_modules_{values.get('mode')}")
+                    values_read = with_targets(values_read, f"target_modules_{texts.get('mode')}")
                 layers.append({section_name: values_read})
                 layers += [{one: {f"{one}_{name}": value for name, value in values.items()}} for one, values in inner.items()]
             elif path != default:
@@ -496,9 +502,10 @@ def with_targets(values: dict[str, Any], key: str) -> dict[str, Any]:
         if isinstance(values.get(name), str):
             values = {**values, name: [values[name]]}
         elif isinstance(values.get(name), Mapping):
-            by_model = values[name] if name == key else {}
+            by_model = dict(values[name]) if name == key else {}
+            own = values.get("target_modules_by_model", {})
             values = {k: v for k, v in values.items() if k != name}
-            values["target_modules_by_model"] = {**by_model, **values.get("target_modules_by_model", {})}
+            values["target_modules_by_model"] = {**by_model, **own} if isinstance(own, Mapping) else own
     return values
 
 

@@ -176,37 +176,7 @@ def benched(script: str, arguments: list[str]) -> dict[str, Any]:
     printed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if printed.returncode:
         raise SystemExit(f"{' '.join(words)}\nended with {printed.returncode}\n{printed.stderr[-3000:]}")
-    return {"command": " ".join(words[:-1]), "figures": figures_of(json.loads(printed.stdout))}
-
-
-def figures_of(found: dict[str, Any]) -> list[dict[str, Any]]:
-    own: list[dict[str, Any]] | None = found.get("figures")
-    return list(figures(found)) if own is None else own
-
-
-def figures(found: Any, path: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
-    """The ratios in what a `bench` returns, wherever they lie."""
-    if not isinstance(found, dict):
-        return
-    # a figure says whether it met its target, in words or by a bound
-    at = next((name for name in ("ratio", "speedup", "share", "met") if isinstance(found.get(name), int | float)), None)
-    if at is None:
-        for name, inner in found.items():
-            yield from figures(inner, (*path, name))
-        return
-    value, known = (None if at == "met" else found[at]), (at, "at_least", "at_most", "met")
-    details = ", ".join(f"{name} {number:.4g}" for name, number in found.items() if isinstance(number, int | float) and name not in known)
-    least = "at_least" in found
-    target = found.get("at_least" if least else "at_most", found.get("target"))
-    met = found.get("met", target is None or (not isinstance(target, str) and (value >= target if least else value <= target)))
-    yield {
-        "name": path[0],
-        "what": (found.get("title", " ".join(path[1:])) + (f" ({details})" if details else "")).strip(),
-        "value": value,
-        "target": target,
-        "least": least,
-        "pass": met,
-    }
+    return {"command": " ".join(words[:-1]), "figures": json.loads(printed.stdout)["figures"]}
 
 
 def conditions(seconds: float, load: float) -> dict[str, Any]:

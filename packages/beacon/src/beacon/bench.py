@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from beacon.attach import attach_beacon
 from beacon.config import BeaconConfig
 from beacon.options import BenchConfig
 from lm_core import dist
+from lm_core.figures import Figure, report
 
 HIDDEN, LAYERS, VOCABULARY, RATIO = 256, 4, 512, 8
 
@@ -77,53 +79,48 @@ class Machine:
 
 
 def run(config: BenchConfig) -> dict[str, Any]:
-    """Measure what was asked for; prints one line each, with its target and whether it is met."""
-    torch.set_num_threads(config.threads)
+    """Print each figure with its target as it is measured."""
     machine = Machine(dist.init(config.device), config.repeats)
-    results: dict[str, Any] = {}
-    asked: list[str] = [*config.only] or [*MEASURES]
-    for name in asked:
-        title, measure = MEASURES[name]
+
+    def seeded(measure: Callable[[Machine], Iterator[Figure]], _: BenchConfig) -> Iterator[Figure]:
         torch.manual_seed(config.seed)
-        found = measure(machine)
-        results[name] = {"title": title, **found}
-        values = "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in found.items())
-        print(f"{name}  {title}: {values}")
-    return results
+        return measure(machine)
+
+    return report({name: partial(seeded, measure) for name, measure in MEASURES.items()}, config, only=config.only, threads=config.threads)
 
 
-def judged(found: dict[str, Any], target: str, met: bool) -> dict[str, Any]:
-    return {**found, "target": target, "met": met}
-
-
-def train_step(machine: Machine) -> dict[str, Any]:
+def train_step(machine: Machine) -> Iterator[Figure]:
     trained, ids = machine.model().train(), machine.tokens()
 
     def step(engine: str) -> None:
         trained.zero_grad()
         trained(ids, labels=ids, engine=engine).loss.backward()
 
-    return _engines(machine, step, 2.0 if machine.gpu else 1.2)
+    yield _engines("P1", "a train step", machine, step, 2.0 if machine.gpu else 1.2)
 
 
-def prefill(machine: Machine) -> dict[str, Any]:
+def prefill(machine: Machine) -> Iterator[Figure]:
     reader, ids = machine.model().eval(), machine.tokens()
 
     @torch.no_grad()
     def read(engine: str) -> None:
         reader(ids, engine=engine, logits_to_keep=1)
 
-    return _engines(machine, read, 1.5 if machine.gpu else 1.2)
+    yield _engines("P2", "a prefill", machine, read, 1.5 if machine.gpu else 1.2)
 
 
-def _engines(machine: Machine, job: Callable[[str], None], least: float) -> dict[str, Any]:
+def _engines(name: str, what: str, machine: Machine, job: Callable[[str], None], least: float) -> Figure:
     parallel, loop = machine.seconds(lambda: job("parallel"), lambda: job("loop"))
-    speedup = loop / parallel
-    return judged({"loop": loop, "parallel": parallel, "speedup": speedup}, f"speedup >= {least}", speedup >= least)
+    return _faster(name, f"{what} of all windows at once, than of one by one", parallel, loop, least)
+
+
+def _faster(name: str, what: str, ours: float, theirs: float, least: float | None) -> Figure:
+    told = f"times faster: {what} ({1e3 * ours:.4g} and {1e3 * theirs:.4g} ms)"
+    return Figure(name, told, theirs / ours, least, least=True, details={"seconds": ours, "baseline_seconds": theirs})
 
 
 @torch.no_grad()
-def prefill_flops(machine: Machine) -> dict[str, Any]:
+def prefill_flops(machine: Machine) -> Iterator[Figure]:
     """Products with weights, attention excluded, beside the least that the method needs."""
     reader, ids = machine.model().eval(), machine.tokens()
     with FlopCounterMode(display=False) as counter:
@@ -136,11 +133,12 @@ def prefill_flops(machine: Machine) -> dict[str, Any]:
         + 2 * 2 * square * stored
         + 2 * (2 * square + 12 * square + HIDDEN * VOCABULARY)
     )
-    return judged({"flops": counted, "floor": floor, "ratio": counted / floor}, "ratio <= 1.05", counted / floor <= 1.05)
+    told = "operations of a prefill's products with weights over the least that the method needs"
+    yield Figure("P3", told, counted / floor, 1.05, details={"flops": counted, "floor": floor})
 
 
 @torch.no_grad()
-def kv_bytes(machine: Machine) -> dict[str, Any]:
+def kv_bytes(machine: Machine) -> Iterator[Figure]:
     """Bytes held after any length, beside the formula."""
     wrong, cache, window = 0, None, machine.window
     reader = machine.model(sink_size=4).eval()
@@ -150,8 +148,8 @@ def kv_bytes(machine: Machine) -> dict[str, Any]:
         entries = (4 if count else 0) + count * window // RATIO + n - count * window
         wrong += cache.nbytes != 2 * LAYERS * HIDDEN * 4 * entries
     assert cache is not None
-    found = {"bytes": cache.nbytes, "full_attention": 2 * LAYERS * HIDDEN * 4 * machine.length, "lengths_off_the_formula": wrong}
-    return judged(found, "no length off the formula", wrong == 0)
+    details = {"bytes": cache.nbytes, "full_attention": 2 * LAYERS * HIDDEN * 4 * machine.length}
+    yield Figure("P4", "lengths of text whose keys and values take other bytes than the formula says", wrong, 0, details=details)
 
 
 class Allocated(TorchDispatchMode):
@@ -171,7 +169,7 @@ class Allocated(TorchDispatchMode):
 
 
 @torch.no_grad()
-def decode_bytes(machine: Machine) -> dict[str, Any]:
+def decode_bytes(machine: Machine) -> Iterator[Figure]:
     """Bytes that one decode step allocates with a long and with a short memory, beside the long memory's own."""
     reader, found = machine.model().eval(), {}
     for entries in (4096, 256):
@@ -180,12 +178,13 @@ def decode_bytes(machine: Machine) -> dict[str, Any]:
             reader(machine.tokens(1), past_key_values=cache)
         found[entries] = counter.bytes
     memory = 2 * LAYERS * HIDDEN * 4 * 4096
-    share = (found[4096] - found[256]) / memory
-    return judged({"bytes_4096": found[4096], "bytes_256": found[256], "memory": memory, "share": share}, "share < 0.01", share < 0.01)
+    told = "bytes that a decode step allocates behind 4096 entries less those behind 256, over the bytes of 4096 entries"
+    details = {"bytes_4096": found[4096], "bytes_256": found[256], "memory": memory}
+    yield Figure("P5", told, (found[4096] - found[256]) / memory, 0.01, details=details)
 
 
 @torch.no_grad()
-def stream(machine: Machine) -> dict[str, Any]:
+def stream(machine: Machine) -> Iterator[Figure]:
     """Bytes held, and allocated per window, while 200 windows stream through a bounded memory."""
     reader = machine.model(window=32, stride=32, memory_budget=64, on_budget="evict").eval()
     cache, held, made = reader.compress(machine.tokens(32)), [], []
@@ -194,13 +193,13 @@ def stream(machine: Machine) -> dict[str, Any]:
             cache.append(machine.tokens(32))
         held.append(cache.nbytes)
         made.append(counter.bytes)
-    growth = max(made[40:]) / made[40] - 1
-    found = {"bytes": held[-1], "different_after_filling": len(set(held[40:])) - 1, "growth": growth}
-    return judged(found, "no difference, growth < 0.01", len(set(held[40:])) == 1 and growth < 0.01)
+    told = "a bounded stream of 200 windows, filled:"
+    yield Figure("P6", f"{told} windows after which it holds other bytes", len(set(held[40:])) - 1, 0, details={"bytes": held[-1]})
+    yield Figure("P6", f"{told} growth of the bytes allocated per window", max(made[40:]) / made[40] - 1, 0.01)
 
 
 @torch.no_grad()
-def memory_operators(machine: Machine) -> dict[str, Any]:
+def memory_operators(machine: Machine) -> Iterator[Figure]:
     """Beacons appended to memory, and windows dropped from it, beside the same in plain PyTorch, keys and values of a head of 64."""
     from kernels_cuda.beacon import rope_evict_, rope_gather_append_
     from kernels_cuda.beacon.rope_evict_ import reference as evict
@@ -231,23 +230,14 @@ def memory_operators(machine: Machine) -> dict[str, Any]:
     )
     row = 2 * 2 * heads * size * 4
     speed = 2 * tokens.nbytes / copied
-    found = {
-        "append": ours,
-        "append_speedup": theirs / ours,
-        "append_of_copy": new * row / ours / speed,
-        "evict": moved,
-        "evict_speedup": plain / moved,
-        "evict_of_copy": (held - new - 1) * row / moved / speed,
-    }
-    least = min(found["append_speedup"], found["evict_speedup"])
-    if not machine.gpu:
-        return judged(found, "speedups >= 1", least >= 1)
-    share = min(found["append_of_copy"], found["evict_of_copy"])
-    return judged(found, "speedups >= 2, at 0.6 of a copy's bandwidth", least >= 2 and share >= 0.6)
+    least, share = (2, 0.6) if machine.gpu else (1, None)
+    for what, fast, slow, rows in (("append", ours, theirs, new), ("evict", moved, plain, held - new - 1)):
+        yield _faster("P7", f"the operator that {what}s, than plain PyTorch", fast, slow, least)
+        yield Figure("P7", f"the operator that {what}s: share of a copy's bandwidth", rows * row / fast / speed, share, least=True)
 
 
 @torch.no_grad()
-def decode_operator(machine: Machine) -> dict[str, Any]:
+def decode_operator(machine: Machine) -> Iterator[Figure]:
     """One token's attention over 16K entries and half a window of 1024, beside torch's, which wants keys joined and expanded; shapes of 8B."""
     from kernels_cuda.beacon import decode_attention
 
@@ -267,15 +257,14 @@ def decode_operator(machine: Machine) -> dict[str, Any]:
         expanded,
         lambda: spare.copy_(memory),
     )
-    found = {"decode": ours, "expanded": theirs, "speedup": theirs / ours}
-    if not machine.gpu:
-        return judged(found, "speedup >= 3 (of a copy's bandwidth: on a GPU, as a CPU's cache holds a part)", theirs >= 3 * ours)
-    found["of_copy"] = (memory.nbytes + window.nbytes) / ours / (2 * memory.nbytes / copied)
-    return judged(found, "speedup >= 3, at 0.5 of a copy's bandwidth", theirs >= 3 * ours and found["of_copy"] >= 0.5)
+    yield _faster("P8", "a token's attention over a long memory, than over joined and expanded keys", ours, theirs, 3)
+    if machine.gpu:  # a CPU's cache holds a part
+        of_copy = (memory.nbytes + window.nbytes) / ours / (2 * memory.nbytes / copied)
+        yield Figure("P8", "a token's attention: share of a copy's bandwidth", of_copy, 0.5, least=True)
 
 
 @torch.no_grad()
-def long_context(machine: Machine) -> dict[str, Any]:
+def long_context(machine: Machine) -> Iterator[Figure]:
     """Prefill of a long text beside its products at the measured rate, and beside full attention; 8B weights and 128K tokens on a GPU."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -307,19 +296,10 @@ def long_context(machine: Machine) -> dict[str, Any]:
     pairs = sum((w + b) * (i * b) + w * w / 2 + b * w / 2 + b * b / 2 for i in range(n // w))
     flops = layers * (2 * layer * (n + n // RATIO) + 4 * hidden * pairs)
     floor = flops * product / (2 * square.shape[0] ** 3)
-    ratio = held["full"] / held["beacon"]
-    found = {
-        "prefill": seconds,
-        "floor": floor,
-        "full": whole,
-        "times_floor": seconds / floor,
-        "speedup": whole / seconds,
-        "kv_ratio": ratio,
-    }
-    if not machine.gpu:
-        return judged(found, "kv_ratio >= 7 (seconds: on a GPU)", ratio >= 7)
-    met = ratio >= 7 and seconds <= 2 * floor and whole >= 1.6 * seconds
-    return judged(found, "times_floor <= 2, speedup >= 1.6, kv_ratio >= 7", met)
+    yield Figure("P9", "bytes of keys and values: full attention's over ours", held["full"] / held["beacon"], 7, least=True, details=held)
+    told = f"prefill of {n} tokens over the time of its products at the measured rate ({1e3 * floor:.4g} ms)"
+    yield Figure("P9", told, seconds / floor, 2 if machine.gpu else None)
+    yield _faster("P9", f"prefill of {n} tokens, than by full attention", seconds, whole, 1.6 if machine.gpu else None)
 
 
 @contextmanager
@@ -332,14 +312,14 @@ def _default(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-MEASURES: dict[str, tuple[str, Callable[[Machine], dict[str, Any]]]] = {
-    "P1": ("train step, all windows at once against one by one", train_step),
-    "P2": ("prefill, all windows at once against one by one", prefill),
-    "P3": ("products with weights of a prefill, beside the floor", prefill_flops),
-    "P4": ("bytes of keys and values, beside the formula", kv_bytes),
-    "P5": ("bytes allocated by a decode step, memory of 4096 against 256 entries, beside the long memory", decode_bytes),
-    "P6": ("a bounded stream of 200 windows: bytes held, growth of bytes allocated per window", stream),
-    "P7": ("operators that append to memory and drop from it, beside plain PyTorch", memory_operators),
-    "P8": ("one token's attention over a long memory, beside joined and expanded keys", decode_operator),
-    "P9": ("prefill of a long text beside its floor and beside full attention", long_context),
+MEASURES: dict[str, Callable[[Machine], Iterator[Figure]]] = {
+    "P1": train_step,
+    "P2": prefill,
+    "P3": prefill_flops,
+    "P4": kv_bytes,
+    "P5": decode_bytes,
+    "P6": stream,
+    "P7": memory_operators,
+    "P8": decode_operator,
+    "P9": long_context,
 }

@@ -18,6 +18,7 @@ from lm_core.errors import RunFailed
 from lowrank_opt.base import BaseOptimizer, Group, work_dtype
 from lowrank_opt.config import PROJECTED
 from lowrank_opt.galore import GaLoreAdamW
+from lowrank_opt.projector import largest_magnitude
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -66,7 +67,7 @@ class Replicas(Replicated):
         """The new bases of this step: matrix i's by rank i mod world, then one broadcast for each."""
         due = [p for p in self.projected if p.grad is not None and self.optimizer.refresh_is_due(p)]
         # without a basis there is nothing to share: the optimizer keeps the old one, or refuses the gradient by name
-        due = [p for p in due if p.grad is not None and 0 < float(torch.linalg.vector_norm(p.grad, torch.inf)) < torch.inf]
+        due = [p for p in due if p.grad is not None and 0 < float(largest_magnitude(p.grad)) < torch.inf]
         sources = {p: self.optimizer._address(p).index % self.data_world for p in due}
         mine = {p: self.optimizer.find_bases(p) for p in due if sources[p] == self.data_rank}
         for parameter in due:

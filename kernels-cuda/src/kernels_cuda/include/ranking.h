@@ -7,11 +7,11 @@ namespace kernels {
 constexpr int64_t max_experts = 256, max_selects = 16;  // as in gates.py
 
 // A number that is larger for what comes first: for a larger logit, or the lower expert of two equals. A NaN comes before all
-// numbers, so that it is seen. No number is zero, and no two of a row are equal.
+// numbers, so that it is seen. No number is zero or has all bits set, and no two of a row are equal.
 KERNELS_FN uint64_t rank_key(float value, uint32_t expert) {
   // -0 becomes 0
   const uint32_t bits = bits_of(value + 0.0f), ordered = bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
-  return uint64_t(value == value ? ordered : 0xffffffffu) << 32 | (0xffffffffu - expert);
+  return uint64_t(value == value ? ordered : 0xfffffffeu) << 32 | (0xffffffffu - expert);
 }
 
 KERNELS_FN float value_of_key(uint64_t key) {

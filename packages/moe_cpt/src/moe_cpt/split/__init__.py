@@ -140,14 +140,15 @@ def split_ffn(model: str | Path | Mapping[str, Tensor], method: str, **options: 
     [[0, 1, 2, 3, 4, 5, 6, 7]]
     """
     from moe_cpt.split import activation, clustering, gradient, graph, random, residual
-    from moe_cpt.tensors import ModelTensors, ffn_name
+    from moe_cpt.tensors import ModelTensors, ffn_name, require_swiglu
 
     if isinstance(model, Mapping):
         tensors: Mapping[str, Tensor] = model
         layers = sum(name.endswith("mlp.gate_proj.weight") for name in model)
     else:
-        tensors = ModelTensors(Path(model))
-        layers = read_config(Path(model))["num_hidden_layers"]
+        stored = read_config(Path(model))
+        require_swiglu(stored, str(model))
+        tensors, layers = ModelTensors(Path(model)), stored["num_hidden_layers"]
     name = ffn_name(0, "gate_proj")
     width = tensors.shape(name)[0] if isinstance(tensors, ModelTensors) else len(tensors[name])
     methods: dict[str, Callable[..., list[Part]]] = {

@@ -6,12 +6,14 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from beacon import backbone
 from beacon.attach import attach_beacon, set_beacon
 from beacon.config import BeaconConfig
 from beacon.data import training_data
+from beacon.errors import BackendError
 from beacon.io import model_folder, tokenizer_name
 from beacon.losses import BeaconLoss
 from beacon.modeling.causal_lm import BeaconMixin, RatioRule
@@ -69,8 +71,11 @@ class Beacon(Method):
             # trained weights are float32 masters
             parameter.data = parameter.data.float()
         self.settings = model.beacon
-        # fails here, before any data, when no ratio can teach
+        # these fail here, before any step: no ratio can teach, evaluations have none, attention has no gradients
         training_ratios(self.settings, 0, 0, 2, model.positions)
+        self.evaluated()
+        if self.settings.attn_backend == "flex" and (self.config.device == "cpu" or not torch.cuda.is_available()):
+            raise BackendError("attn_impl: flex has no gradients on a CPU; use auto, or sdpa")
         model.save_format = (self.config.save_format, self.config.model)
         if not self.config.only_train_beacon:
             last = {id(parameter) for parameter in model.trainable_parameters()}
@@ -191,10 +196,14 @@ class Beacon(Method):
         positions = self.model.positions
         if self.module.training:
             return lambda length: Rule("list", tuple(training_ratios(self.settings, self.config.seed, step, length, positions)))
+        config = self.evaluated()
+        return lambda length: choose(config, config.inference_ratio_mix, self.config.seed, length, length, positions)
+
+    def evaluated(self) -> BeaconConfig:
+        """The settings of evaluations."""
         ratio = self.config.eval_beacon_ratio or ([EVAL_RATIO] if EVAL_RATIO in self.settings.usable() else [])
         changes = {"ratio": ratio, "inference_ratio_mix": self.config.eval_beacon_ratio_mix}
-        config = self.settings.changed({name: value for name, value in changes.items() if value})
-        return lambda length: choose(config, config.inference_ratio_mix, self.config.seed, length, length, positions)
+        return self.settings.changed({name: value for name, value in changes.items() if value})
 
     def targets(self, batch: Batch) -> int:
         if not self.config.enable_beacon:

@@ -88,7 +88,7 @@ class OutputOptions:
     seed: int = opt(0, "Address of all randomness.", ge=0)
     resume: str = opt(
         "none",
-        "Continue a run: none, auto (the newest complete checkpoint, else start) or a checkpoint folder.",
+        "Continue a run: none, auto or latest (the newest complete checkpoint, else start) or a checkpoint folder.",
         flags=("--resume_from_checkpoint",),
     )
     overwrite: bool = opt(False, "Delete what the run folder holds and start again.")
@@ -116,6 +116,9 @@ class RunConfig(ModelOptions, DataOptions, OptimOptions, EngineOptions, OutputOp
     dry_run: bool = opt(False, "Build everything, run one micro-batch, print parameters, memory, steps, tokens and time, and stop.")
 
     def check(self) -> None:
+        if self.resume == "latest":
+            # another word for it, which the guides of the original code use
+            object.__setattr__(self, "resume", "auto")
         """Refuse what cannot work before anything is loaded."""
         limits = self.limits()
         Every.parse(self.save_every, "save_every")

@@ -46,16 +46,19 @@ def run(config: FilesConfig, benchmark: str) -> dict[str, Any]:
 
 
 def _rows(config: FilesConfig, benchmark: str, tasks: dict[str, dict[str, Any]]) -> Iterator[tuple[str, Row]]:
+    if unknown := [name for name in config.tasks if name not in tasks]:
+        raise InputError(f"tasks: {unknown[0]} is unknown; choose from {', '.join(tasks)}")
     if config.data_dir is None:
-        yield from made_up(benchmark)
+        made = list(made_up(benchmark))
+        if absent := sorted(set(config.tasks) - {name for name, _ in made}):
+            raise InputError(f"tasks: {absent[0]} has no made-up rows; give its file by --data-dir, or leave it out")
+        yield from ((name, row) for name, row in made if not config.tasks or name in config.tasks)
         return
     wanted = config.tasks or [name for name in tasks if (config.data_dir / f"{name}.jsonl").is_file()]
     if not wanted:
         raise InputError(f"data_dir: {config.data_dir} holds none of {', '.join(f'{name}.jsonl' for name in tasks)}; name another folder")
     for name in wanted:
         path = config.data_dir / f"{name}.jsonl"
-        if name not in tasks:
-            raise InputError(f"tasks: {name} is unknown; choose from {', '.join(tasks)}")
         if not path.is_file():
             raise InputError(f"tasks: {name} has no file {path}; correct --data-dir, or leave it out")
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()[: config.max_samples], start=1):

@@ -11,7 +11,7 @@ from torch import Tensor
 from beacon.cache import BeaconCache
 from beacon.errors import CacheError
 from beacon.modeling.walk import spans_of
-from lm_core.errors import InputError
+from lm_core.errors import ConfigError, InputError
 
 # B rows, T columns
 
@@ -41,6 +41,10 @@ class Generation:
             whole = torch.as_tensor(ids)
             total = max(total or 0, whole.shape[-1])
             ids = whole
+        elif total is None and cache is None and model.beacon.memory_budget is not None and model.beacon.on_budget == "adapt":
+            raise ConfigError(
+                "expected_length: unknown for pieces of a text, and on_budget adapt chooses the ratio by it; give it, or use evict"
+            )
         training = model.training
         model.train(False)
         try:

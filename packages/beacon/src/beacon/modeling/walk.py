@@ -135,7 +135,8 @@ class Walk:
         if backend == "auto" and device == "cpu":
             # one window has little to skip
             return "dense" if single else "tiles"
-        return "flex" if backend == "flex" else "sdpa"
+        # FlexAttention knows no tensors without values, on which a step's operations are counted
+        return "flex" if backend == "flex" and device != "meta" else "sdpa"
 
     def hidden(self) -> Hidden:
         """States in the columns of the input, and which predictions count."""

@@ -110,7 +110,8 @@ def broken_router(here: Path, to: Path) -> Path:
     to.mkdir()
     for file in (here / "mlp").iterdir():
         (to / file.name).write_bytes(file.read_bytes())
-    tensors = load_file(to / "model.safetensors")
+    # not from the file that is written: its tensors are mapped
+    tensors = load_file(here / "mlp" / "model.safetensors")
     tensors["model.layers.1.mlp.router.fc2.weight"][0, 0] = torch.nan
     save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
     return to

@@ -258,8 +258,7 @@ class MoeCPT(Method):
         total = model(**inputs, routing=routing)
         importance_LN = routing.sums("importance_N")
         if not importance_LN.is_meta:
-            # a logit that is not a number need not be selected, but then the load by chance is none either
-            _require_finite(importance_LN + routing.sums("load_N"), batch.step)
+            _require_finite(importance_LN, batch.step)
         if not model.training:
             self._meter.pause()
             yield Loss(total=total)
@@ -388,8 +387,8 @@ def names_in(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _require_finite(sums_LN: Tensor, step: int) -> None:
-    finite = sums_LN.detach().isfinite().all(1)
+def _require_finite(importance_LN: Tensor, step: int) -> None:
+    finite = importance_LN.detach().isfinite().all(1)
     if not bool(finite.all()):
         layer = int((~finite).nonzero()[0])
         raise RunFailed(

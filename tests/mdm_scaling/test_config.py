@@ -10,7 +10,7 @@ from lm_core.deepspeed_settings import settings
 from lm_core.errors import ConfigError
 from lm_core.progress import Progress, Size
 from mdm_scaling.commands import ds_config
-from mdm_scaling.config import DeepSpeedConfig, PretrainConfig, settled
+from mdm_scaling.config import DeepSpeedConfig, EvalConfig, PretrainConfig, TasksConfig, settled
 
 BASE: dict[str, Any] = {"objective": "mdm", "model": "117M", "data": ["x"]}
 
@@ -62,6 +62,60 @@ def test_length_of_a_run(options: dict[str, Any], samples: int) -> None:
     config = made(**options)
     assert config.samples == samples
     assert dict(config.limits().limits) == {"samples": samples // 256 * 256}
+
+
+# the values that section by section hold for a run that names its objective, its size, its data and its length alone
+DEFAULTS: dict[str, Any] = {
+    # the network
+    "use_rotary_position_embeddings": True, "rotary_theta": 10000, "disable_bias_linear": True, "normalization": "rmsnorm", "norm_eps": 1e-5,
+    "swiglu": True, "untie_embeddings": False, "init_std": 0.02, "attention_dropout": 0.1, "hidden_dropout": 0.1,
+    "make_vocab_size_divisible_by": 128, "restrict_logits": True, "gradient_checkpointing": False, "recompute": None, "precision": "bf16",
+    # batch and length
+    "max_length": 2048, "micro_batch_size": 8, "global_batch_size": 256, "rampup_batch_size": None, "seed": 1234,
+    # the optimizer
+    "optimizer": "adam", "betas": (0.9, 0.95), "eps": 1e-8, "lr": 2e-4, "schedule": "cosine", "lr_decay_samples": None, "grad_clip": 1.0,
+    "weight_decay": 0.1,
+    # data
+    "epoch_shuffle": "pooled", "packing": "stream", "eod_mask_loss": False, "reset_attention_mask": False, "reset_position_ids": False,
+    "num_workers": 2,
+    # diffusion
+    "mask_eps": 1e-3, "t_sampling": "stratified", "mask_mode": "bernoulli", "loss_weight": "elbo", "max_loss_weight": None,
+    "variable_length_ratio": 0.0, "low_noise_start": False, "low_noise_iter": 1000, "low_noise_ratio": 0.5,
+    # experiments
+    "ar_ratio": 0.0, "randmask_ratio": 0.0, "randmask_mode": "attention", "num_order_list": 0, "use_predefined_order": False,
+    "order_target_position": "none",
+    # output and control
+    "log_every": 10, "save_every": "1000", "eval_every": "1000", "eval_iters": 100, "num_mc": 1, "eval_seed": 4321, "eval_window": "fixed",
+    "keep_checkpoints": 2, "keep_best": True, "tensorboard": True, "wandb": "off", "nonfinite": "drop", "kill_file": None, "stop_every": None,
+    "stop_minutes": None, "skip_train": False, "resume": "none", "overwrite": False,
+    # engines
+    "engine": "auto", "offload": "none", "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), DEFAULTS.items(), ids=list(DEFAULTS))
+def test_default(name: str, value: object) -> None:
+    assert getattr(made(train_samples=100_000), name) == value
+
+
+def test_what_follows_from_other_options() -> None:
+    config = made(train_samples=100_000)
+    shape = config.shape
+    assert shape is not None
+    assert (shape.key_value_heads, shape.ffn) == (shape.heads, int(4 * shape.hidden * 2 / 3 / 64) * 64)
+    plain = made(train_samples=100_000, swiglu=False).shape
+    assert plain is not None
+    assert plain.ffn == 4 * shape.hidden
+    # positions, the end of the warm-up and the end of the decay
+    learned = made(train_samples=100_000, use_rotary_position_embeddings=False).shape
+    assert learned is not None
+    assert learned.positions == config.max_length
+    for samples, warmup in ((100_096, 1001), (2560, 100), (256, 100), (150, 75)):
+        short = made(train_samples=samples, global_batch_size=1)
+        assert short.learning_rate(Progress(samples=warmup // 2 - 1), Size(samples=1), 1) == pytest.approx(2e-4 * (warmup // 2) / warmup)
+        assert short.learning_rate(Progress(samples=samples - 1), Size(samples=1), 1) == pytest.approx(2e-5)
+    assert EvalConfig(checkpoint="x", data=["y"]).num_mc == 32
+    assert TasksConfig(checkpoint="x", tasks="y").num_mc == 32
 
 
 def test_sizes_override_the_preset() -> None:

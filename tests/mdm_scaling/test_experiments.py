@@ -244,10 +244,10 @@ def test_every_knob_ignores_how_a_batch_is_split() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"objective": "ar", "ar_ratio": 0.5}, "ar_ratio: replaces masks"),
-        ({"objective": "mdm", "randmask_ratio": 0.5}, "randmask_ratio: perturbs next-token prediction"),
-        ({"objective": "mdm", "num_order_list": 2}, "num_order_list: perturbs next-token prediction"),
-        ({"objective": "mdm", "order_target_position": "embedding"}, "order_target_position: perturbs next-token prediction"),
+        ({"objective": "ar", "ar_ratio": 0.5}, "ar_ratio: 0.5 replaces masks"),
+        ({"objective": "mdm", "randmask_ratio": 0.5}, "randmask_ratio: 0.5 perturbs next-token prediction"),
+        ({"objective": "mdm", "num_order_list": 2}, "num_order_list: 2 perturbs next-token prediction"),
+        ({"objective": "mdm", "order_target_position": "embedding"}, "order_target_position: embedding perturbs next-token prediction"),
         ({"objective": "ar", "num_order_list": 2, "randmask_ratio": 0.5}, "num_order_list: goes with neither"),
         ({"objective": "mdm", "ar_ratio": 1.5}, "ar_ratio"),
     ],

@@ -240,11 +240,12 @@ class PretrainConfig(RunConfig, MegatronSpellings, ShapeOptions, DiffusionOption
         if self.objective == "ar" and (wrong := [name for name in DIFFUSION_ONLY if name in explicit(self)]):
             raise ConfigError(f"{wrong[0]}: only --objective mdm masks tokens; drop --{wrong[0].replace('_', '-')}")
         if self.objective == "ar" and self.ar_ratio:
-            raise ConfigError("ar_ratio: replaces masks, which --objective ar has none of; use --objective mdm")
+            raise ConfigError(f"ar_ratio: {self.ar_ratio:g} replaces masks, which --objective ar has none of; use --objective mdm")
         ordered = self.order_target_position != "none"
-        if self.objective == "mdm" and (self.randmask_ratio or self.num_orders > 1 or ordered):
-            name = "randmask_ratio" if self.randmask_ratio else "num_order_list" if self.num_orders > 1 else "order_target_position"
-            raise ConfigError(f"{name}: perturbs next-token prediction; use --objective ar")
+        perturbed = [name for name in ("randmask_ratio", "num_order_list", "use_predefined_order") if getattr(self, name)]
+        if self.objective == "mdm" and (perturbed or ordered):
+            name = [*perturbed, "order_target_position"][0]
+            raise ConfigError(f"{name}: {getattr(self, name)} perturbs next-token prediction, not --objective mdm; use --objective ar")
         if self.num_orders > 1 and (self.eod_mask_loss or self.variable_length_ratio or self.randmask_ratio):
             raise ConfigError(
                 "num_order_list: goes with neither --eod-mask-loss, --variable-length-ratio nor --randmask-ratio; drop one of the two"
@@ -445,6 +446,8 @@ class PretrainConfig(RunConfig, MegatronSpellings, ShapeOptions, DiffusionOption
         warmup = self.warmup
         if warmup is None:
             warmup = planner.warmup(int(length)) if limits.unit == "samples" else 0.01
+        if limits.unit == "samples" and warmup == length and self.schedule != "constant":
+            raise ConfigError(f"warmup: {warmup:g} samples are the whole run, with none left for the decay; shorten it")
         if self.lr_decay_samples:
             if limits.unit != "samples":
                 raise ConfigError(f"lr_decay_samples: the run is limited in {limits.unit}; give its length in samples, too")

@@ -253,6 +253,10 @@ def _preset_config(name: str, values: Mapping[str, Any]) -> PretrainedConfig:
 
 
 def _initialise(config: PretrainedConfig, seed: int, dtype: torch.dtype, kind: Any = AutoModelForCausalLM) -> PreTrainedModel:
+    text = config.get_text_config()
+    size, pad = getattr(text, "vocab_size", None), getattr(text, "pad_token_id", None)
+    if size is not None and pad is not None and not 0 <= pad < size:
+        raise InputError(f"model: pad_token_id is {pad}, and ids go from 0 to {size - 1}; correct it in config.json, or set it to null")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = kind.from_config(config, dtype=dtype)

@@ -61,6 +61,8 @@ def run(config: RunConfig, method: Method) -> dict[str, Any]:
     device = dist.init(config.device)
     if config.kernels == "cuda" and device.type != "cuda":
         raise ConfigError(f"kernels: cuda needs a GPU, and this run is on the {device.type}; use --kernels auto, or another --device")
+    if config.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError("precision: this GPU has no arithmetic in bf16; use --precision fp16 or fp32")
     if config.kernels != "auto":
         os.environ["KERNELS_CUDA"] = config.kernels
     torch.use_deterministic_algorithms(config.deterministic)
@@ -230,6 +232,9 @@ class Run:
                 with closing(self.metrics):
                     train(self, method, engine, loader)
         except RunFailed as error:
+            if dist.rank() == 0:
+                last = f"the last checkpoint is that of step {self.saved_at}" if self.saved_at >= 0 else "there is no checkpoint"
+                logger.warning("the run failed in step %d; %s", self.before.steps + 1, last)
             # the disk may be what failed, and other processes may be elsewhere
             with suppress(OSError):
                 self._write_result("failed", str(error), self.before)

@@ -126,6 +126,7 @@ def test_the_rate_stays_at_the_floor_after_tmax_epochs_but_oscillates_in_steps()
         ({"engine": "sharded", "galore": {"compat": "galore_torch"}}, "galore.compat: galore_torch needs whole matrices"),
         ({"per_layer": True, "precision": "bf16", "num_processes": 2}, "per_layer: .*one process"),
         ({"per_layer": True, "precision": "bf16", "nonfinite": "drop"}, "per_layer: .*dropped"),
+        ({"per_layer": True, "precision": "bf16", "nonfinite": "skip"}, "per_layer: .*dropped"),
         ({"engine": "deepspeed", "optimizer": "adamw8bit"}, "optimizer: zero_stage: 2 would cut through the blocks"),
         ({"resume_reset_optimizer": True, "resume": "auto", "zero_stage": 2, "optimizer": "baseline"}, "resume_reset_optimizer: DeepSpeed"),
         ({"resume_reset_optimizer": True}, "resume_reset_optimizer: nothing is resumed"),
@@ -265,6 +266,7 @@ def test_other_words_for_engines_and_packing() -> None:
     with pytest.raises(ConfigError, match="dist: ddp means --engine replicated, not sharded"):
         make(dist="ddp", engine="sharded", optimizer="baseline")
     assert [resolved(make(packing=word)).packing for word in ("false", "true", "best-fit")] == ["document", "stream", "best-fit"]
+    assert [resolved(make(nonfinite=word)).nonfinite for word in ("stop", "drop", "skip")] == ["stop", "drop", "drop"]
 
 
 def test_a_configuration_goes_to_hub_data_without_one() -> None:
@@ -297,3 +299,5 @@ def test_lora_targets_may_be_a_list_a_regular_expression_or_an_object_by_model(t
     assert targets(".*[qk]_proj") == ".*[qk]_proj"
     assert targets({"llama": ["o_proj"], "gpt2": ["c_attn"]}) == ["o_proj"]
     assert targets({"llama": ["o_proj"]}, target_modules_by_model={"llama": ["v_proj"]}) == ["v_proj"]
+    # as peft writes it
+    assert targets(["k_proj"], init_lora_weights=False) == ["k_proj"]

@@ -196,6 +196,11 @@ class BaseOptimizer(torch.optim.Optimizer):
         tensors = [p[1] if isinstance(p, tuple) else p for p in params]
         if len(tensors) != len(set(tensors)):
             raise ConfigError("params: a parameter stands twice in one group; give each parameter once")
+        earlier = {p for group in self.param_groups for p in group["params"]}
+        if twice := [place for place, p in enumerate(tensors) if p in earlier]:
+            named = names_of({"names": [p[0] for p in params if isinstance(p, tuple)], **param_group})
+            names = [named[place] for place in twice]
+            raise ConfigError(f"params: {', '.join(names)} stand in an earlier group as well; give each parameter once")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:

@@ -187,6 +187,10 @@ class TrainConfig(RunConfig):
     precision: Literal["fp32", "bf16", "fp16"] = change(
         EngineOptions, "precision", default="fp16", flags=("--dtype",), help="Arithmetic; bf16 keeps the weights in bfloat16, too."
     )
+    # one word more than the base has, which a type checker takes for a broken promise
+    nonfinite: Literal["stop", "drop", "skip"] = change(  # type: ignore[assignment]
+        EngineOptions, "nonfinite", help="What to do with a step whose loss or gradient is not finite; skip is drop."
+    )
     param_dtype: Literal["auto", "fp32", "bf16"] = opt("auto", "Type of the weights; auto: bf16 under --precision bf16, else fp32.")
     lr: float = change(OptimOptions, "lr", default=4e-4)
     weight_decay: float = change(OptimOptions, "weight_decay", default=0.01)
@@ -259,6 +263,8 @@ class TrainConfig(RunConfig):
                 if wrong := next((one for one, content in inner.items() if not isinstance(content, Mapping)), None):
                     raise Mistakes([f"{option}: {wrong} in {path} is no object; write its keys in braces"])
                 if section_name == "lora":
+                    if isinstance(values_read.get("init_lora_weights"), bool):
+                        values_read["init_lora_weights"] = str(values_read["init_lora_weights"]).lower()
                     values_read = with_targets(values_read, f"target_modules_{texts.get('mode')}")
                 layers.append({section_name: values_read})
                 layers += [{one: {f"{one}_{name}": value for name, value in values.items()}} for one, values in inner.items()]
@@ -411,8 +417,8 @@ class TrainConfig(RunConfig):
             raise ConfigError(
                 "precision: fp16 learns of an overflow after gradients were projected; use bf16 or fp32 with --engine lowrank"
             )
-        if self.nonfinite == "drop":
-            raise ConfigError("nonfinite: drop cannot take back a basis that --engine lowrank has refreshed; use stop")
+        if self.nonfinite != "stop":
+            raise ConfigError(f"nonfinite: {self.nonfinite} cannot take back a basis that --engine lowrank has refreshed; use stop")
 
     def check_clipping(self) -> None:
         """Refuse what the place of the update does not allow."""
@@ -426,7 +432,7 @@ class TrainConfig(RunConfig):
             raise ConfigError("per_layer: fp16 learns of an overflow after the updates were made; use --dtype bf16 or fp32")
         if self.per_layer and processes(self) > 1:
             raise ConfigError(f"per_layer: updates inside backward run in one process, not {processes(self)}; use --engine lowrank instead")
-        if self.per_layer and self.nonfinite == "drop":
+        if self.per_layer and self.nonfinite != "stop":
             raise ConfigError("per_layer: updates inside backward cannot be dropped; use --nonfinite stop")
 
     def limits(self) -> Budget:
@@ -526,6 +532,8 @@ def resolved(config: TrainConfig) -> TrainConfig:
         )  # fmt: skip
     if config.packing in ("false", "true"):
         config = again(config, packing="stream" if config.packing == "true" else "document")
+    if config.nonfinite == "skip":
+        config = again(config, nonfinite="drop")
     if config.classifies() and "eval_every" not in explicit(config):
         config = again(config, eval_every="epoch")
     if config.total_batch_size is not None:

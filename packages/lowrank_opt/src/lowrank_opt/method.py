@@ -283,12 +283,18 @@ def check_size(config: TrainConfig, found: PretrainedConfig) -> None:
 
 
 def check_adapter_targets(model: nn.Module, targets: list[str] | str) -> None:
-    """Refuse names that no linear layer of the model ends in. A string is a regular expression, which peft itself checks."""
-    if isinstance(targets, str):
+    """Refuse names that no linear layer of the model ends in, and a regular expression that is none or is no layer's whole name."""
+    if targets == "all-linear":
         return
     linear = [name for name, part in model.named_modules() if isinstance(part, nn.Linear) or type(part).__name__ == "Conv1D"]
-    for target in targets:
-        if not any(name == target or name.endswith("." + target) for name in linear):
+    for target in [targets] if isinstance(targets, str) else targets:
+        try:
+            pattern = re.compile(targets if isinstance(targets, str) else rf"(.*\.)?{re.escape(target)}")
+        except re.error as error:
+            raise ConfigError(
+                f"lora.target_modules: {target!r} is no regular expression ({error}); write for example .*[qv]_proj"
+            ) from error
+        if not any(pattern.fullmatch(name) for name in linear):
             known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
             raise ConfigError(
                 f"lora.target_modules: no linear layer of this model is called {target}; choose from {known}, or all-linear, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -126,4 +127,7 @@ add_harness(cli)
 
 def main() -> None:
     """Entry point of the package."""
+    # The eigenproblems of a refresh have a few hundred rows: several threads of scipy's BLAS take longer there than one, and many
+    # times longer where other programs hold the cores. Read when the library is loaded, which is later.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     run_cli(cli)

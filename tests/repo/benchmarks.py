@@ -233,10 +233,10 @@ def page(parts: dict[str, Any]) -> str:
             told = f"`{part['command']}`, {where['date']}, commit {where['commit']}, load {load}, {where['seconds']} s."
             lines += ["", f"## {name.removesuffix(' bench')}", "", told, "", "| figure | value | target | met |", "|---|---|---|---|"]
             for figure in part["figures"]:
-                target, value = figure.get("target"), figure["value"]
-                bound = target if isinstance(target, str) else "" if target is None else f"{'≥' if figure.get('least') else '≤'} {target:g}"
+                target = figure["target"]
+                bound = "" if target is None else f"{'≥' if figure['least'] else '≤'} {target:g}"
                 met = "" if target is None else ("yes" if figure["pass"] else "**no**")
-                lines.append(f"| {figure['name']}: {figure['what']} | {'' if value is None else format(value, '.4g')} | {bound} | {met} |")
+                lines.append(f"| {figure['name']}: {figure['what']} | {figure['value']:.4g} | {bound} | {met} |")
     machines = sorted({part["conditions"]["machine"] for part in parts.values()})
     return "\n".join([*lines, "", f"Machine: {'; '.join(machines)}.", ""])
 

@@ -139,7 +139,7 @@ class LoraOptions:
     bias: Literal["none", "all", "lora_only"] = opt("none", "Biases trained beside the adapters.")
     init_lora_weights: str = opt(
         "true",
-        "Initial adapters: true, gaussian, pissa, pissa_niter_N, olora, orthogonal, lora_ga (from a gradient of the weights; exported merged).",
+        "Initial adapters: true, gaussian, orthogonal; exported merged: pissa, pissa_niter_N, olora (out of the weights), lora_ga (by their gradient).",
     )
     lora_ga_batches: int = opt(64, "Micro-batches that lora_ga takes the gradient from.", ge=1)
     relora_every: int = opt(0, "Updates after which adapters are merged into the weights and begin again (ReLoRA); 0 is never.", ge=0)

@@ -168,10 +168,10 @@ class LowRank(Method):
         )
 
     def final_model(self, model: nn.Module) -> PreTrainedModel:
-        """The trained model, or its adapter; adapters are merged where their base exists nowhere else: in pretraining, where a
-        gradient has decided what they took from the weights, and where earlier ones are part of the weights."""
+        """The trained model, or its adapter; adapters are merged where their base exists nowhere else: in pretraining, where they
+        were taken out of the weights at first, and where earlier ones are part of the weights."""
         config = self.config
-        changed = config.lora.init_lora_weights == "lora_ga" or config.lora.relora_every
+        changed = config.lora.init_lora_weights.startswith(("lora_ga", "pissa", "olora")) or config.lora.relora_every
         if config.optimizer.startswith("lora") and (config.mode == "pretraining" or changed):
             return merged(model)
         return super().final_model(model)

@@ -116,10 +116,10 @@ class RunConfig(ModelOptions, DataOptions, OptimOptions, EngineOptions, OutputOp
     dry_run: bool = opt(False, "Build everything, run one micro-batch, print parameters, memory, steps, tokens and time, and stop.")
 
     def check(self) -> None:
+        """Refuse what cannot work before anything is loaded."""
         if self.resume == "latest":
             # another word for it, which the guides of the original code use
             object.__setattr__(self, "resume", "auto")
-        """Refuse what cannot work before anything is loaded."""
         limits = self.limits()
         Every.parse(self.save_every, "save_every")
         Every.parse(self.eval_every, "eval_every")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels_cuda import choice
+from kernels_cuda import check, choice
 from kernels_cuda.rwkv_distill.sequences import contiguous
 
 # as in recurrence.h: tokens between two states that are kept for backward, and the same where kernels go by chunks of 16 tokens
@@ -69,8 +69,7 @@ def save(op: str, num_inputs: int, ctx: Any, inputs: tuple[Any, ...], output: tu
 
 def arriving(op: str, ctx: Any, saved: Sequence[Tensor], dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
     """Gradients of y and of the final states as kernels take them; None if none arrives."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(f"{op}: create_graph=True is wrong because the op has no second derivative; use kernels_cuda.use('reference')")
+    check.refuse_second_derivative(op)
     if not ctx.output_final:
         dfinal = None
     if dy is None and dfinal is None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels_cuda import choice
+from kernels_cuda import check, choice
 
 OP = "beacon/rope_gather"
 
@@ -68,10 +68,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, dk_out: Tensor, dv_out: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "rope_gather: create_graph=True is wrong because the op has no second derivative; use kernels_cuda.use('reference')"
-        )
+    check.refuse_second_derivative("rope_gather")
     return *backward(dk_out, dv_out, *ctx.saved_tensors, ctx.length), None, None, None, None
 
 

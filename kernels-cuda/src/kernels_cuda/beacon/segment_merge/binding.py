@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels_cuda import choice
+from kernels_cuda import check, choice
 
 OP = "beacon/segment_merge"
 
@@ -58,10 +58,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "segment_merge: create_graph=True is wrong because the op has no second derivative; use kernels_cuda.use('reference')"
-        )
+    check.refuse_second_derivative("segment_merge")
     gradients: tuple[Tensor, ...] = backward(dout, dlse, *ctx.saved_tensors)
     return gradients
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels_cuda import choice
+from kernels_cuda import check, choice
 from kernels_cuda.head.chunks import WeightGradient, check_labels
 
 OP = "head/linear_cross_entropy"
@@ -133,7 +133,7 @@ def _save_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 
 def _backward_total(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    _refuse_second_derivative()
+    check.refuse_second_derivative("linear_cross_entropy")
     losses_N, grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
     hidden, weight, _, weights, *_ = ctx.needs_input_grad
     if gradient is None:
@@ -176,7 +176,7 @@ def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward_rows(ctx: Any, gradient_N: Tensor) -> tuple[Tensor | None, ...]:
-    _refuse_second_derivative()
+    check.refuse_second_derivative("linear_cross_entropy")
     hidden, weight, *_ = ctx.needs_input_grad
     _, _, grad_hidden_ND, grad_weight_VD = total(
         *ctx.saved_tensors, gradient_N.contiguous(), ctx.ignore_index, ctx.vocabulary, hidden, weight
@@ -185,10 +185,3 @@ def _backward_rows(ctx: Any, gradient_N: Tensor) -> tuple[Tensor | None, ...]:
 
 
 rows.register_autograd(_backward_rows, setup_context=_save_rows)
-
-
-def _refuse_second_derivative() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "linear_cross_entropy: create_graph=True is wrong because the op has no second derivative; use kernels_cuda.use('reference')"
-        )

@@ -289,10 +289,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "linear_kl: create_graph=True is wrong because the op has no second derivative; use kernels_cuda.use('reference')"
-        )
+    check.refuse_second_derivative("linear_kl")
     hidden, weight, *_ = ctx.needs_input_grad
     grad_h, grad_W = ctx.saved_tensors
     if gradient is None:

@@ -40,6 +40,20 @@ def rows(dtype: torch.dtype, tokens: int, experts: int, *, seed: int = 0, scale:
     return (scale * torch.randn(tokens, experts, generator=generator)).to(dtype)
 
 
+# sizes at which every operator of a gate is tested, those beyond the kernels' limits too
+SIZES = {
+    "ordinary": {"tokens": 37, "experts": 16, "k": 4},
+    "odd sizes": {"tokens": 19, "experts": 7, "k": 3},
+    "one expert of a token": {"tokens": 20, "experts": 8, "k": 1},
+    "all experts but one": {"tokens": 9, "experts": 5, "k": 4},
+    "idle experts": {"tokens": 3, "experts": 40, "k": 2},
+    "as many as there may be": {"tokens": 5, "experts": 256, "k": 16},
+    "more than the kernels take": {"tokens": 5, "experts": 300, "k": 17},
+    "no tokens": {"tokens": 0, "experts": 4, "k": 2},
+    "many slices": {"tokens": 600, "experts": 9, "k": 2},
+}
+
+
 def bits(mask_T: Tensor | None) -> Tensor | None:
     """The mask as kernels read it."""
     return None if mask_T is None else mask_T.ne(0).contiguous()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kernels_cuda.moe.gates import rows
+from kernels_cuda.moe.gates import SIZES, rows
 from kernels_cuda.slices import num_slices
 from kernels_cuda.testing import Arguments, Call, Case, Refused
 
@@ -37,15 +37,8 @@ def _far(dtype: torch.dtype) -> Arguments:
 
 _FLOAT32 = (torch.float32,)
 CASES = [
-    Case("ordinary", partial(make, tokens=37, experts=16, k=4), _FLOAT32),
-    Case("odd sizes", partial(make, tokens=19, experts=7, k=3), _FLOAT32),
+    *(Case(name, partial(make, **sizes), _FLOAT32) for name, sizes in SIZES.items()),
     Case("one token and two experts", partial(make, tokens=1, experts=2, k=1), _FLOAT32),
-    Case("one expert of a token", partial(make, tokens=20, experts=8, k=1), _FLOAT32),
-    Case("all experts but one", partial(make, tokens=9, experts=5, k=4), _FLOAT32),
-    Case("as many as there may be", partial(make, tokens=5, experts=256, k=16), _FLOAT32),
-    Case("more than the kernels take", partial(make, tokens=5, experts=300, k=17), _FLOAT32),
-    Case("no tokens", partial(make, tokens=0, experts=4, k=2), _FLOAT32),
-    Case("many slices", partial(make, tokens=600, experts=9, k=2), _FLOAT32),
     Case("masked", partial(make, tokens=40, experts=40, k=2, masked=True), _FLOAT32),
     Case("strided", _strided, _FLOAT32),
     Case("far from the threshold", _far, _FLOAT32),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels_cuda.lowrank.channel_update_.reference import limit
+from kernels_cuda.lowrank.channel_update_ import limit
 from lm_core.errors import ConfigError
 from lowrank_opt import sharding
 from lowrank_opt.base import CHUNK, BaseOptimizer, Group, State, choice, is_shared, rate

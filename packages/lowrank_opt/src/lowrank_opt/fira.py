@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels_cuda.lowrank.channel_update_.reference import limit
+from kernels_cuda.lowrank.channel_update_ import limit
 from lowrank_opt import sharding
 from lowrank_opt.apollo import channel_norms, check_channels, last_norm, scaling, uncorrected_rate
 from lowrank_opt.base import Group

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from kernels_cuda import check, choice
 from kernels_cuda.lowrank.channel_update_ import binding, reference
+from kernels_cuda.lowrank.channel_update_.reference import limit
 
-__all__ = ["channel_update_"]
+__all__ = ["channel_update_", "limit"]
 
 _TYPES = (torch.float32, torch.bfloat16)
 

@@ -29,23 +29,13 @@ __global__ void __launch_bounds__(threads) squares_kernel(Channels in, float* su
 }
 
 template <class W, class G>
-__global__ void __launch_bounds__(threads) write_kernel(Write in, Channels channels) {
-  const int64_t eight = in.first / 8 + int64_t(blockIdx.x) * threads + threadIdx.x;
-  W* weight = static_cast<W*>(in.weight);
-  uint32_t keys[4];
-  if (in.at_random) in.random.words(uint32_t(eight / (group / 8)), keys);
-#pragma unroll
-  for (int place = 0; place < 8; ++place) {
-    const int64_t i = 8 * eight + place - in.first;
-    if (i < 0 || i >= in.count) continue;
-    const uint32_t word = in.at_random ? mixed(keys, uint32_t(8 * eight % group + place) / 2) : 0;
+__global__ void __launch_bounds__(write_threads) write_kernel(Write in, Channels channels) {
+  write_eight<W>(in, [&](int64_t i) {
     const float back = !in.back                    ? 0
                        : in.type == Float::float32 ? static_cast<const float*>(in.back)[i]
                                                    : widen(static_cast<const bfloat16*>(in.back)[i]);
-    const float factor = channels.of(i / channels.columns, i % channels.columns);
-    const float change = fmaf(factor, widen(static_cast<const G*>(channels.gradient)[i]), back);
-    put(weight + i, in.value(widen(weight[i]), change), in.at_random, uint16_t(word >> (16 * (place % 2))));
-  }
+    return fmaf(channels.of(i / channels.columns, i % channels.columns), widen(static_cast<const G*>(channels.gradient)[i]), back);
+  });
 }
 
 template <class W>
@@ -61,9 +51,8 @@ void channel_squares(const Channels& in, float* sums, int64_t rows, void* stream
 }
 
 void channel_write(const Write& in, const Channels& channels, void* stream) {
-  const int64_t count = (in.first + in.count + 7) / 8 - in.first / 8;
   const auto kernel = in.weight_type == Float::float32 ? write_for<float>(channels.type) : write_for<bfloat16>(channels.type);
-  LAUNCH(kernel, dim3(unsigned((count + threads - 1) / threads)), dim3(threads), 0, stream)(in, channels);
+  LAUNCH(kernel, write_blocks(in), dim3(write_threads), 0, stream)(in, channels);
 }
 
 }  // namespace kernels

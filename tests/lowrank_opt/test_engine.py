@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -49,10 +49,19 @@ def gradient(shape: tuple[int, int], step: int, sample: int) -> torch.Tensor:
     return mixed + 0.01 * torch.randn(shape, generator=own)
 
 
-def trained(
-    rank: int, world: int, samples: int = 4, folder: Path | None = None, begun: Path | None = None, **values: Any
-) -> tuple[dict[str, torch.Tensor], list[float], list[int]]:
-    """Weights after STEPS updates in which this rank had its share of the samples, the norms, and the bytes reduced in each update.
+class Trained(NamedTuple):
+    """Weights after STEPS updates in which a rank had its share of the samples; by update the norm and the bytes reduced; and the state
+    tensors of each parameter at the end, with the bytes that the optimizer says it has and predicted."""
+
+    weights: dict[str, torch.Tensor]
+    norms: list[float]
+    sent: list[int]
+    held: dict[str, set[str]]
+    bytes: tuple[int, int]
+
+
+def trained(rank: int, world: int, samples: int = 4, folder: Path | None = None, begun: Path | None = None, **values: Any) -> Trained:
+    """One rank of a run.
 
     With a `folder` the run is saved there half way, and goes on in a new engine that loads it; `begun` is such a folder to start from.
     """
@@ -88,11 +97,29 @@ def trained(
         assert norm is not None
         norms.append(norm)
     torch_dist.all_reduce = original
-    return {name: p.detach() for name, p in engine.trained.items()}, norms, sent  # type: ignore[attr-defined]
+    optimizer: Any = engine.optimizer
+    parameters: dict[str, nn.Parameter] = engine.trained  # type: ignore[attr-defined]
+    held = {
+        name: {key for key, value in optimizer.state.get(p, {}).items() if isinstance(value, torch.Tensor)}
+        for name, p in parameters.items()
+    }
+    weights = {name: p.detach() for name, p in parameters.items()}
+    return Trained(weights, norms, sent, held, (optimizer.state_bytes(), optimizer.predicted_state_bytes()))
 
 
-def in_a_process(**values: Any) -> Any:
+def in_a_process(**values: Any) -> Trained:
     return trained(torch_dist.get_rank(), torch_dist.get_world_size(), **values)
+
+
+# what an owner has to do at a refresh, and blocks of moments in 8 bits
+TRANSFERRED: dict[str, Any] = {
+    "optimizer": "galore8bit",
+    "galore": {"rank": RANK, "update_proj_gap": GAP, "proj_method": "gram", "moment_transfer": "project", "min_8bit_size": 500},
+}
+OWNED = ("galore8bit", "fira", "muon", "ldadam")
+# codes jump by what float32 leaves open
+CLOSE_8BIT = 2e-4
+LOWRANK: dict[str, dict[str, Any]] = {"transferred": TRANSFERRED, "clipped": {"grad_clip": 0.5}, "lowrank": {}}
 
 
 def several(folder: Path) -> list[Any]:
@@ -100,21 +127,27 @@ def several(folder: Path) -> list[Any]:
     computed = []
     original = galore.basis
     galore.basis = lambda *args, **more: computed.append(1) or original(*args, **more)
-    replicated, _, dense = in_a_process(engine="replicated", verify_replicas_every=1)
+    replicated = in_a_process(engine="replicated", verify_replicas_every=1)
     galore.basis = original
-    found = {"replicated": replicated}
-    for optimizer in ("galore8bit", "ldadam"):
-        options = {"optimizer": optimizer, "galore": {"rank": RANK}}
-        found[optimizer] = in_a_process(engine="replicated", **options)[0]
-        found[optimizer + " owned"] = in_a_process(shard_optimizer=True, verify_replicas_every=3, folder=folder / optimizer, **options)[0]
+    found = {"replicated": replicated.weights}
+    for optimizer in OWNED:
+        options: dict[str, Any] = {"optimizer": optimizer, "galore": {"rank": RANK} if optimizer != "muon" else {}}
+        found[optimizer] = in_a_process(engine="replicated", **options).weights
+        found[optimizer + " owned"] = in_a_process(
+            shard_optimizer=True, verify_replicas_every=3, folder=folder / optimizer, **options
+        ).weights
     found["redundancy"] = zero_redundancy(library=True)
     low: list[int] = []
-    for name, more in {"lowrank": {}, "clipped": {"grad_clip": 0.5}, "8 bits": {"optimizer": "galore8bit"}}.items():
-        found[name], norms, low = in_a_process(engine="lowrank", verify_replicas_every=2, **more)
-        found[name + " norms"] = torch.tensor(norms)
+    for name, more in LOWRANK.items():
+        run = in_a_process(engine="lowrank", verify_replicas_every=2, **more)
+        found[name], low = run.weights, run.sent
+        found[name + " norms"] = torch.tensor(run.norms)
     with pytest.raises(RunFailed, match=r"the weight of weights.0 differs between rank . and rank"):
         drifting()
-    return [found, dense, low, len(computed)]
+    owned = in_a_process(engine="lowrank", shard_optimizer=True, verify_replicas_every=3, folder=folder / "lowrank", **TRANSFERRED)
+    later = in_a_process(engine="lowrank", shard_optimizer=True, begun=folder / "alone", **TRANSFERRED)
+    found |= {"lowrank owned": owned.weights, "lowrank later": later.weights}
+    return [found, replicated.sent, low, len(computed), owned]
 
 
 def zero_redundancy(library: bool) -> dict[str, torch.Tensor]:
@@ -146,7 +179,8 @@ def drifting() -> None:
 
 
 def test_two_processes_equal_one_and_send_little(tmp_path: Path) -> None:
-    (first, dense, low, computed), (second, _, _, others) = spawn(several, tmp_path)
+    begun = trained(0, 1, engine="lowrank", folder=tmp_path / "alone", **TRANSFERRED)
+    (first, dense, low, computed, owned), (second, _, _, others, owned_too) = spawn(several, tmp_path)
     # three matrices: all at the first step, then each in its turn of the gap: the second at step 2, the third at 3, the first at 5 and so on
     assert (computed, others) == (5, 3)
     assert first.keys() == second.keys()
@@ -155,7 +189,7 @@ def test_two_processes_equal_one_and_send_little(tmp_path: Path) -> None:
         for part, tensor in parts.items():
             other = second[name][part] if part else second[name]
             assert torch.equal(tensor, other), (name, part)
-    for optimizer in ("galore8bit", "ldadam"):
+    for optimizer in OWNED:
         for part, tensor in first[optimizer].items():
             assert torch.equal(tensor, first[optimizer + " owned"][part]), (optimizer, part)
         saved = json.loads((tmp_path / optimizer / "optimizer.json").read_text())
@@ -164,17 +198,34 @@ def test_two_processes_equal_one_and_send_little(tmp_path: Path) -> None:
     for part, tensor in zero_redundancy(library=False).items():
         assert torch.equal(tensor, first["redundancy"][part]), part
     # one process goes on from what two have saved
-    later = trained(0, 1, optimizer="ldadam", galore={"rank": RANK}, begun=tmp_path / "ldadam")[0]
+    later = trained(0, 1, optimizer="ldadam", galore={"rank": RANK}, begun=tmp_path / "ldadam").weights
     for part, tensor in first["ldadam"].items():
         torch.testing.assert_close(tensor, later[part], rtol=0, atol=1e-5)
     alone = trained(0, 1, engine="lowrank")
     for name in ("replicated", "lowrank"):
         for part, tensor in first[name].items():
-            torch.testing.assert_close(tensor, alone[0][part], rtol=0, atol=2e-6)
-    torch.testing.assert_close(first["lowrank norms"], torch.tensor(alone[1]), rtol=1e-4, atol=0)
-    clipped = trained(0, 1, engine="lowrank", grad_clip=0.5)
+            torch.testing.assert_close(tensor, alone.weights[part], rtol=0, atol=2e-6)
+    torch.testing.assert_close(first["lowrank norms"], torch.tensor(alone.norms), rtol=1e-4, atol=0)
+    clipped = trained(0, 1, engine="lowrank", grad_clip=0.5).weights
     for part, tensor in first["clipped"].items():
-        torch.testing.assert_close(tensor, clipped[0][part], rtol=0, atol=2e-6)
+        torch.testing.assert_close(tensor, clipped[part], rtol=0, atol=2e-6)
+    # the owner of a parameter computes what everybody did
+    for part, tensor in first["transferred"].items():
+        assert torch.equal(tensor, first["lowrank owned"][part]), part
+    # and alone has its moments; bases, which project, are everywhere
+    for part in owned.held:
+        moments, theirs = ({key for key in run.held[part] if key.startswith("exp_avg")} for run in (owned, owned_too))
+        assert bool(moments) != bool(theirs), part
+        assert owned.held[part] - moments == owned_too.held[part] - theirs == ({"proj"} if part != "weights.3" else set())
+    for run in (owned, owned_too):
+        assert run.bytes[0] == run.bytes[1]
+    bases = 4 * RANK * (32 + 32 + 40)
+    assert owned.bytes[0] + owned_too.bytes[0] == begun.bytes[0] + bases
+    # from two processes to one, and back
+    again = trained(0, 1, engine="lowrank", begun=tmp_path / "lowrank", **TRANSFERRED).weights
+    for part, tensor in begun.weights.items():
+        torch.testing.assert_close(first["lowrank later"][part], tensor, rtol=0, atol=CLOSE_8BIT)
+        torch.testing.assert_close(again[part], tensor, rtol=0, atol=CLOSE_8BIT)
     # each matrix sends its gradient once per gap, and L otherwise; dense parameters always their gradient
     matrices = [(m, n) for m, n in SHAPES if min(m, n) > RANK]
     whole = 4 * sum(m * n for m, n in matrices)
@@ -190,8 +241,8 @@ def test_one_process_is_the_ordinary_step() -> None:
     for optimizer in ("galore", "galore8bit"):
         values: dict[str, Any] = {"optimizer": optimizer, "samples": 1}
         ours, plain = trained(0, 1, engine="lowrank", **values), trained(0, 1, engine="replicated", **values)
-        for name, weight in plain[0].items():
-            torch.testing.assert_close(ours[0][name], weight, rtol=1e-6, atol=1e-6)
+        for name, weight in plain.weights.items():
+            torch.testing.assert_close(ours.weights[name], weight, rtol=1e-6, atol=1e-6)
 
 
 def test_gradients_of_matrices_are_freed_inside_backward() -> None:

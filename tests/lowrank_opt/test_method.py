@@ -66,7 +66,7 @@ class TestGalore(LowRankConformance):
     optimizer = "galore"
     refuses = dict.fromkeys(
         (name for name in ENGINES if name != "sharded"),
-        "flattens matrices, which galore needs as they are; use --engine sharded, or --engine replicated with --shard-optimizer true",
+        "flattens matrices, which galore needs as they are; use --engine sharded, or --engine lowrank with --shard-optimizer true",
     )
 
     def configure(self, **options: Any) -> RunConfig:

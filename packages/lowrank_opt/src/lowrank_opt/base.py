@@ -175,8 +175,10 @@ class BaseOptimizer(torch.optim.Optimizer):
     grad_norm: float
     grad_norm_kind: str
     _layers: PerLayer | None = None
-    # Parameters whose state is kept in this process, where an engine has dealt them out; and how often the others were refreshed.
+    # Parameters whose state is kept in this process, where an engine has dealt them out; whether it has the bases of the others
+    # all the same; and how often others were refreshed than those in this process's state.
     owned: frozenset[Tensor] | None = None
+    keeps_bases = False
     refreshes_elsewhere = 0
     _addresses: dict[Tensor, Address]
     # Random numbers of the present step by device, with their seed and step.
@@ -237,6 +239,10 @@ class BaseOptimizer(torch.optim.Optimizer):
             index = {p: i for i, p in enumerate(matrices)}
             self._addresses = {p: Address(name, at, index.get(p, -1), len(matrices)) for at, (_, name, p) in enumerate(found)}
         return self._addresses[parameter]
+
+    def owns(self, parameter: Tensor) -> bool:
+        """Whether this process keeps the state of a parameter, and updates it."""
+        return self.owned is None or parameter in self.owned
 
     # -- step -----------------------------------------------------------------------------------------------
 
@@ -319,12 +325,13 @@ class BaseOptimizer(torch.optim.Optimizer):
     def predicted_state_bytes(self) -> int:
         """What `state_bytes` gives once every parameter was updated; core's memory estimate asks for it."""
         known = [p for group in self.param_groups for p in group["params"]]
-        return sum(self.predicted_bytes_of(p) for p in known if self.owned is None or p in self.owned)
+        bases = sum(self.predicted_bytes_of(p, "proj") for p in known if self.keeps_bases and not self.owns(p))
+        return bases + sum(self.predicted_bytes_of(p) for p in known if self.owns(p))
 
-    def predicted_bytes_of(self, parameter: Tensor) -> int:
-        """The same for one parameter."""
+    def predicted_bytes_of(self, parameter: Tensor, start: str = "") -> int:
+        """The same for one parameter, of the state tensors whose names begin with `start`."""
         group = self._group_of(parameter)
-        layout = self._layout(group, parameter).items()
+        layout = [(name, shape) for name, shape in self._layout(group, parameter).items() if name.startswith(start)]
         return sum(self._elements_here(parameter, name, shape) * _state_type(name, group, parameter).itemsize for name, shape in layout)
 
     def _shared_along(self, parameter: Tensor, name: str) -> int | None:

@@ -173,7 +173,7 @@ class TrainConfig(RunConfig):
     )
     dist: Literal["none", "ddp", "fsdp"] | None = opt(None, "Other words for --engine: none and ddp are replicated, fsdp is sharded.")
     shard_optimizer: bool = opt(
-        False, "Keep the optimizer state of each parameter in one process, which updates it for all; replicated engine."
+        False, "Keep the optimizer state of each parameter in one process, which updates it for all; replicated engine, or lowrank."
     )
     verify_replicas_every: int = opt(0, "Updates between two comparisons of all processes' weights and bases; 0 is never.", ge=0)
     accumulate: int = change(EngineOptions, "accumulate", flags=("--grad_accumulation",))
@@ -373,16 +373,17 @@ class TrainConfig(RunConfig):
         if engine_kind(self) == "sharded":
             self.check_rows(said)
         elif stage and self.optimizer in LOW_RANK:
-            others = "--engine sharded, or --engine replicated" if self.optimizer in BY_ROWS else "--engine replicated"
-            also = " with --shard-optimizer true" if self.optimizer in PROJECTED else ""
-            raise ConfigError(f"optimizer: {said} flattens matrices, which {self.optimizer} needs as they are; use {others}{also}")
+            rows = "--engine sharded, or " if self.optimizer in BY_ROWS else ""
+            whole = "--engine lowrank" if self.optimizer in REDUCED else "--engine replicated"
+            raise ConfigError(
+                f"optimizer: {said} flattens matrices, which {self.optimizer} needs as they are; use {rows}{whole} with --shard-optimizer true"
+            )
         elif stage and moment_bits(self) == 8:
             raise ConfigError(f"optimizer: {said} would cut through the blocks of moments in 8 bits; use --engine sharded or replicated")
         if stage and self.verify_replicas_every:
             raise ConfigError(f"verify_replicas_every: {said} keeps no replicas to compare; drop it, or use --engine replicated")
-        if self.shard_optimizer and (stage or self.engine == "lowrank"):
-            why = f"{said} splits it already" if stage else "--engine lowrank needs every basis in every process"
-            raise ConfigError(f"shard_optimizer: {why}; drop it, or use --engine replicated")
+        if self.shard_optimizer and stage:
+            raise ConfigError(f"shard_optimizer: {said} splits it already; drop it, or use --engine replicated")
         if self.engine == "lowrank":
             self.check_reduction()
         if self.resume_reset_optimizer and self.resume == "none":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lm_core import dist
 from lm_core.engine.replicated import Replicated
 from lm_core.errors import RunFailed
-from lowrank_opt.base import BaseOptimizer, Group, work_dtype
+from lowrank_opt.base import Group, work_dtype
 from lowrank_opt.config import PROJECTED
 from lowrank_opt.galore import GaLoreAdamW
 from lowrank_opt.projector import largest_magnitude
@@ -35,10 +35,13 @@ class Replicas(Replicated):
     """The replicated engine, and what several processes can do beside it.
 
     A basis is computed by one process and handed to the others: the cost of refreshes is divided, and bases are the same on every rank,
-    whatever its linear algebra. With `shard_optimizer` every parameter has an owner, which alone keeps its state and updates it, and then hands the weight to the
-    others; checkpoints hold the whole state, for any number of processes. Every `verify_replicas_every` updates all ranks must hold the
-    same weights and bases.
+    whatever its linear algebra. With `shard_optimizer` every parameter has an owner, which alone keeps its state and updates it, and
+    then hands the weight to the others; checkpoints hold the whole state, for any number of processes. Every `verify_replicas_every`
+    updates all ranks must hold the same weights and bases.
     """
+
+    # whether every process needs the bases of parameters that others own
+    keeps_bases = False
 
     # what GaLore's optimizers add to the others is asked of their matrices only
     optimizer: GaLoreAdamW
@@ -48,15 +51,16 @@ class Replicas(Replicated):
         self.every, self.updates = config.verify_replicas_every, 0
         self.owners: dict[nn.Parameter, int] = {}
         self.projected = []
-        if config.optimizer in PROJECTED and self.data_world > 1 and not config.shard_optimizer:
+        if config.optimizer in PROJECTED and self.data_world > 1 and (self.keeps_bases or not config.shard_optimizer):
             groups = self.optimizer.param_groups
             self.projected = [
                 p for group in groups for p in group["params"] if group["compat"] == "none" and self.optimizer._is_matrix(group, p)
             ]
             self.optimizer.register_step_pre_hook(lambda *_: self._share_refreshes())
         if config.shard_optimizer:
-            self.owners = owners(self.optimizer, list(self.trained.values()), self.data_world)
             whole = self.optimizer.predicted_state_bytes()
+            self.optimizer.keeps_bases = self.keeps_bases
+            self.owners = owners(list(self.trained.values()), self._bytes_of_owner, self.data_world)
             self.optimizer.owned = frozenset(p for p, owner in self.owners.items() if owner == self.data_rank)
             log.info("optimizer state of this process: %s of %s bytes", f"{self.optimizer.predicted_state_bytes():,}", f"{whole:,}")
             self.optimizer.register_step_pre_hook(lambda *_: self._leave_to_owners())
@@ -77,12 +81,13 @@ class Replicas(Replicated):
                 torch_dist.broadcast(basis, src=sources[parameter])
             self.optimizer.found[parameter] = bases
 
-    def _owns(self, parameter: nn.Parameter) -> bool:
-        return not self.owners or self.owners[parameter] == self.data_rank
+    def _bytes_of_owner(self, parameter: nn.Parameter) -> int:
+        """State that the owner of a parameter alone has."""
+        return self.optimizer.predicted_bytes_of(parameter, "exp_avg" if self.keeps_bases else "")
 
     def _leave_to_owners(self) -> None:
         for parameter in self.owners:
-            if not self._owns(parameter):
+            if not self.optimizer.owns(parameter):
                 parameter.grad = None
 
     def _take_from_owners(self) -> None:
@@ -95,31 +100,35 @@ class Replicas(Replicated):
         for weight, part, _ in parts:
             if not weight.is_contiguous():
                 weight.copy_(part.view(weight.dtype).view(weight.shape))
-        counted = sum(self.optimizer.state[p].get("refreshes", 0) for p in self.owners if self._owns(p))
-        self.optimizer.refreshes_elsewhere = int(dist.all_sum(torch.tensor(counted), self)) - counted
+        counts = {p: state.get("refreshes", 0) for p, state in self.optimizer.state.items()}
+        owned = sum(count for p, count in counts.items() if self.optimizer.owns(p))
+        self.optimizer.refreshes_elsewhere = int(dist.all_sum(torch.tensor(owned), self)) - sum(counts.values())
 
     def _whole_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        own = dict(self.optimizer.state)
         if self.data_world > 1:
             for parameter, owner in self.owners.items():
                 # one at a time; all but the first rank let go of it again
                 kept = self.optimizer.state.get(parameter, {}) if owner == self.data_rank else {}
                 box = [{key: value.cpu() if isinstance(value, Tensor) else value for key, value in kept.items()}]
                 torch_dist.broadcast_object_list(box, src=owner, device=torch.device("cpu"))
-                if self.data_rank == 0 and box[0]:
+                if self.data_rank == 0 and owner and box[0]:
                     self.optimizer.state[parameter] = box[0]
         found = super()._whole_state()
-        self._drop_foreign()
+        for parameter in self.owners.keys() - own.keys():
+            self.optimizer.state.pop(parameter, None)
+        self.optimizer.state.update(own)
         return found
 
     def load(self, folder: Path) -> None:
         super().load(folder)
-        self._drop_foreign()
-
-    def _drop_foreign(self) -> None:
-        """Forget the state of parameters that others own."""
         for parameter in self.owners:
-            if not self._owns(parameter):
-                self.optimizer.state.pop(parameter, None)
+            if not self.optimizer.owns(parameter):
+                self._drop_foreign(parameter)
+
+    def _drop_foreign(self, parameter: nn.Parameter) -> None:
+        """Forget the state of a parameter that another process owns."""
+        self.optimizer.state.pop(parameter, None)
 
     def step(self) -> float | None:
         norm = super().step()
@@ -138,8 +147,11 @@ class LowRankReduction(Replicas):
 
     Every rank projects its own gradient with the common basis, which is linear: the sum of L over micro-batches and ranks is L of the
     summed gradient. Whole gradients are kept and summed for parameters without a rank, and for matrices whose basis is due for a
-    refresh in this update. Gradient norm and clipping are those of L and of the whole gradients.
+    refresh in this update. Gradient norm and clipping are those of L and of the whole gradients. With `shard_optimizer` every process
+    has all bases, since it projects with them, and the moments of its own parameters.
     """
+
+    keeps_bases = True
 
     def __init__(self, config: TrainConfig, method: LowRank, model: nn.Module, device: torch.device) -> None:
         super().__init__(config, method, model, device)
@@ -187,7 +199,8 @@ class LowRankReduction(Replicas):
         if 0 < self.clip < norm:
             torch._foreach_mul_(list(found.values()), self.clip / (norm + 1e-6))
         for matrix, low in self.low.items():
-            self.optimizer._apply(self._group(matrix), matrix, low)
+            if self.optimizer.owns(matrix):
+                self.optimizer._apply(self._group(matrix), matrix, low)
         # what is left has its gradient
         self.optimizer.step()
         self._forget()
@@ -213,6 +226,11 @@ class LowRankReduction(Replicas):
                     self.low[parameter] = total.view(shape)
                     self.optimizer.state[parameter]["step"] += 1
 
+    def _drop_foreign(self, parameter: nn.Parameter) -> None:
+        state = self.optimizer.state.pop(parameter, None)
+        if state is not None and parameter in set(self.matrices):
+            self.optimizer.state[parameter] = {key: value for key, value in state.items() if not key.startswith("exp_avg")}
+
     def _forget(self) -> None:
         super()._forget()
         self.low.clear()
@@ -230,13 +248,14 @@ def buckets(parameters: list[nn.Parameter], size: Callable[[nn.Parameter], int])
         yield bucket
 
 
-def owners(optimizer: BaseOptimizer, parameters: list[nn.Parameter], world: int) -> dict[nn.Parameter, int]:
-    """A rank for each parameter, so that ranks have about as many bytes of state: the largest first, to whom has least."""
+def owners(parameters: list[nn.Parameter], size: Callable[[nn.Parameter], int], world: int) -> dict[nn.Parameter, int]:
+    """A rank for each parameter, so that ranks have about as many bytes by `size`: the largest first, to whom has least."""
     loads = [0] * world
     found = dict.fromkeys(parameters, 0)
-    for parameter in sorted(parameters, key=optimizer.predicted_bytes_of, reverse=True):
+    sizes = {parameter: size(parameter) for parameter in parameters}
+    for parameter in sorted(parameters, key=sizes.__getitem__, reverse=True):
         found[parameter] = loads.index(min(loads))
-        loads[found[parameter]] += optimizer.predicted_bytes_of(parameter)
+        loads[found[parameter]] += sizes[parameter]
     return found
 
 

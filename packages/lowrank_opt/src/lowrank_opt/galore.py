@@ -197,7 +197,8 @@ class GaLoreAdamW(MatrixOptimizer):
             state["refresh_step"] = 0
             state["side"] = side_of(matrix_shape(parameter), group["proj_type"])
             moments = {name: shape for name, shape in layout.items() if not name.startswith("proj")}
-            state.update(zero_moments(moments, parameter, dimension=1))
+            if self.owns(parameter):
+                state.update(zero_moments(moments, parameter, dimension=1))
             self._mark_cut(group, parameter, state)
         return state
 
@@ -277,7 +278,8 @@ class GaLoreAdamW(MatrixOptimizer):
         self._store(group, parameter, state, new)
         if state["refreshes"] > 0:
             now = self._bases(group, parameter)
-            self._carry_moments(group, state, old, now)
+            if self.owns(parameter):
+                self._carry_moments(group, state, old, now)
             if group["adaptive"]:
                 adapt_gap(group, state, old[0], now[0])
         self._schedule_next(group, parameter, state)

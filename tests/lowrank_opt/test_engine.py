@@ -14,9 +14,10 @@ from lm_core.engine import make_engine
 from lm_core.errors import RunFailed
 from lm_core.method import Batch, Method
 from lm_core.testing import spawn
-from lowrank_opt import GaLoreAdamW, galore
+from lowrank_opt import GaLoreAdamW, exchange, galore
 from lowrank_opt.config import TrainConfig
-from lowrank_opt.engine import LowRankReduction, buckets, digest
+from lowrank_opt.engine import LowRankReduction, digest
+from lowrank_opt.exchange import Exchange, buckets
 from lowrank_opt.method import LowRank
 
 STEPS, GAP, RANK = 8, 4, 8
@@ -63,7 +64,7 @@ class Trained(NamedTuple):
 def trained(rank: int, world: int, samples: int = 4, folder: Path | None = None, begun: Path | None = None, **values: Any) -> Trained:
     """One rank of a run.
 
-    With a `folder` the run is saved there half way, and goes on in a new engine that loads it; `begun` is such a folder to start from.
+    A rank's samples are back-propagated one by one, or in `accumulate` parts. With a `folder` the run is saved there half way, and goes on in a new engine that loads it; `begun` is such a folder to start from.
     """
     values = {"optimizer": "galore", "galore": {"rank": RANK, "update_proj_gap": GAP, "proj_method": "gram"}, **values}
     options = {"mode": "pretraining", "model": "llama_test", "lr": 0.01, "precision": "fp32", "weight_decay": 0.1, **values}
@@ -90,9 +91,12 @@ def trained(rank: int, world: int, samples: int = 4, folder: Path | None = None,
             engine = make_engine(method.config, method, method.build(), torch.device("cpu"))
             engine.load(folder)
         engine.start(0.01)
-        for sample in range(rank, samples, world):
+        mine = list(range(rank, samples, world))
+        size = len(mine) // values.get("accumulate", len(mine))
+        for start in range(0, len(mine), size):
             weights = list(engine.trained.values())  # type: ignore[attr-defined]
-            engine.backward(sum((w * gradient(tuple(w.shape), step, sample)).sum() for w in weights) / samples)
+            terms = [(w * gradient(tuple(w.shape), step, sample)).sum() for w in weights for sample in mine[start : start + size]]
+            engine.backward(sum(terms) / samples)  # type: ignore[arg-type]
         norm = engine.step()
         assert norm is not None
         norms.append(norm)
@@ -119,7 +123,16 @@ TRANSFERRED: dict[str, Any] = {
 OWNED = ("galore8bit", "fira", "muon", "ldadam")
 # codes jump by what float32 leaves open
 CLOSE_8BIT = 2e-4
-LOWRANK: dict[str, dict[str, Any]] = {"transferred": TRANSFERRED, "clipped": {"grad_clip": 0.5}, "lowrank": {}}
+LOWRANK: dict[str, dict[str, Any]] = {
+    "transferred": TRANSFERRED,
+    "clipped": {"grad_clip": 0.5},
+    "dense": {"optimizer": "baseline", "galore": {}},
+    # with several buckets in each backward
+    "layers": {"per_layer": True, "accumulate": 1},
+    "layers, micro-batches": {"per_layer": True, "accumulate": 2, "grad_clip": 0.5},
+    "layers, owned": {"per_layer": True, "accumulate": 2, "grad_clip": 0.5, "shard_optimizer": True},
+    "lowrank": {},
+}
 
 
 def several(folder: Path) -> list[Any]:
@@ -138,6 +151,7 @@ def several(folder: Path) -> list[Any]:
         ).weights
     found["redundancy"] = zero_redundancy(library=True)
     low: list[int] = []
+    exchange.BUCKET_BYTES = 3000
     for name, more in LOWRANK.items():
         run = in_a_process(engine="lowrank", verify_replicas_every=2, **more)
         found[name], low = run.weights, run.sent
@@ -202,6 +216,14 @@ def test_two_processes_equal_one_and_send_little(tmp_path: Path) -> None:
     for part, tensor in first["ldadam"].items():
         torch.testing.assert_close(tensor, later[part], rtol=0, atol=1e-5)
     alone = trained(0, 1, engine="lowrank")
+    assert all(torch.equal(tensor, first["layers, owned"][part]) for part, tensor in first["layers, micro-batches"].items())
+    for name in ("dense", "layers", "layers, micro-batches"):
+        one = trained(0, 1, engine="lowrank", **LOWRANK[name])
+        for part, tensor in first[name].items():
+            torch.testing.assert_close(tensor, one.weights[part], rtol=0, atol=2e-6, msg=f"{name} {part}")
+        # one process with one backward has whole gradients
+        norms = alone.norms if name == "layers" else one.norms
+        torch.testing.assert_close(first[name + " norms"], torch.tensor(norms), rtol=1e-4, atol=0)
     for name in ("replicated", "lowrank"):
         for part, tensor in first[name].items():
             torch.testing.assert_close(tensor, alone.weights[part], rtol=0, atol=2e-6)
@@ -322,3 +344,18 @@ def test_a_run_with_lowrank_resumes_as_replicated(tmp_path: Path) -> None:
         run(config, LowRank(config))
     info = json.loads((tmp_path / "run" / "checkpoints" / "checkpoint-4" / "optimizer.json").read_text())
     assert {state["step"] for state in info["state"].values()} == {4}
+
+
+def test_tensors_that_arrive_in_different_orders_are_not_added_up() -> None:
+    for message in spawn(in_different_orders):
+        assert "different orders" in message
+
+
+def in_different_orders() -> str:
+    weights = [nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))]
+    sums = Exchange({weight: place for place, weight in enumerate(weights)}, torch.device("cpu"), None, 2)
+    for weight in weights if torch_dist.get_rank() else reversed(weights):
+        sums.add(weight, torch.ones(4))
+    with pytest.raises(AssertionError) as error:
+        sums.flush()
+    return str(error.value)

@@ -274,8 +274,12 @@ class BaseOptimizer(torch.optim.Optimizer):
         """Whether the sum of L over micro-batches is enough for an update of `parameter`."""
         return False
 
-    def _accumulate_low(self, group: Group, parameter: Tensor, *, first: bool) -> Tensor:
-        """L of the present gradient; the `first` of a step begins it, and may refresh the basis."""
+    def _begin_low(self, group: Group, parameter: Tensor) -> None:
+        """Begin a step that adds up L: count it, and refresh the basis from the present gradient if that is due."""
+        raise NotImplementedError
+
+    def _accumulate_low(self, group: Group, parameter: Tensor) -> Tensor:
+        """L of the present gradient."""
         raise NotImplementedError
 
     def _apply(self, group: Group, parameter: Tensor, low: Tensor) -> None:

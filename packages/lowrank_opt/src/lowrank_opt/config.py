@@ -407,13 +407,11 @@ class TrainConfig(RunConfig):
 
     def check_reduction(self) -> None:
         """Refuse what cannot do with the sum of projected gradients."""
-        if self.optimizer not in REDUCED:
-            why = "needs whole ones" if self.optimizer in LOW_RANK else "projects none"
+        if self.optimizer in LOW_RANK and self.optimizer not in REDUCED:
             raise ConfigError(
-                f"engine: lowrank sums projected gradients, and {self.optimizer} {why}; use --engine replicated, or one of {', '.join(REDUCED)}"
+                f"engine: lowrank sums projected gradients, and {self.optimizer} needs whole ones; "
+                f"use --engine replicated, or one of {', '.join(REDUCED)}"
             )
-        if self.per_layer:
-            raise ConfigError("per_layer: --engine lowrank frees the gradients of matrices inside backward by itself; drop --per-layer")
         if self.precision == "fp16":
             raise ConfigError(
                 "precision: fp16 learns of an overflow after gradients were projected; use bf16 or fp32 with --engine lowrank"
@@ -431,7 +429,7 @@ class TrainConfig(RunConfig):
             raise ConfigError(f"clip_mode: {self.clip_mode} belongs to per-layer updates; add --per-layer true, or use global")
         if self.per_layer and self.precision == "fp16":
             raise ConfigError("per_layer: fp16 learns of an overflow after the updates were made; use --dtype bf16 or fp32")
-        if self.per_layer and processes(self) > 1:
+        if self.per_layer and processes(self) > 1 and self.engine != "lowrank":
             raise ConfigError(f"per_layer: updates inside backward run in one process, not {processes(self)}; use --engine lowrank instead")
         if self.per_layer and self.nonfinite != "stop":
             raise ConfigError("per_layer: updates inside backward cannot be dropped; use --nonfinite stop")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from lm_core.engine.replicated import Replicated
 from lm_core.errors import RunFailed
 from lowrank_opt.base import Group, work_dtype
 from lowrank_opt.config import PROJECTED
+from lowrank_opt.exchange import Exchange, buckets
 from lowrank_opt.galore import GaLoreAdamW
 from lowrank_opt.projector import largest_magnitude
 
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from lowrank_opt.method import LowRank
 
 log = logging.getLogger("lowrank_opt")
-
-BUCKET_BYTES = 25_000_000
 
 
 class Replicas(Replicated):
@@ -56,7 +55,7 @@ class Replicas(Replicated):
             self.projected = [
                 p for group in groups for p in group["params"] if group["compat"] == "none" and self.optimizer._is_matrix(group, p)
             ]
-            self.optimizer.register_step_pre_hook(lambda *_: self._share_refreshes())
+            self.optimizer.register_step_pre_hook(lambda *_: self._share_refreshes(self.projected))
         if config.shard_optimizer:
             whole = self.optimizer.predicted_state_bytes()
             self.optimizer.keeps_bases = self.keeps_bases
@@ -67,9 +66,9 @@ class Replicas(Replicated):
             self.optimizer.register_step_post_hook(lambda *_: self._take_from_owners())
 
     @torch.no_grad()
-    def _share_refreshes(self) -> None:
+    def _share_refreshes(self, parameters: Sequence[nn.Parameter]) -> None:
         """The new bases of this step: matrix i's by rank i mod world, then one broadcast for each."""
-        due = [p for p in self.projected if p.grad is not None and self.optimizer.refresh_is_due(p)]
+        due = [p for p in parameters if p.grad is not None and self.optimizer.refresh_is_due(p)]
         # without a basis there is nothing to share: the optimizer keeps the old one, or refuses the gradient by name
         due = [p for p in due if p.grad is not None and 0 < float(largest_magnitude(p.grad)) < torch.inf]
         sources = {p: self.optimizer._address(p).index % self.data_world for p in due}
@@ -148,7 +147,8 @@ class LowRankReduction(Replicas):
     Every rank projects its own gradient with the common basis, which is linear: the sum of L over micro-batches and ranks is L of the
     summed gradient. Whole gradients are kept and summed for parameters without a rank, and for matrices whose basis is due for a
     refresh in this update. Gradient norm and clipping are those of L and of the whole gradients. With `shard_optimizer` every process
-    has all bases, since it projects with them, and the moments of its own parameters.
+    has all bases, since it projects with them, and the moments of its own parameters. With `per_layer` sums are exchanged and weights
+    updated inside backward, and a due basis comes from the first micro-batch of all ranks.
     """
 
     keeps_bases = True
@@ -158,9 +158,18 @@ class LowRankReduction(Replicas):
         self.places = {p: number for number, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
         self.matrices = [p for p in self.trained.values() if self.optimizer._accumulates_low(self._group(p), p)]
         self.low: dict[Tensor, Tensor] = {}
-        self.optimizer.grad_norm_kind = "projected"
-        for parameter in self.matrices:
-            parameter.register_post_accumulate_grad_hook(self._arrived)
+        self.optimizer.grad_norm_kind = "projected" if self.matrices else "full"
+        if not self.per_layer:
+            for parameter in self.matrices:
+                parameter.register_post_accumulate_grad_hook(self._arrived)
+        elif self.data_world > 1:
+            assert self.optimizer._layers is not None
+            places = {parameter: place for place, parameter in enumerate(self.trained.values())}
+            self.optimizer._layers.exchange = Exchange(places, self.device, self.data_group, self.data_world)
+            self.optimizer._layers.begin = self._begin_together
+
+    def _check_per_layer(self) -> None:
+        """Nothing to refuse: options were checked, and several processes sum what the updates need."""
 
     def _group(self, parameter: Tensor) -> Group:
         # looked up each time: loading a state replaces the groups
@@ -170,9 +179,21 @@ class LowRankReduction(Replicas):
     def _arrived(self, parameter: Tensor) -> None:
         if self.optimizer.refresh_is_due(parameter):
             return
-        low = self.optimizer._accumulate_low(self._group(parameter), parameter, first=False)
+        low = self.optimizer._accumulate_low(self._group(parameter), parameter)
         self.low[parameter] = self.low[parameter].add_(low) if parameter in self.low else low
         parameter.grad = None
+
+    def _begin_together(self, group: Group, parameter: nn.Parameter) -> None:
+        """Begin the step of a matrix, with a basis from the gradient of all ranks if one is due."""
+        own = parameter.grad
+        assert own is not None
+        if self.optimizer.refresh_is_due(parameter):
+            total = own.to(torch.float32, copy=True)
+            torch_dist.all_reduce(total, group=self.data_group)
+            parameter.grad = total.to(own.dtype)
+            self._share_refreshes([parameter])
+        self.optimizer._begin_low(group, parameter)
+        parameter.grad = own
 
     def _summed_whole(self) -> list[nn.Parameter]:
         projected = {p for p in self.matrices if not self.optimizer.refresh_is_due(p)}
@@ -180,12 +201,15 @@ class LowRankReduction(Replicas):
 
     @torch.no_grad()
     def step(self) -> float | None:
+        if self.per_layer:
+            return super().step()
         due = [p for p in self.matrices if self.optimizer.refresh_is_due(p)]
         self._reduce()
-        self._share_refreshes()
+        self._share_refreshes(self.projected)
         self._sum_low([p for p in self.matrices if p not in set(due)])
         for parameter in [p for p in due if p.grad is not None]:
-            self.low[parameter] = self.optimizer._accumulate_low(self._group(parameter), parameter, first=True)
+            self.optimizer._begin_low(self._group(parameter), parameter)
+            self.low[parameter] = self.optimizer._accumulate_low(self._group(parameter), parameter)
             parameter.grad = None
         sums = {name: self.low.get(p, p.grad) for name, p in self.trained.items()}
         found = {name: total for name, total in sums.items() if total is not None}
@@ -234,18 +258,6 @@ class LowRankReduction(Replicas):
     def _forget(self) -> None:
         super()._forget()
         self.low.clear()
-
-
-def buckets(parameters: list[nn.Parameter], size: Callable[[nn.Parameter], int]) -> Iterator[list[nn.Parameter]]:
-    """`parameters` in order, in lists of about BUCKET_BYTES of float32."""
-    bucket: list[nn.Parameter] = []
-    for parameter in parameters:
-        bucket.append(parameter)
-        if 4 * sum(size(p) for p in bucket) >= BUCKET_BYTES:
-            yield bucket
-            bucket = []
-    if bucket:
-        yield bucket
 
 
 def owners(parameters: list[nn.Parameter], size: Callable[[nn.Parameter], int], world: int) -> dict[nn.Parameter, int]:

@@ -212,11 +212,11 @@ class GaLoreAdamW(MatrixOptimizer):
         low_only = not self._needs_gradient and group["compat"] == "none"
         return low_only and self._has_rank(group, parameter) and self._is_matrix(group, parameter)
 
-    def _accumulate_low(self, group: Group, parameter: Tensor, *, first: bool) -> Tensor:
-        gradient = self._matrix_gradient(parameter)
-        if first:
-            self._begin(group, parameter, gradient)
-        return self._low(group, parameter, gradient)
+    def _begin_low(self, group: Group, parameter: Tensor) -> None:
+        self._begin(group, parameter, self._matrix_gradient(parameter))
+
+    def _accumulate_low(self, group: Group, parameter: Tensor) -> Tensor:
+        return self._low(group, parameter, self._matrix_gradient(parameter))
 
     def _low_shape(self, group: Group, parameter: Tensor) -> tuple[int, int]:
         shape = matrix_shape(parameter)

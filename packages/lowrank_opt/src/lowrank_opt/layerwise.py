@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from lm_core.errors import ConfigError, InputError, RunFailed
 from lowrank_opt.base import BaseOptimizer, Group, UnsupportedDistributedError, choice, is_shared
+
+if TYPE_CHECKING:
+    from lowrank_opt.exchange import Exchange
 
 log = logging.getLogger("lowrank_opt")
 
@@ -33,7 +38,7 @@ def attach_per_layer(
     step before (by "per_param" in the first step), "per_param" limits each gradient to its share of the norm.
     Learning rates must be set before the first backward, and states saved after `step`. `opt.grad_norm` is the
     global norm of the last step before clipping; `opt.grad_norm_kind` is "full", or "projected" where low-rank
-    parameters accumulated L. One process only. Undo with `layers.detach()`.
+    parameters accumulated L. One process only, except under the engine lowrank. Undo with `layers.detach()`.
 
     Raises ConfigError for settings that cannot work, and for trained parameters that `opt` does not have.
     """
@@ -61,10 +66,13 @@ class PerLayer:
                 f"attach_per_layer: {shared[0]} is a DTensor, whose gradient is summed after the hooks; one process only"
             )
         self.elements = sum(p.numel() for p in trained)
-        self.seen: dict[Tensor, int] = {}
+        self.seen: dict[nn.Parameter, int] = {}
         self.low: dict[Tensor, Tensor] = {}
         self.square = 0.0
         self.projected = False
+        # of several processes: the sums of what updates need, and how they begin a step of a matrix together
+        self.exchange: Exchange | None = None
+        self.begin: Callable[[Group, nn.Parameter], None] = optimizer._begin_low
         if accumulation > 1 and optimizer._needs_gradient and any(group.get("rank") for group in optimizer.param_groups):
             log.warning("%s needs whole gradients: with accumulation %d every one is kept", type(optimizer).__name__, accumulation)
         self.handles = [p.register_post_accumulate_grad_hook(self._arrived) for p in trained]
@@ -84,6 +92,9 @@ class PerLayer:
             raise InputError("step: no gradient arrived since the last step; call backward before step")
         for parameter in [p for p, count in self.seen.items() if count < self.accumulation]:
             self._update(parameter)
+        if self.exchange is not None:
+            for parameter, total in self.exchange.flush():
+                self._apply(parameter, total)
         norm = math.sqrt(self.square)
         for group in self.optimizer.param_groups:
             group["grad_norm"] = norm
@@ -96,14 +107,16 @@ class PerLayer:
             raise InputError("state: a step is under way, so the state is neither old nor new; save and detach after step()")
 
     @torch.no_grad()
-    def _arrived(self, parameter: Tensor) -> None:
+    def _arrived(self, parameter: nn.Parameter) -> None:
         count = self.seen[parameter] = self.seen.get(parameter, 0) + 1
         name = self.optimizer._address(parameter).name
         if count > self.accumulation:
             raise InputError(f"{name}: backward ran {count} times in a step of accumulation {self.accumulation}; call step() in between")
         group = self._group(parameter)
-        if self.accumulation > 1 and self.optimizer._accumulates_low(group, parameter):
-            low = self.optimizer._accumulate_low(group, parameter, first=count == 1)
+        if self._adds_low(group, parameter):
+            if count == 1:
+                self.begin(group, parameter)
+            low = self.optimizer._accumulate_low(group, parameter)
             self.low[parameter] = low if count == 1 else self.low[parameter].add_(low)
             self.projected = True
             parameter.grad = None
@@ -114,9 +127,23 @@ class PerLayer:
         # looked up each time: loading a state replaces the groups
         return self.optimizer.param_groups[self.place[parameter]]
 
-    def _update(self, parameter: Tensor) -> None:
-        group, low = self._group(parameter), self.low.pop(parameter, None)
+    def _adds_low(self, group: Group, parameter: Tensor) -> bool:
+        """Whether L is summed, over micro-batches or processes, instead of the gradient."""
+        return (self.accumulation > 1 or self.exchange is not None) and self.optimizer._accumulates_low(group, parameter)
+
+    def _update(self, parameter: nn.Parameter) -> None:
+        low = self.low.pop(parameter, None)
         total = self.optimizer._gradient(parameter) if low is None else low
+        if self.exchange is None:
+            self._apply(parameter, total)
+            return
+        parameter.grad = None
+        for done, summed in self.exchange.add(parameter, total):
+            self._apply(done, summed)
+
+    def _apply(self, parameter: nn.Parameter, total: Tensor) -> None:
+        """Clip and update with the whole gradient, or L."""
+        group = self._group(parameter)
         norm = float(torch.linalg.vector_norm(total, dtype=torch.promote_types(total.dtype, torch.float32)))
         if not math.isfinite(norm):
             address, step = self.optimizer._address(parameter), self.optimizer.state[parameter].get("step", 0)
@@ -127,10 +154,12 @@ class PerLayer:
         factor = self._clip_factor(group, parameter, norm)
         if factor < 1:
             total.mul_(factor)
-        if low is None:
-            self.optimizer._update(group, [parameter])
-        else:
-            self.optimizer._apply(group, parameter, low)
+        if self.optimizer.owns(parameter):
+            if self._adds_low(group, parameter):
+                self.optimizer._apply(group, parameter, total)
+            else:
+                parameter.grad = total
+                self.optimizer._update(group, [parameter])
         parameter.grad = None
 
     def _clip_factor(self, group: Group, parameter: Tensor, norm: float) -> float:

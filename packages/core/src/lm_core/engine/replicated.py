@@ -70,7 +70,8 @@ class Replicated(Engine):
         self.per_layer: bool = getattr(self.optimizer, "per_layer", False)
         if self.per_layer:
             self._check_per_layer()
-            for name, parameter in self.trained.items():
+            # of several processes, which sum gradients in their optimizer, all must find out
+            for name, parameter in self.trained.items() if self.data_world == 1 else ():
                 parameter.register_hook(lambda gradient, name=name: _require_finite(name, gradient))
 
     def _check_per_layer(self) -> None:

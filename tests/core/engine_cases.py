@@ -1,5 +1,6 @@
 """A tiny model, method and data for the tests of engines and checkpoints."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -118,5 +119,5 @@ class Counted:
     def state_dict(self) -> dict[str, int]:
         return {"position": self.position}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, int], allow: Collection[str] = ()) -> None:
         self.position = state["position"]

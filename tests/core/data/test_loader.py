@@ -194,6 +194,94 @@ def test_a_checkpoint_of_other_samples_is_refused_by_name(data: Data, make_sourc
             loader.load_state_dict(state)
 
 
+@pytest.mark.parametrize("draw", ["deficit", "keyed"])
+def test_another_batch_goes_on_at_the_next_sample(data: Data, draw) -> None:
+    whole = [row for step in steps(ranks(replace(data, draw=draw), 1, 8, 1), 9) for row in step]
+    state: dict[str, Any] = {}
+    for size, first, last in ((8, 0, 3), (4, 3, 7), (2, 7, 10)):
+        following = ranks(replace(data, draw=draw), 1, size, 1)
+        if first:
+            following[0].load_state_dict(state, allow={"global_batch"})
+        begin = following[0].sample
+        found = [row for step in steps(following, last - first) for row in step]
+        assert found == whole[begin : begin + len(found)]
+        # and again from a checkpoint made since, without leave
+        again = ranks(replace(data, draw=draw), 1, size, 1)
+        state = json.loads(json.dumps(following[0].state_dict()))
+        again[0].load_state_dict(state)
+        assert (again[0].sample, again[0].state_dict()) == (following[0].sample, state)
+    assert state["mix"]["sample"] == 24 + 16 + 6
+
+
+@pytest.mark.parametrize("draw", ["deficit", "keyed"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_sources_that_stay_go_on_where_they_were_and_others_begin(data: Data, make_source, draw, workers: int) -> None:
+    before = ranks(replace(data, draw=draw), 1, 1, 1, seed=3)[0]
+    taken = before._mix.taken(12)
+    read = [row[1:] for step in steps([before], 12) for row in step]
+    before.set_weights({"a": 4, "b": 3, "c": 1})
+    state = json.loads(json.dumps(before.state_dict()))
+    new = Stream(make_source([8] * 9), 8, shuffle=True, number=0)
+    # as options that name another list would build them
+    rows = {"new": new, "c": Stream(data.train["c"].source, 8, shuffle=True, number=1), "a": Stream(data.train["a"].source, 8, shuffle=True, number=2)}  # type: ignore[attr-defined]  # fmt: skip
+    changed = Data(train=rows, valid={}, weights={"new": 1, "c": 1, "a": 2}, draw=draw)
+    after = Loader(changed, micro_batch=1, seed=3, num_workers=workers)
+    next(after)  # workers have their copies before the resume
+    with pytest.raises(ResumeRefused, match=r"data: sources \['new', 'c', 'a'\], but the checkpoint was made with \['a', 'b', 'c'\]"):
+        after.load_state_dict(state)
+    after.load_state_dict(state, allow={"sources"})
+    # 1/2 and 1/8 of before stay, beside 1/4 as given
+    assert after.weights == pytest.approx({"new": 2 / 7, "c": 1 / 7, "a": 4 / 7})
+    assert after._mix.taken(12) == [0, taken[2], taken[0]]
+    found = [row[1:] for step in steps([after], 40) for row in step]
+    for place, name in ((0, "a"), (2, "c")):
+        length = len(data.train[name])
+        here = [tokens for source, tokens in read if source == place]
+        there = [tokens for source, tokens in found if source == [*rows].index(name)]
+        left = -len(here) % length
+        assert len(there) >= left
+        # the pass that had begun ends with what it had not read
+        begun = here[len(here) - len(here) % length :] + there[:left]
+        assert len(set(begun)) == len(begun) == (length if len(here) % length else 0)
+    assert len({tokens for source, tokens in found if source == 0}) == min(9, sum(source == 0 for source, _ in found))
+    again = Loader(changed, micro_batch=1, seed=3)
+    again.load_state_dict(json.loads(json.dumps(after.state_dict())))
+    assert steps([again], 20) == steps([after], 20)
+
+
+def test_given_shares_hold_where_they_may_differ(data: Data) -> None:
+    before = Loader(data, micro_batch=4)
+    steps([before], 3)
+    state = before.state_dict()
+    for weights, allow, expected in (
+        ({"a": 0, "b": 0, "c": 1}, {"seed"}, before.weights),
+        ({"a": 0, "b": 0, "c": 1}, {"weights"}, {"a": 0, "b": 0, "c": 1}),
+    ):
+        after = Loader(replace(data, weights=weights), micro_batch=4)
+        after.load_state_dict(state, allow=allow)
+        assert after.weights == expected
+    same = Loader(data, micro_batch=4)
+    same.load_state_dict(state, allow={"weights", "sources", "seed", "global_batch"})
+    assert same.state_dict() == state
+    assert steps([same], 20) == steps([before], 20)
+
+
+def test_samples_of_another_length_go_on_behind_the_same_part_of_the_pass(make_source) -> None:
+    def loader(size: int, seed: int = 0) -> Loader:
+        return Loader(
+            Data(train={"a": Stream(make_source([100]), size)}, valid={}, weights={"a": 1}), micro_batch=1, shuffle=False, seed=seed
+        )
+
+    before = loader(10)
+    for _ in range(13):
+        next(before)
+    for size, first in ((10, 30), (20, 40), (5, 30), (7, 35)):
+        after = loader(size, seed=1)
+        after.load_state_dict(before.state_dict(), allow={"sources", "seed"})
+        (batch,) = next(after)
+        assert (batch.index.tolist(), int(batch["input_ids"][0, 0])) == ([13], first)
+
+
 def test_rows_of_a_package_need_only_the_protocol() -> None:
     class Numbers:
         def __len__(self) -> int:

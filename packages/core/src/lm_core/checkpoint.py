@@ -43,7 +43,7 @@ _FREE = (
     | {"eval_data", "num_workers", "gradient_checkpointing", "dry_run"}
 )
 # What the loader compares, by the names that `allow` has for it.
-_OF_DATA = {"seed": "seed", "global_batch_size": "global_batch", "data": "sources"}
+_OF_DATA = {"seed": "seed", "global_batch_size": "global_batch", "data": "sources", "weights": "weights"}
 # These change the rest of the run, never what has been done: allowed, and said.
 _SCHEDULE = {"lr", "schedule", "warmup", "cooldown", "min_lr_ratio"}
 
@@ -52,7 +52,7 @@ class DataState(Protocol):
     """The part of a loader that a checkpoint needs: integers and weights, the same on every rank, and what says which samples follow."""
 
     def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any], allow: Collection[str] = ()) -> None: ...
 
 
 def save(
@@ -269,7 +269,8 @@ def resume(path: Path, *, engine: Engine, method: Method, data: DataState, confi
 
     Raises ResumeRefused, naming the field, when the checkpoint is incomplete or damaged, was written by another kind of
     engine, or when an option differs that decides samples, model or optimizer. `allow` names options that a method
-    lets differ as well, among them `global_batch_size` and `data`, which stands for the content of the data and its order.
+    lets differ as well, among them `global_batch_size`, `data`, which stands for the content of the data and its order, and `weights`,
+    the shares of the sources: those of the options then hold, not those of the checkpoint (`Loader.load_state_dict` says what follows).
     """
     state = dist.on_main(verified, path)
     _compare(state, engine, config, allow)
@@ -277,8 +278,7 @@ def resume(path: Path, *, engine: Engine, method: Method, data: DataState, confi
         engine.load_weights(path)
     else:
         engine.load(path)
-    differing = {field for name, field in _OF_DATA.items() if name in allow}
-    data.load_state_dict({**state["data"], **{field: now for field, now in data.state_dict().items() if field in differing}})
+    data.load_state_dict(state["data"], {field for name, field in _OF_DATA.items() if name in allow})
     method.load_state_dict(state["method"])
     return Progress.from_dict(state["progress"])
 
@@ -286,7 +286,10 @@ def resume(path: Path, *, engine: Engine, method: Method, data: DataState, confi
 def _compare(state: Mapping[str, Any], engine: Engine, config: RunConfig, allow: Collection[str]) -> None:
     then, now = dict(_flat(state["config"])), dict(_flat(json.loads(json.dumps(to_dict(config)))))
     for name in [name for name in then if name in now and name not in _FREE]:
-        if then[name] == now[name] or name in allow:
+        if then[name] == now[name]:
+            continue
+        if name in allow:
+            log.info("%s: %r from here on; the checkpoint was written with %r", name, now[name], then[name])
             continue
         if name not in _SCHEDULE:
             raise ResumeRefused(

@@ -27,7 +27,8 @@ FIXED_HOLD_OUT = 0.05
 
 
 class Rows(Protocol):
-    """Samples of one source. What may be there besides: `length(k)` in tokens, `epoch(number) -> Rows`, `fingerprint`."""
+    """Samples of one source. What may be there besides: `length(k)` in tokens, `epoch(number) -> Rows`, `fingerprint`, and
+    `number`, which tells the orders of several sources apart and may be set."""
 
     def __len__(self) -> int: ...
 

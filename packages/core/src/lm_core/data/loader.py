@@ -7,7 +7,7 @@ every rank, so a run may go on with another number of ranks, workers or micro-ba
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import accumulate as accumulate_sums
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -95,12 +95,17 @@ class Loader:
         self._on_exhausted = data.on_exhausted
         self._seed, self._shuffle, self._num_workers = seed, shuffle and not data.ordered, num_workers
         self._mix = Mix([data.weights[name] for name in self.names], seed=seed, draw=data.draw)
+        self._given = dict(zip(self.names, self._mix.weights))
+        # the address of each source's orders; a resumed run keeps them, whatever sources came or went
+        self._numbers = list(range(len(self._rows)))
         self._reader = _Reader(self._rows)
         # first sample of every step of the ramp, and of the step behind it
         self._ramp, self._starts = list(ramp), list(accumulate_sums((count * micro_batch * world for count in ramp), initial=0))
         self._workers: DataLoader[Any] | None = None
         self._ahead: Iterator[Any] | None = None
         self._step = 0
+        # samples read before a resume with another batch, beyond those that as many steps of this one would read
+        self._more = 0
 
     @property
     def global_batch(self) -> int:
@@ -168,16 +173,57 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: JSON-able, the same on every rank, and of the same size at any sample."""
-        return self._identity() | {"step": self._step, "mix": self._mix.state_dict(self.sample)}
+        return self._identity() | {"step": self._step, "numbers": self._numbers, "mix": self._mix.state_dict(self.sample)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken. Raises ResumeRefused when other samples would follow."""
-        for field, now in self._identity().items():
-            if state[field] != now:
-                raise ResumeRefused(_refusal(field, state[field], now))
-        self._step = state["step"]
-        self._mix.load_state_dict(state["mix"])
+    def load_state_dict(self, state: dict[str, Any], allow: Collection[str] = ()) -> None:
+        """Go on where `state_dict` was taken. Raises ResumeRefused when other samples would follow.
+
+        What `allow` names may differ, with a warning, and holds from the next sample on, whose number is the same for any change:
+        `global_batch`: the steps that follow have another size. `seed`: other draws and orders. `sources`: one of the same name goes
+        on in the pass it was in, behind the same part of it, rounded up to a whole sample; where its samples changed (other documents
+        or another length) the rest of that pass has an order of its own. Others are gone or begin. Shares in force stay, new sources
+        get those of `data`, and the sum is made 1 again; under `weights` the shares of `data` hold for all.
+        """
+        now = self._identity()
+        changed = [field for field in now if state[field] != now[field]]
+        for field in changed:
+            difference, way_out = _difference(field, state[field], now[field])
+            if field not in allow:
+                raise ResumeRefused(f"{difference}; {way_out}")
+            if self._rank == 0:
+                log.warning("%s; accepted", difference)
+        self._step, self._more = state["step"], 0
+        self._more = state["mix"]["sample"] - self.sample
+        then = [name for name, *_ in state["sources"]]
+        self._renumber(dict(zip(then, state.get("numbers", range(len(then))))))
+        shares = dict(zip(then, state["mix"]["anchor"]["weights"]))
+        wanted = {name: share if "weights" in allow else shares.get(name, share) for name, share in self._given.items()}
+        if "sources" in changed or wanted != shares:
+            self._go_on(state, wanted)
+        else:
+            self._mix.load_state_dict(state["mix"])
         self._ahead = None
+
+    def _go_on(self, state: dict[str, Any], shares: Mapping[str, float]) -> None:
+        """Every source behind the part of its pass that was read, with these shares."""
+        read = {name: (count, length) for count, (name, length, _) in zip(state["mix"]["taken"], state["sources"])}
+        taken = []
+        for name, length in zip(self.names, self._lengths):
+            count, then = read.get(name, (0, 1))
+            passes, rest = divmod(count, then)
+            taken.append(passes * length + -(-rest * length // then))
+        # where all that had a share is gone, what was given is all there is to go by
+        shares = shares if any(shares.values()) else self._given
+        self._mix.restart([shares[name] for name in self.names], state["mix"]["sample"], taken)
+
+    def _renumber(self, numbers: Mapping[str, int]) -> None:
+        fresh = iter(range(max(numbers.values()) + 1, max(numbers.values()) + 1 + len(self.names)))
+        self._numbers = [numbers[name] if name in numbers else next(fresh) for name in self.names]
+        for rows, number in zip(self._rows, self._numbers):
+            if getattr(rows, "number", number) != number:
+                rows.number = number  # type: ignore[attr-defined]
+                # workers hold copies of the rows
+                self._reader, self._workers = _Reader(self._rows), None
 
     def _identity(self) -> dict[str, Any]:
         sources = [[name, len(rows), getattr(rows, "fingerprint", "")] for name, rows in zip(self.names, self._rows)]
@@ -203,7 +249,7 @@ class Loader:
 
     def _first(self, step: int) -> int:
         """Global number of the first sample of a step."""
-        return self._starts[min(step, len(self._ramp))] + max(0, step - len(self._ramp)) * self.global_batch
+        return self._more + self._starts[min(step, len(self._ramp))] + max(0, step - len(self._ramp)) * self.global_batch
 
     def _items(self) -> Iterator[_Item]:
         """Micro-batches of this rank from the current step on, planned several steps at once."""
@@ -227,7 +273,7 @@ class Loader:
         if self._shuffle:
             for which, number in set(zip(source.tolist(), epoch.tolist())):
                 here = (source == which) & (epoch == number)
-                row[here] = Permutation(self._lengths[which], self._seed, 3, which, number)(row[here])
+                row[here] = Permutation(self._lengths[which], self._seed, 3, self._numbers[which], number)(row[here])
         return epoch, row
 
 
@@ -260,9 +306,13 @@ def _rows_for(rows: Rows, tokens: int | float) -> int:
     return len(rows)
 
 
-def _refusal(field: str, then: Any, now: Any) -> str:
+def _difference(field: str, then: Any, now: Any) -> tuple[str, str]:
+    """What differs from the checkpoint, and the way out."""
     if field == "global_batch":
-        return f"global_batch: {now} samples per step, but the checkpoint was made with {then}; change micro_batch_size, accumulate or the number of processes"
+        return (
+            f"global_batch: {now} samples per step, but the checkpoint was made with {then}",
+            "change micro_batch_size, accumulate or the number of processes",
+        )
     if field == "sources":
         names = [[name for name, *_ in sources] for sources in (then, now)]
         found = (
@@ -270,5 +320,5 @@ def _refusal(field: str, then: Any, now: Any) -> str:
             if names[0] != names[1]
             else "the documents of a source have changed since the checkpoint"
         )
-        return f"data: {found}; give the data, packing, max_length and tokenizer of the checkpoint, or start a new run"
-    return f"{field}: {now}, but the checkpoint was made with {then}; give the value of the checkpoint, or start a new run"
+        return f"data: {found}", "give the data, packing, max_length and tokenizer of the checkpoint, or start a new run"
+    return f"{field}: {now}, but the checkpoint was made with {then}", "give the value of the checkpoint, or start a new run"

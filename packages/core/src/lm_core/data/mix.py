@@ -90,6 +90,13 @@ class Mix:
         self._anchor, self._taken, self._weights = from_sample, taken, fresh
         self._chunks.clear()
 
+    def restart(self, weights: Sequence[float], from_sample: int, taken: Sequence[int]) -> None:
+        """Begin at a sample with these shares, so many samples taken from each source, and nothing owed."""
+        self._weights = _normalised(weights)
+        assert len(taken) == len(self._owed)
+        self._anchor, self._taken, self._owed = from_sample, list(taken), [0.0] * len(taken)
+        self._chunks.clear()
+
     def state_dict(self, n: int) -> dict[str, Any]:
         """What a run that goes on at sample n needs; JSON-able."""
         anchor = {"sample": self._anchor, "weights": self._weights, "owed": self._owed, "taken": self._taken}

@@ -81,7 +81,7 @@ class Stream(Packed):
     """Documents back to back, cut every `size` tokens; each pass joins them in another order when `shuffle` is set.
 
     What is left at the end of a pass, fewer than `size` tokens, makes a shorter sample with `keep_tail` or when it is
-    all there is, and is left out otherwise. With `isolate`, rows have `position_ids` that start again with every
+    all there is, and is left out otherwise. `number` tells the orders of several sources apart. With `isolate`, rows have `position_ids` that start again with every
     document, or part of one, so that documents do not see each other.
     """
 
@@ -91,7 +91,7 @@ class Stream(Packed):
     ) -> None:  # fmt: skip
         super().__init__(source, size, pad)
         self._isolate = isolate
-        self._keep_tail, self._shuffle, self._seed, self._number = keep_tail, shuffle, seed, number
+        self._keep_tail, self._shuffle, self._seed, self.number = keep_tail, shuffle, seed, number
         self._total = source.tokens
         self._order: Integers | None = None
         self._ends = np.cumsum(source.length)
@@ -112,7 +112,7 @@ class Stream(Packed):
         if not self._shuffle or len(self.source) == 1:
             return self
         view = Stream(self.source, self.size, self.pad, keep_tail=self._keep_tail, isolate=self._isolate)
-        view._order = Permutation(len(self.source), self._seed, 2, self._number, number)(np.arange(len(self.source)))
+        view._order = Permutation(len(self.source), self._seed, 2, self.number, number)(np.arange(len(self.source)))
         view._ends = np.cumsum(self.source.length[view._order])
         return view
 

@@ -231,13 +231,15 @@ ROWS: dict[str, tuple[Words, int, tuple[str, ...]]] = {
     "granitemoeshared with an mlp router": (
         lambda h, t: exported(h, "mlp", t, "granitemoeshared"), 2, ("its router is an mlp; use --format llama_moe",)),
     "resumed with other samples": (
-        lambda h, t: resumed(h, length=16), 4, ("max_length: the checkpoint was written with 32", "16", "keep it")),
+        lambda h, t: resumed(h, length=16), 4, ("max_length: the checkpoint was written with 32", "16", "keep it", "or add --allow-data-change")),
     "resumed with another seed": (
-        lambda h, t: resumed(h, "--seed", 5), 4, ("seed: the checkpoint was written with 1227", "5", "keep it")),
+        lambda h, t: resumed(h, "--seed", 5), 4, ("seed: the checkpoint was written with 1227", "5", "keep it", "or add --allow-data-change")),
     "resumed with other sources": (
-        lambda h, t: resumed(h, data=sources(t / "d", *LINES)), 4, ("data:", "github", "keep it")),
+        lambda h, t: resumed(h, data=sources(t / "d", *LINES)), 4, ("data:", "github", "keep it", "or add --allow-data-change")),
     "resumed with another batch": (
-        lambda h, t: resumed(h, "--micro_batch_size", 4), 4, ("global batch: the checkpoint was written with 2", "has 4", "change --accumulate")),
+        lambda h, t: resumed(h, "--micro_batch_size", 4), 4, ("global batch: the checkpoint was written with 2", "has 4", "change --accumulate", "or add --allow-data-change")),
+    "leave to change data where nothing is resumed": (
+        lambda h, t: started(h, t, "--allow_data_change"), 2, ("allow_data_change: nothing is resumed; add --resume auto",)),
     "adapters of nothing": (
         lambda h, t: started(h, t, "--mode", "lora", "--trainable", "query"), 2, ("trainable: the model has no query; choose from",)),
     "adapters partly of nothing": (

@@ -69,19 +69,6 @@ class Dynamic(TestMixture):
         return super().configure(**{**options, **changed, "eval_every": "2"})
 
 
-@pytest.mark.slow
-def test_resume_and_processes_change_nothing_while_the_shares_move(tmp_path: Path) -> None:
-    suite = Dynamic()
-    suite.test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path)
-    suite.test_two_processes_equal_one(tmp_path)
-    records = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
-    shares = [record["data/weight/markov"] for record in records if "data/weight/markov" in record]
-    assert shares[:2] == [0.5, 0.5]
-    assert len(set(shares)) == 4
-    halves = [json.loads(line) for line in (tmp_path / "half" / "metrics.jsonl").read_text().splitlines()]
-    assert [record["data/weight/markov"] for record in halves if "data/weight/markov" in record] == shares
-
-
 def test_a_loss_that_is_not_finite_leaves_the_shares(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     suite = Dynamic()
     method, _, loader = suite.assemble(suite.options(tmp_path))

@@ -27,7 +27,7 @@ TABLES: dict[str, dict[str, Any]] = {
         "on_exhausted": "repeat", "document_mask": False, "reference_loss": None, "dynamic_eta": 1.0, "dynamic_smoothing": 1e-4,
         "dynamic_min_weight": 0.0, "dynamic_max_weight": 1.0, "deepspeed": None, "gradient_checkpointing": False, "bf16": None,
         "precision": "bf16", "num_nodes": None, "num_gpu_per_node": None, "flops_per_device": 312e12, "report_to": [], "tensorboard": True,
-        "output_dir": None, "overwrite_output_dir": False, "resume_from_checkpoint": "none", "comment": "", "require_checklist": False,
+        "output_dir": None, "overwrite_output_dir": False, "resume_from_checkpoint": "none", "allow_data_change": False, "comment": "", "require_checklist": False,
         "debug_mode": False, "lora_rank": 8, "lora_alpha": 32.0, "lora_dropout": 0.1, "trainable": "q_proj,v_proj", "modules_to_save": "",
         "peft_path": None,
     },

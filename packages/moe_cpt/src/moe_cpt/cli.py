@@ -8,7 +8,8 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import click
 
 from lm_core.cli import command_group, configured
 from lm_core.cli import main as run_cli
-from lm_core.errors import ConfigError, InputError, RunFailed, reading
+from lm_core.errors import ConfigError, InputError, ResumeRefused, RunFailed, reading
 from lm_core.harness import add_harness
 from moe_cpt.config import (
     ActivationConfig,
@@ -51,6 +52,8 @@ from moe_cpt.config import (
 )
 
 logger = logging.getLogger(__name__)
+# what a refused resume names where --allow-data-change would accept it
+LEAVES = ("data", "prob_map", "reference_loss", "max_length", "seed", "global_batch")
 cli = command_group("Dense LLaMA models into mixtures of experts, and their continued pre-training.")
 
 
@@ -327,7 +330,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     from moe_cpt.method import MoeCPT
 
     method = MoeCPT(config)
-    result = run(config, method)
+    with naming_the_leave():
+        result = run(config, method)
     method.keep_split()
     return result
 
@@ -344,7 +348,8 @@ def sft(config: SFTConfig) -> dict[str, Any]:
     from moe_cpt.sft import SupervisedTuning
 
     method = SupervisedTuning(config)
-    result = run(config, method)
+    with naming_the_leave():
+        result = run(config, method)
     method.keep_split()
     return result
 
@@ -608,6 +613,18 @@ def _require(config: TrainConfig) -> None:
     print(*items, sep="\n", file=sys.stderr)
     if wrong := [item.name for item in items if item.problem]:
         raise RunFailed(f"require_checklist: {', '.join(wrong)} should be looked at again; correct them, or leave out --require-checklist")
+
+
+@contextmanager
+def naming_the_leave() -> Iterator[None]:
+    """A resume that is refused for what --allow-data-change accepts says so."""
+    try:
+        yield
+    except ResumeRefused as refusal:
+        field = str(refusal).partition(":")[0].replace(" ", "_")
+        if field in LEAVES:
+            raise ResumeRefused(f"{refusal}, or add --allow-data-change") from None
+        raise
 
 
 def seconds_per_step(logdir: Path) -> float:

@@ -561,6 +561,10 @@ class TrainConfig(RunConfig, TrainerSpellings):
     held_out_tokens: Count = opt(0, "Held-out tokens per source and evaluation; 0 uses all.", ge=0)
     log_every: int = change(OutputOptions, "log_every", default=5, flags=("--logging_steps",))
     log_first: bool = change(OutputOptions, "log_first", flags=("--logging_first_step",))
+    allow_data_change: bool = opt(
+        False,
+        "With --resume: --data, --prob-map, --reference-loss, --block-size, --seed and the global batch may differ from the checkpoint's.",
+    )
     comment: str = opt("", "What the run is for; kept in its record.")
     require_checklist: bool = opt(False, "Print the checklist and stop, before anything is loaded, when an item fails.")
 
@@ -596,6 +600,8 @@ class TrainConfig(RunConfig, TrainerSpellings):
                 raise ConfigError(f"{name}: {getattr(self, name)} belongs to --mode lora; add that, or leave it out")
         if self.peft_path is not None and (clash := given & set(ADAPTERS) - {"peft_path"}):
             raise ConfigError(f"{min(clash)}: the adapter in {self.peft_path} has its own; leave one of them out")
+        if self.allow_data_change and self.resume == "none":
+            raise ConfigError("allow_data_change: nothing is resumed; add --resume auto, or leave it out")
         if self.k_schedule is not None:
             parse_k_schedule(self.k_schedule)
             if clash := given & {"num_selects", "score_scale_factor"}:

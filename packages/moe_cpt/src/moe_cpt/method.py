@@ -46,27 +46,37 @@ logger = logging.getLogger(__name__)
 
 # L layers, N experts
 
+# the budget in other words, the shape of the rest of the schedule, what the plan only reports, and the leave for changes of the data
+RESUMABLE = frozenset(
+    {
+        "num_tokens",
+        "max_steps",
+        "lr_floor_style",
+        "num_nodes",
+        "num_gpu_per_node",
+        "experts_backend",
+        "max_train_samples",
+        "report_to",
+        "warmup_tokens",
+        "data_cache_dir",
+        "held_out_tokens",
+        "allow_data_change",
+    }
+)
+DATA_CHANGES = frozenset({"data", "prob_map", "reference_loss", "max_length", "seed", "global_batch_size"})
+
 
 class MoeCPT(Method):
     """One model and one loss. The gates of all layers report through a `Routing` that travels with the batch."""
 
     config: TrainConfig
-    # the budget in other words, the shape of the rest of the schedule, and what the plan only reports
-    resumable = frozenset(
-        {
-            "num_tokens",
-            "max_steps",
-            "lr_floor_style",
-            "num_nodes",
-            "num_gpu_per_node",
-            "experts_backend",
-            "max_train_samples",
-            "report_to",
-            "warmup_tokens",
-            "data_cache_dir",
-            "held_out_tokens",
-        }
-    )
+
+    @property
+    def resumable(self) -> frozenset[str]:  # type: ignore[override]
+        """What may always differ, and what --allow-data-change lets differ; shares that moved with the losses stay even so."""
+        if not self.config.allow_data_change:
+            return RESUMABLE
+        return RESUMABLE | DATA_CHANGES | ({"weights"} if self.config.dynamic_data_selection == "none" else set())
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
@@ -330,7 +340,9 @@ class MoeCPT(Method):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["reference"] != self._reference:
-            raise ResumeRefused("reference_loss: other losses than those of the checkpoint; give the same file, or start a new run")
+            if not self.config.allow_data_change:
+                raise ResumeRefused("reference_loss: other losses than those of the checkpoint; give the same file, or start a new run")
+            logger.warning("reference_loss: %s from here on; the checkpoint was made with %s", self._reference, state["reference"])
         self._updates = state["updates"]
         # what an evaluation before the next step uses
         for entry in self._selections:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,7 @@ def rows(dtype: torch.dtype, tokens: int, experts: int, *, seed: int = 0, scale:
 
 
 # sizes at which every operator of a gate is tested, those beyond the kernels' limits too
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "ordinary": {"tokens": 37, "experts": 16, "k": 4},
     "odd sizes": {"tokens": 19, "experts": 7, "k": 3},
     "one expert of a token": {"tokens": 20, "experts": 8, "k": 1},

@@ -206,6 +206,7 @@ class PretrainConfig(RunConfig, MegatronSpellings, ShapeOptions, DiffusionOption
     seed: int = change(OutputOptions, "seed", default=1234)
     output_dir: Path | None = change(OutputOptions, "output_dir", flags=("--save",))
     run_name: str | None = change(OutputOptions, "run_name", flags=("--wandb-exp-name",))
+    wandb_project: str = change(OutputOptions, "wandb_project", help="Project name in Weights & Biases; alone, it means --wandb online.")
     resume: str = change(OutputOptions, "resume", flags=("--load",))
     override_resume: list[str] = opt(
         help="Option that a resumed run may change although samples or model depend on it, repeatable; data: the content of the data.",

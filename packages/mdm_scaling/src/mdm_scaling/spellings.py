@@ -78,6 +78,9 @@ class MegatronSpellings(AdamSpellings):
 
     @classmethod
     def further_layers(cls, values: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        if "wandb_project" in values and not {"wandb", "wandb_mode"} & set(values):
+            # in those scripts a project is what turns reports on
+            values = {**values, "wandb_mode": "online"}
         name = values.get("recipe")
         if name is None:
             return super().further_layers(values)

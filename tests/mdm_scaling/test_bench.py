@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mdm_scaling import bench
-from mdm_scaling.config import BenchConfig
+from mdm_scaling.options import BenchConfig
 
 
 def test_stratified_levels_keep_the_bound_steady(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,8 @@ from lm_core.deepspeed_settings import settings
 from lm_core.errors import ConfigError
 from lm_core.progress import Progress, Size
 from mdm_scaling.commands import ds_config
-from mdm_scaling.config import DeepSpeedConfig, EvalConfig, PretrainConfig, TasksConfig, settled
+from mdm_scaling.config import DeepSpeedConfig, PretrainConfig, settled
+from mdm_scaling.options import EvalConfig, TasksConfig
 
 BASE: dict[str, Any] = {"objective": "mdm", "model": "117M", "data": ["x"]}
 

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from lm_core.data.vocab import byte_tokenizer
 from lm_core.errors import ConfigError
-from mdm_scaling.config import ExportConfig, ImportConfig
 from mdm_scaling.export import bring, export
 from mdm_scaling.model import load_network
+from mdm_scaling.options import ExportConfig, ImportConfig
 
 
 def saved(objective: Any, folder: Path) -> str:

@@ -16,9 +16,10 @@ from lm_core.method import IGNORE, Batch
 from lm_core.options import RunConfig
 from lm_core.run import run
 from lm_core.testing import Conformance
-from mdm_scaling.config import EvalConfig, PretrainConfig, settled
+from mdm_scaling.config import PretrainConfig, settled
 from mdm_scaling.evaluate import corpus_loss
 from mdm_scaling.method import Pretrain
+from mdm_scaling.options import EvalConfig
 from mdm_scaling.train import pretrain
 
 TINY: dict[str, Any] = {

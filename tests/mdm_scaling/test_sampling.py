@@ -12,7 +12,7 @@ from tests.mdm_scaling.small import VOCABULARY, Table, network
 
 from lm_core.data.vocab import byte_tokenizer
 from lm_core.errors import ConfigError, InputError
-from mdm_scaling.config import GenerateConfig
+from mdm_scaling.options import GenerateConfig
 from mdm_scaling.sampling import FinishedBlocks, autoregressive, choose, encode, fill, guided, run
 from mdm_scaling.sizes import shape
 

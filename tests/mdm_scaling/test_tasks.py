@@ -15,9 +15,9 @@ from tests.mdm_scaling.small import Table, network
 from lm_core.data.vocab import byte_tokenizer
 from lm_core.errors import ConfigError, InputError
 from mdm_scaling import losses
-from mdm_scaling.config import TasksConfig
 from mdm_scaling.model import Scorer
 from mdm_scaling.noise import Noise
+from mdm_scaling.options import TasksConfig
 from mdm_scaling.tasks import causal_versions, grouped, masked_versions, read_items, run, scores
 
 V, S = 3, 4

@@ -9,9 +9,9 @@ import pytest
 
 from lm_core.data.vocab import byte_tokenizer
 from lm_core.errors import ConfigError, InputError
-from mdm_scaling.config import TokenizeConfig
 from mdm_scaling.data.indexed import Indexed
 from mdm_scaling.data.tokenize import tokenize
+from mdm_scaling.options import TokenizeConfig
 
 
 def corpus(path: Path, texts: list[str]) -> Path:

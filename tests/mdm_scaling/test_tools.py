@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from lm_core.errors import ConfigError, InputError
-from mdm_scaling.config import ConcatConfig, SubsetConfig
 from mdm_scaling.data.indexed import Indexed, Writer, index_bytes
 from mdm_scaling.data.tools import concat, inspect, subset, verify
+from mdm_scaling.options import ConcatConfig, SubsetConfig
 
 U2 = np.dtype("<u2")
 

@@ -31,9 +31,10 @@ from lm_core.config import build
 from lm_core.data.vocab import byte_tokenizer
 from lm_core.errors import ConfigError
 from mdm_scaling import planner
-from mdm_scaling.config import ExportConfig, ImportConfig, PretrainConfig, settled
+from mdm_scaling.config import PretrainConfig, settled
 from mdm_scaling.export import bring, export
 from mdm_scaling.model import Objective, Scorer, load_network, objective_of, shape_of_folder
+from mdm_scaling.options import ExportConfig, ImportConfig
 from mdm_scaling.sampling import autoregressive
 from mdm_scaling.sizes import Shape
 from mdm_scaling.train import pretrain

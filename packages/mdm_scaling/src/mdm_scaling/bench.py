@@ -21,7 +21,7 @@ from lm_core.config import build
 from lm_core.figures import Figure, in_turns, optional, report
 from lm_core.method import Batch
 from lm_core.run import make_loader
-from mdm_scaling.config import BenchConfig, PretrainConfig, settled
+from mdm_scaling.config import PretrainConfig, settled
 from mdm_scaling.fit import chinchilla
 from mdm_scaling.fit.points import Point
 from mdm_scaling.fit.solver import huber, minimise
@@ -29,6 +29,7 @@ from mdm_scaling.losses import Estimator, Predictor, bounds, masked_total
 from mdm_scaling.method import Pretrain
 from mdm_scaling.model import Scorer, fresh
 from mdm_scaling.noise import Noise, levels, masks
+from mdm_scaling.options import BenchConfig
 from mdm_scaling.sampling import fill
 from mdm_scaling.sizes import shape
 

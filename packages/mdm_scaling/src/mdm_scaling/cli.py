@@ -23,20 +23,18 @@ from mdm_scaling.analysis import (
     StudyConfig,
     SweepConfig,
 )
-from mdm_scaling.config import (
+from mdm_scaling.config import DeepSpeedConfig, PretrainConfig, settled
+from mdm_scaling.options import (
     BenchConfig,
     ConcatConfig,
-    DeepSpeedConfig,
     EvalConfig,
     ExportConfig,
     GenerateConfig,
     ImportConfig,
-    PretrainConfig,
     SubsetConfig,
     TasksConfig,
     TokenizeConfig,
     VerifyConfig,
-    settled,
 )
 
 cli = command_group("Pre-train masked diffusion and autoregressive language models, compare them, and fit their scaling laws.")

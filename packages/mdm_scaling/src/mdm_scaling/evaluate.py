@@ -21,12 +21,13 @@ from lm_core.export import export
 from lm_core.models import load_tokenizer
 from lm_core.run import make_loader
 from mdm_scaling import losses
-from mdm_scaling.config import PARTS, SHAPE_OPTIONS, EvalConfig, PretrainConfig
+from mdm_scaling.config import PARTS, SHAPE_OPTIONS, PretrainConfig
 from mdm_scaling.data import pathfile
 from mdm_scaling.data.corpus import open_held_out
 from mdm_scaling.data.tokens import Part
 from mdm_scaling.model import Scorer, checkpoint_folder, load_network, objective_of, vocabulary_of
 from mdm_scaling.noise import Noise
+from mdm_scaling.options import EvalConfig
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from lm_core.errors import ConfigError, RunFailed
 from lm_core.models import load_tokenizer, quiet
-from mdm_scaling.config import ExportConfig, ImportConfig
 from mdm_scaling.model import checkpoint_folder, load_network, objective_of, vocabulary_of, warm
+from mdm_scaling.options import ExportConfig, ImportConfig
 
 
 def export(config: ExportConfig) -> dict[str, Any]:

@@ -5,6 +5,7 @@ B samples, T positions, V vocabulary.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable
@@ -19,9 +20,9 @@ from kernels_cuda.mdm import reveal_tokens
 from lm_core import counter
 from lm_core.errors import InputError
 from lm_core.models import load_tokenizer
-from mdm_scaling.config import GenerateConfig, to_json
 from mdm_scaling.model import checkpoint_folder, load_network, objective_of, vocabulary_of
 from mdm_scaling.noise import WHOLE, at, signed, unit
+from mdm_scaling.options import GenerateConfig
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def run(config: GenerateConfig) -> dict[str, Any]:
     for path, lines in ((config.out, results), (config.trace, steps)):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(to_json(line) + "\n" for line in lines))
+            path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return {"samples": results}
 
 

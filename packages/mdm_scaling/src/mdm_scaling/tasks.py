@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from lm_core.errors import ConfigError, InputError
 from lm_core.models import load_tokenizer
 from mdm_scaling import losses
-from mdm_scaling.config import TasksConfig
 from mdm_scaling.model import Scorer, checkpoint_folder, load_network, objective_of, vocabulary_of
 from mdm_scaling.noise import Noise, levels, masks
+from mdm_scaling.options import TasksConfig
 from mdm_scaling.sampling import fill
 
 How = Literal["mc", "chain", "greedy"]

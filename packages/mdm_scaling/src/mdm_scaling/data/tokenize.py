@@ -15,8 +15,8 @@ from lm_core.data.sources import Corpus, Row, parse, resolve
 from lm_core.data.tokenize import open_corpus
 from lm_core.data.vocab import build_tokenizer
 from lm_core.errors import ConfigError
-from mdm_scaling.config import TokenizeConfig
 from mdm_scaling.data.indexed import Writer, token_type
+from mdm_scaling.options import TokenizeConfig
 
 logger = logging.getLogger(__name__)
 

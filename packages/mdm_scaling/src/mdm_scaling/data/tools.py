@@ -18,8 +18,8 @@ import numpy as np
 
 from lm_core.engine.state import write_json
 from lm_core.errors import ConfigError, InputError
-from mdm_scaling.config import ConcatConfig, SubsetConfig
 from mdm_scaling.data.indexed import Indexed, Writer, prefix_of
+from mdm_scaling.options import ConcatConfig, SubsetConfig
 from mdm_scaling.planner import documents, tokens_per_doc
 
 

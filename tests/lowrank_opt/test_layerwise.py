@@ -128,6 +128,8 @@ def test_only_one_gradient_lives_at_a_time(micro):
         left = [p for p in model.parameters() if p.grad is not None]
         assert not low_rank.intersection(left)
         assert bool(left) == (part < micro - 1), "dense gradients wait for the last micro-batch"
+        if part < micro - 1:
+            assert sorted((low.dtype, tuple(low.shape)) for low in layers.low.values()) == [(torch.float32, (4, 24))] * 2
     if micro == 1:
         assert max(len(parameters) for parameters in live) == 1
     else:

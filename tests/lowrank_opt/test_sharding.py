@@ -134,6 +134,11 @@ def shared(folder: Path) -> dict[str, Any]:
         with pytest.raises(UnsupportedDistributedError) as error:
             optimizer.step()
         refused[f"{kind.__name__} {more}"] = str(error.value)
+    optimizer = GaLoreAdamW([in_columns := by_columns()], rank=4, proj_type="right")
+    in_columns.grad = torch.ones_like(in_columns)
+    with pytest.raises(UnsupportedDistributedError) as error:
+        optimizer.step()
+    refused["columns"] = str(error.value)
     model = sharded_products()
     forced = GaLoreAdamW(model.weights, rank=4)
     return {"found": found, "refused": refused, "forced": forced.param_groups[0]["proj_type"]}
@@ -145,6 +150,13 @@ def sharded_products() -> Products:
     model = Products()
     shard(model, torch.device("cpu"))
     return model
+
+
+def by_columns() -> nn.Parameter:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    return nn.Parameter(distribute_tensor(torch.ones(32, 48), init_device_mesh("cpu", (2,)), [Shard(1)]))
 
 
 def alone(folder: Path) -> dict[str, Any]:
@@ -178,6 +190,7 @@ def test_two_processes_with_rows_of_each_matrix_equal_one(tmp_path: Path) -> Non
     # L lies column by column where the rows are
     assert [side["found"]["galore"]["rows"]["weights.0"] for side in (first, second)] == [(RANK, 25), (RANK, 24)]
     assert first["forced"] == "right"
-    words = dict(zip(first["refused"], ("LDAdamW needs the whole matrix", "proj_type left needs", "compat galore_torch needs")))
+    known = ("LDAdamW needs the whole matrix", "proj_type left needs", "compat galore_torch needs", "low-rank updates know rows")
+    words = dict(zip(first["refused"], known, strict=True))
     for which, message in first["refused"].items():
         assert words[which] in message, message

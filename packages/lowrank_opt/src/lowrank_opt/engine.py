@@ -281,8 +281,8 @@ def verify_replicas(trained: dict[str, nn.Parameter], optimizer: torch.optim.Opt
     mine = {where: digest(tensor) for where, tensor in named.items()}
     for rank, theirs in enumerate(dist.gather_objects(mine)):
         # a basis may be with its owner alone
-        for name, part in mine.keys() & theirs.keys():
-            if mine[name, part] != theirs[name, part]:
+        for name, part in mine:
+            if mine[name, part] != theirs.get((name, part), mine[name, part]):
                 raise RunFailed(
                     f"verify_replicas_every: the {part} of {name} differs between rank {dist.rank()} and rank {rank}; the replicas have "
                     "parted, so resume from the last checkpoint, on machines of one kind"

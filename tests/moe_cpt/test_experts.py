@@ -67,7 +67,7 @@ def test_gradients_equal_finite_differences(idle: bool) -> None:
         assert not gate_up.grad[1].any()
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
 def test_backends_agree_in_value_and_gradient(dtype: torch.dtype, tolerance: float) -> None:
     results = []
     backends: list[Backend] = ["loop", "grouped_mm", "fused"]
@@ -90,7 +90,7 @@ def test_backends_are_chosen_only_where_they_work() -> None:
     x, _, down, *_ = inputs(dtype=torch.float32)
     assert chosen_backend("auto", x, down) == "fused"
     assert chosen_backend("auto", x, down[:, :, :6]) == "fused"
-    assert chosen_backend("auto", x.half(), down.half()) == "grouped_mm"
+    assert chosen_backend("auto", x.half(), down.half()) == "fused"
     assert chosen_backend("auto", x.double(), down.double()) == "loop"
     assert chosen_backend("loop", x, down) == "loop"
     before = use("reference")

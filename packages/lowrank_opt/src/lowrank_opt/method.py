@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kernels_cuda.head import linear_cross_entropy
 from lm_core import dist
@@ -159,7 +159,7 @@ class LowRank(Method):
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The module to train around the model, with its adapters if any."""
-        return CausalLoss(model, loss=fused_loss)
+        return CausalLoss(model, loss=linear_cross_entropy)
 
     def trains_base(self) -> bool:
         """Whether embeddings, norms and head are trained beside the adapters."""
@@ -261,16 +261,6 @@ def train_base_modules(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1 and "norm" in name:
             parameter.requires_grad_(True)
-
-
-def fused_loss(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
-    """Summed cross entropy without the full logits; float16, from autocast or a sharded engine, in float32, which the operator has."""
-    kind = hidden_ND.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_ND.dtype
-    if torch.float16 in (autocast, hidden_ND.dtype):
-        with torch.autocast(kind, enabled=False):
-            return linear_cross_entropy(hidden_ND.float(), weight_VD.float(), labels_N)
-    return linear_cross_entropy(hidden_ND, weight_VD, labels_N)
 
 
 def check_size(config: TrainConfig, found: PretrainedConfig) -> None:

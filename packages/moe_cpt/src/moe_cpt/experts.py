@@ -44,14 +44,12 @@ def moe_ffn(x_RD: Tensor, gate_up_NFD: Tensor, down_NDE: Tensor, idx_RK: Tensor,
 def chosen_backend(backend: Backend, x_RD: Tensor, down_NDE: Tensor) -> Literal["fused", "grouped_mm", "loop"]:
     """What computes the experts.
 
-    `auto` is `fused` where its kernels can be had and take the type, else `grouped_mm`. That one needs row lengths that are
+    `auto` is `fused` where its kernels can be had, else `grouped_mm`. That one needs row lengths that are
     multiples of 16 bytes; `loop` takes what the others do not.
     """
     if backend == "loop" or x_RD.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return "loop"
-    # the kernels have no float16
-    wanted = backend == "fused" or (backend == "auto" and choice.library("moe/moe_ffn", x_RD.device.type))
-    if wanted and x_RD.dtype != torch.float16:
+    if backend == "fused" or (backend == "auto" and choice.library("moe/moe_ffn", x_RD.device.type)):
         return "fused"
     aligned = all(size * x_RD.element_size() % 16 == 0 for size in down_NDE.shape[1:])
     return "grouped_mm" if aligned and hasattr(F, "grouped_mm") else "loop"

@@ -30,10 +30,11 @@ def linear_cross_entropy(
 
     loss[n] = weights[n] * (logsumexp(logits[n]) - logits[n, labels[n]]), and 0 where labels[n] == ignore_index.
 
-    hidden_ND and weight_VD share a dtype: float32, bfloat16 or float64. Under autocast both are cast to its dtype. labels_N is
-    int64 or int32, weights_N (optional, any sign, differentiable) any float type. The result is float32 (float64 for float64):
-    a scalar for "sum", N values for "none". With `vocabulary` only the first so many rows of the weight take part (the others are
-    padding, and their gradient is zero), without a copy of the gradient that a slice of the weight would cost.
+    hidden_ND and weight_VD share a dtype: float32, bfloat16, float64, or float16, which is computed in float32. Under autocast both
+    are cast to its dtype (float32 for float16). labels_N is int64 or int32, weights_N (optional, any sign, differentiable) any float
+    type. The result is float32 (float64 for float64): a scalar for "sum", N values for "none". With `vocabulary` only the first so many
+    rows of the weight take part (the others are padding, and their gradient is zero), without a copy of the gradient that a slice of the
+    weight would cost.
 
     Time is three matrix products, or one where no gradient is needed. "sum" computes the gradients together with the loss
     and holds them until backward; "none" learns the gradient of each row only in backward and makes a fourth product there.
@@ -49,7 +50,11 @@ def linear_cross_entropy(
     """
     if torch.is_autocast_enabled(hidden_ND.device.type):
         low = torch.get_autocast_dtype(hidden_ND.device.type)
+        # the kernels have no float16, whose range holds no gradient of many rows
+        low = torch.float32 if low == torch.float16 else low
         hidden_ND, weight_VD = hidden_ND.to(low), weight_VD.to(low)
+    elif hidden_ND.dtype == weight_VD.dtype == torch.float16:
+        hidden_ND, weight_VD = hidden_ND.float(), weight_VD.float()
     check.shapes(hidden=(hidden_ND, "ND"), weight=(weight_VD, "VD"), labels=(labels_N, "N"), weights=(weights, "N"))
     check.dtype("hidden", hidden_ND, (torch.float32, torch.bfloat16, torch.float64))
     check.dtype("labels", labels_N, (torch.int64, torch.int32))

@@ -81,6 +81,17 @@ def test_under_autocast_products_are_bfloat16_and_gradients_return_to_the_weight
         assert torch.autograd.grad(total, arguments["weight_VD"])[0].dtype == torch.float32
 
 
+def test_float16_is_computed_in_float32() -> None:
+    arguments = make(torch.float32, 20, 16, 30)
+    expected = linear_cross_entropy(**arguments)
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert torch.equal(linear_cross_entropy(**arguments), expected)
+    low = {name: value.detach().half() if name in ("hidden_ND", "weight_VD") else value for name, value in arguments.items()}
+    loss = linear_cross_entropy(**low)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
+
+
 def test_bfloat16_gradient_is_scaled_in_float32() -> None:
     """A loss is divided by its targets; that factor must not be rounded to eight bits."""
     arguments = make(torch.bfloat16, 20, 16, 30)

@@ -17,8 +17,8 @@ __all__ = ["moe_ffn"]
 def moe_ffn(x_TD: Tensor, gate_up_NFD: Tensor, down_NDE: Tensor, experts_TK: Tensor, score_TK: Tensor) -> Tensor:
     """y[t] = sum over the experts j of token t of score * down[j] (silu(gate[j] x[t]) * (up[j] x[t])), T x D, in the dtype of x.
 
-    gate_up_NFD holds the E gate rows and then the E up rows of every expert. x, gate_up and down share a dtype: float32, bfloat16
-    or float64 (always computed by the reference). experts_TK is int64 or int32, score_TK any float type, used as float32. All but
+    gate_up_NFD holds the E gate rows and then the E up rows of every expert. x, gate_up and down share a dtype: float32, bfloat16,
+    float16 or float64 (always computed by the reference). experts_TK is int64 or int32, score_TK any float type, used as float32. All but
     experts_TK are differentiable; every expert gets a gradient, zero where no token came. Sums have a fixed order.
 
     Backward needs x, the T K x 2 E products of the first layer, and a few numbers per row; the rest is computed anew, without
@@ -37,9 +37,9 @@ def moe_ffn(x_TD: Tensor, gate_up_NFD: Tensor, down_NDE: Tensor, experts_TK: Ten
         check.fail(
             "gate_up", f"shape {tuple(gate_up_NFD.shape)}", f"does not fit E = {down_NDE.shape[2]} of down", "pass 2 E rows per expert"
         )
-    check.dtype("x", x_TD, (torch.float32, torch.bfloat16, torch.float64))
+    check.dtype("x", x_TD, (torch.float32, torch.bfloat16, torch.float16, torch.float64))
     check.dtype("experts", experts_TK, (torch.int64, torch.int32))
-    check.dtype("score", score_TK, (torch.float32, torch.bfloat16, torch.float64))
+    check.dtype("score", score_TK, (torch.float32, torch.bfloat16, torch.float16, torch.float64))
     check.same("dtype", x=x_TD, gate_up=gate_up_NFD, down=down_NDE)
     check.same("device", x=x_TD, gate_up=gate_up_NFD, down=down_NDE, experts=experts_TK, score=score_TK)
     if x_TD.dtype == torch.float64 or not choice.library(binding.OP, x_TD.device.type):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -69,6 +70,9 @@ CASES = [
     Case("x alone", lambda dtype: _constant(dtype, "gate_up_NFD", "down_NDE", "score_TK")),
     Case("down alone", lambda dtype: _constant(dtype, "x_TD", "gate_up_NFD", "score_TK")),
 ]
+# in float16 what differs from the other types: how numbers are read and written, whole vectors and single ones
+HALF = ("ordinary", "odd sizes", "idle experts", "large gates", "strided", "down alone")
+CASES = [replace(case, dtypes=(*case.dtypes, torch.float16)) if case.name in HALF else case for case in CASES]
 
 
 def _changed(**changes: Any) -> Arguments:
@@ -78,7 +82,8 @@ def _changed(**changes: Any) -> Arguments:
 REFUSED = [
     Refused("other width", lambda: _changed(x_TD=torch.ones(4, 7)), "gate_up: shape .* has D = 8 where x has 7"),
     Refused("one half", lambda: _changed(gate_up_NFD=torch.ones(3, 8, 8)), "gate_up: shape .* does not fit E = 8 of down"),
-    Refused("half", lambda: _changed(x_TD=torch.ones(4, 8).half()), "x: torch.float16 is not supported; use float32 or bfloat16"),
+    Refused("integers", lambda: _changed(x_TD=torch.ones(4, 8).int()), "x: torch.int32 is not supported; use float32 or bfloat16"),
+    Refused("half", lambda: _changed(x_TD=torch.ones(4, 8).half()), "gate_up: dtype torch.float32 differs from x"),
     Refused("mixed", lambda: _changed(down_NDE=torch.ones(3, 8, 8).bfloat16()), "down: dtype torch.bfloat16 differs from x"),
     Refused("other slots", lambda: _changed(score_TK=torch.ones(4, 3)), "score: shape .* has K = 3 where experts has 2"),
     Refused("float experts", lambda: _changed(experts_TK=torch.ones(4, 2)), "experts: torch.float32 is not supported"),
@@ -93,7 +98,14 @@ def kernel_calls() -> list[Call]:
         experts = torch.randint(-1, num_experts + 1, (rows,), generator=torch.Generator().manual_seed(rows)).int()
         sizes = sort_workspace(rows, num_experts), rows, rows, num_experts
         found.append(Call("sort_tokens_", (experts, *(torch.zeros(size, dtype=torch.int32) for size in sizes))))
-    for dtype, size in ((torch.float32, 40), (torch.bfloat16, 24), (torch.float32, 7), (torch.bfloat16, 3)):
+    for dtype, size in (
+        (torch.float32, 40),
+        (torch.bfloat16, 24),
+        (torch.float16, 24),
+        (torch.float32, 7),
+        (torch.bfloat16, 3),
+        (torch.float16, 3),
+    ):
         gate_up, score, dh, h = (
             torch.randn(9, 2 * size).to(dtype),
             torch.rand(9),
@@ -115,7 +127,7 @@ def kernel_calls() -> list[Call]:
 def calls() -> list[Call]:
     """Calls of the ops that binding.py builds from them."""
     found: list[Call] = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x, gate_up, down, score, experts = make(dtype, 6, 2, 8, 3, 8).values()
         order = torch.argsort(experts.flatten(), stable=True)
         inverse = torch.argsort(order).int().view(6, 2)

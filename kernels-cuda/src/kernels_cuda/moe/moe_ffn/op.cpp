@@ -9,17 +9,13 @@ namespace kernels {
 
 #if !defined(KERNELS_CUDA_BUILD_CUDA) && !defined(KERNELS_CUDA_BUILD_EMULATED)
 // The CPU twin of op.cu.
+// A lane at a time: the products in this type take far longer.
+inline floats load(const float16* from) { return load_tail(from, lanes, 0.0f); }
+inline void store(float16* to, floats value) { store_tail(to, value, lanes); }
+
 namespace {
 
 constexpr int64_t row_grain = 16;
-
-template <class Run>
-void with_float(Float type, Run run) {
-  if (type == Float::float32)
-    run(float{});
-  else
-    run(bfloat16{});
-}
 
 inline floats sigmoid(floats x) {
   const floats negative = floats{} - x;
@@ -43,8 +39,8 @@ void sort_tokens(const int32_t* experts_R, int64_t rows, int64_t num_experts, in
   }
 }
 
-void swiglu_score(const void* gate_up, Float type, const float* score, void* h, int64_t rows, int64_t size, void*) {
-  with_float(type, [&](auto one) {
+void swiglu_score(const void* gate_up, Value type, const float* score, void* h, int64_t rows, int64_t size, void*) {
+  with_value(type, [&](auto one) {
     using T = decltype(one);
     torch::stable::parallel_for(0, rows, row_grain, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
@@ -59,9 +55,9 @@ void swiglu_score(const void* gate_up, Float type, const float* score, void* h, 
   });
 }
 
-void swiglu_score_backward(const void* gate_up, Float type, const float* score, const void* dh, void* h, void* dgate_up, float* dscore,
+void swiglu_score_backward(const void* gate_up, Value type, const float* score, const void* dh, void* h, void* dgate_up, float* dscore,
                            int64_t rows, int64_t size, void*) {
-  with_float(type, [&](auto one) {
+  with_value(type, [&](auto one) {
     using T = decltype(one);
     torch::stable::parallel_for(0, rows, row_grain, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
@@ -110,9 +106,9 @@ void combine_tokens(Out* out, const T* rows, const int32_t* inverse_TK, int64_t 
 
 }  // namespace
 
-void combine(void* out, bool wide_out, const void* rows, Float type, const int32_t* inverse_TK, int64_t tokens, int64_t slots,
+void combine(void* out, bool wide_out, const void* rows, Value type, const int32_t* inverse_TK, int64_t tokens, int64_t slots,
              int64_t width, int64_t first, int64_t count, bool add, void*) {
-  with_float(type, [&](auto one) {
+  with_value(type, [&](auto one) {
     using T = decltype(one);
     const auto run = [&](auto* to) {
       combine_tokens(to, static_cast<const T*>(rows), inverse_TK, tokens, slots, width, first, count, add);
@@ -127,6 +123,11 @@ void combine(void* out, bool wide_out, const void* rows, Float type, const int32
 
 namespace {
 
+Value value_type(const Tensor& tensor) {
+  if (tensor.scalar_type() == ScalarType::Half) return Value::float16;
+  return float_type(tensor) == Float::float32 ? Value::float32 : Value::bfloat16;
+}
+
 void sort_tokens_op(const Tensor experts_R, Tensor counts, Tensor order_R, Tensor inverse_R, Tensor ends_N) {
   const Stream stream(experts_R);
   sort_tokens(pointer_to<int32_t>(experts_R), experts_R.numel(), ends_N.numel(), pointer_to<int32_t>(counts), pointer_to<int32_t>(order_R),
@@ -135,18 +136,18 @@ void sort_tokens_op(const Tensor experts_R, Tensor counts, Tensor order_R, Tenso
 
 void swiglu_score_op(const Tensor gate_up, const Tensor score, Tensor h) {
   const Stream stream(gate_up);
-  swiglu_score(gate_up.data_ptr(), float_type(gate_up), pointer_to<float>(score), h.data_ptr(), h.size(0), h.size(1), stream.handle);
+  swiglu_score(gate_up.data_ptr(), value_type(gate_up), pointer_to<float>(score), h.data_ptr(), h.size(0), h.size(1), stream.handle);
 }
 
 void swiglu_score_backward_op(const Tensor gate_up, const Tensor score, const Tensor dh, Tensor h, Tensor dgate_up, Tensor dscore) {
   const Stream stream(gate_up);
-  swiglu_score_backward(gate_up.data_ptr(), float_type(gate_up), pointer_to<float>(score), dh.data_ptr(), h.data_ptr(),
+  swiglu_score_backward(gate_up.data_ptr(), value_type(gate_up), pointer_to<float>(score), dh.data_ptr(), h.data_ptr(),
                         dgate_up.data_ptr(), pointer_to<float>(dscore), h.size(0), h.size(1), stream.handle);
 }
 
 void combine_op(Tensor out, const Tensor rows, const Tensor inverse_TK, int64_t first, bool add) {
   const Stream stream(out);
-  combine(out.data_ptr(), float_type(out) == Float::float32, rows.data_ptr(), float_type(rows), pointer_to<int32_t>(inverse_TK),
+  combine(out.data_ptr(), value_type(out) == Value::float32, rows.data_ptr(), value_type(rows), pointer_to<int32_t>(inverse_TK),
           out.size(0), inverse_TK.size(1), out.size(1), first, rows.size(0), add, stream.handle);
 }
 

@@ -147,14 +147,6 @@ __global__ void __launch_bounds__(combine_threads) combine_kernel(Out* out, cons
   }
 }
 
-template <class Run>
-void with_float(Float type, Run run) {
-  if (type == Float::float32)
-    run(float{});
-  else
-    run(bfloat16{});
-}
-
 // Calls run(values that move in one instruction): 16 bytes of them where all pointers and lengths allow it, else one.
 template <class T, class Run>
 void with_few(int64_t length, std::initializer_list<const void*> pointers, Run run) {
@@ -180,9 +172,9 @@ void sort_tokens(const int32_t* experts_R, int64_t rows, int64_t num_experts, in
     LAUNCH(place_kernel, grid, block, 0, stream)(experts_R, rows, int(num_experts), counts, ends_N, order_R, inverse_R);
 }
 
-void swiglu_score(const void* gate_up, Float type, const float* score, void* h, int64_t rows, int64_t size, void* stream) {
+void swiglu_score(const void* gate_up, Value type, const float* score, void* h, int64_t rows, int64_t size, void* stream) {
   if (rows * size == 0) return;
-  with_float(type, [&](auto one) {
+  with_value(type, [&](auto one) {
     using T = decltype(one);
     with_few<T>(size, {gate_up, h}, [&](auto few) {
       const auto kernel = swiglu_kernel<T, decltype(few)::value>;
@@ -192,10 +184,10 @@ void swiglu_score(const void* gate_up, Float type, const float* score, void* h, 
   });
 }
 
-void swiglu_score_backward(const void* gate_up, Float type, const float* score, const void* dh, void* h, void* dgate_up, float* dscore,
+void swiglu_score_backward(const void* gate_up, Value type, const float* score, const void* dh, void* h, void* dgate_up, float* dscore,
                            int64_t rows, int64_t size, void* stream) {
   if (rows == 0) return;
-  with_float(type, [&](auto one) {
+  with_value(type, [&](auto one) {
     using T = decltype(one);
     with_few<T>(size, {gate_up, dh, h, dgate_up}, [&](auto few) {
       const auto kernel = swiglu_backward_kernel<T, decltype(few)::value>;
@@ -205,10 +197,10 @@ void swiglu_score_backward(const void* gate_up, Float type, const float* score, 
   });
 }
 
-void combine(void* out, bool wide_out, const void* rows, Float type, const int32_t* inverse_TK, int64_t tokens, int64_t slots,
+void combine(void* out, bool wide_out, const void* rows, Value type, const int32_t* inverse_TK, int64_t tokens, int64_t slots,
              int64_t width, int64_t first, int64_t count, bool add, void* stream) {
   if (tokens * width == 0) return;
-  with_float(type, [&](auto one) {
+  with_value(type, [&](auto one) {
     using T = decltype(one);
     with_few<T>(width, {rows}, [&](auto few) {
       const auto run = [&](auto* to) {

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 from lm_core.config import build
 from lm_core.errors import ConfigError, InputError
 from lm_core.models import load_model, using_peft
-from lowrank_opt import estimation
+from lowrank_opt import bench_cuda, estimation
 from lowrank_opt.cli import cli
+from lowrank_opt.commands import BenchConfig
 from lowrank_opt.config import TrainConfig
 from lowrank_opt.method import LowRank
 from lowrank_opt.models import PRESETS
@@ -188,3 +189,22 @@ def test_bench_prints_figures_with_targets_and_refuses_unknown_ones(capsys: pyte
     assert all(figure["pass"] for figure in found["figures"]), found["figures"]
     with pytest.raises(ConfigError, match="C99 is no measurement"):
         command("bench", "--only", "C99")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_suite_of_a_gpu_is_refused_without_one() -> None:
+    with pytest.raises(ConfigError, match="suite: cuda needs a GPU, and torch sees none; use --suite cpu"):
+        command("bench", "--suite", "cuda")
+
+
+def test_the_suite_of_a_gpu_measures_what_it_says() -> None:
+    config, here = BenchConfig(repeats=3), "cpu"
+    (update,) = bench_cuda.whole_model(config, here, model="llama_test", rank=8, side=256)
+    (moved,) = bench_cuda.bandwidth(config, here, side=256)
+    (refresh,) = bench_cuda.refresh(config, here, shape=(64, 96), rank=8)
+    assert [figure.name for figure in (update, moved, refresh)] == list(bench_cuda.MEASUREMENTS)
+    # two products of rank 8 over 14 matrices of 98,816 elements
+    assert update.details["operations"] == 2 * 2 * 8 * 98_816
+    # weight in and out and gradient in float32; both moments in and out, with one float32 maximum per 256
+    assert moved.details["bytes"] == 256 * 256 * (3 * 4 + 2 * 2) + 2 * 2 * 4 * 256
+    assert refresh.value > 0

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lm_core.engine.state import optimizer_tensors, write_json, write_tensors
+from lm_core.errors import ConfigError
 from lm_core.figures import Figure, in_turns, optional, ratio, report
 from lowrank_opt import AdamW, AdamW8bit, GaLoreAdamW, GaLoreAdamW8bit, LDAdamW, QGaLoreAdamW8bit
 from lowrank_opt.commands import BenchConfig
@@ -385,5 +386,11 @@ GRIDS = {f"grid-{name}": partial(grid_beside_galore_torch, name) for name in GRI
 
 
 def run(config: BenchConfig) -> dict[str, Any]:
-    """Print each figure with its target as it is measured."""
+    """Print each figure of the suite with its target as it is measured. Raises ConfigError for the suite of a device that is absent."""
+    if config.suite == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError("suite: cuda needs a GPU, and torch sees none; use --suite cpu, or install a CUDA build of torch")
+        from lowrank_opt import bench_cuda
+
+        return report(bench_cuda.MEASUREMENTS, config, only=config.only, threads=config.threads)
     return report(MEASUREMENTS | (GRIDS if config.only else {}), config, only=config.only, threads=config.threads)

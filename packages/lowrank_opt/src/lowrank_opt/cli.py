@@ -116,7 +116,10 @@ def compare(config: CompareConfig, runs: tuple[Path, ...]) -> dict[str, Any]:
 @cli.command()
 @configured(BenchConfig)
 def bench(config: BenchConfig) -> dict[str, Any]:
-    """Measure speed, memory and exactness of the optimizers on the CPU, each figure beside its target."""
+    """Measure speed, memory and exactness of the optimizers, each figure beside its target.
+
+    Example: lowrank-opt bench --suite cpu --only C7 C8
+    """
     from lowrank_opt import bench as measurements
 
     return measurements.run(config)

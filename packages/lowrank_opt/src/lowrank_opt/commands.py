@@ -48,7 +48,8 @@ class CompareConfig:
 class BenchConfig:
     """Speed and memory beside their targets."""
 
-    only: list[str] = opt(help="Measurements to make, for example C1 C4; default: all.", factory=list)
+    suite: Literal["cpu", "cuda"] = opt("cpu", "Measurements of the CPU, or those of a GPU.")
+    only: list[str] = opt(help="Measurements of the suite to make, for example C1 C4; default: all.", factory=list)
     threads: int = opt(1, "Threads of the tensor operations.", ge=1)
     repeats: int = opt(20, "Timed repetitions of short steps.", ge=3)
 

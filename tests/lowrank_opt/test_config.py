@@ -11,7 +11,9 @@ import pytest
 from lm_core.config import build, leaves, to_dict
 from lm_core.errors import ConfigError
 from lm_core.progress import Progress, Size
-from lowrank_opt.config import TrainConfig, refuse_unused, resolved, with_data, without_foreign
+from lowrank_opt.checks import refuse_unused
+from lowrank_opt.config import TrainConfig
+from lowrank_opt.resolve import resolved, with_data, without_foreign
 
 # the original guide's options: flag, default, choices
 GUIDE: list[tuple[str, Any]] = [

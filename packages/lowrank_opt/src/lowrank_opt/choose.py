@@ -9,11 +9,12 @@ from lm_core.deepspeed_settings import engine_kind
 from lowrank_opt.adamw import AdamW, AdamW8bit
 from lowrank_opt.apollo import ApolloAdamW
 from lowrank_opt.base import BaseOptimizer, Group
-from lowrank_opt.config import LOW_RANK, OF_LDADAM, PROJECTED, TrainConfig, moment_bits
+from lowrank_opt.config import TrainConfig
 from lowrank_opt.fira import FiraAdamW
 from lowrank_opt.galore import GaLoreAdamW, GaLoreAdamW8bit, QGaLoreAdamW8bit
 from lowrank_opt.ldadam import LDAdamW
 from lowrank_opt.muon import MuonWithAdamW
+from lowrank_opt.optimizer_options import LOW_RANK, OF_LDADAM, PROJECTED, moment_bits
 
 CLASSES: dict[str, type[BaseOptimizer]] = {
     "baseline": AdamW,

@@ -11,8 +11,10 @@ import click
 from lm_core.cli import command_group, configured
 from lm_core.cli import main as run_cli
 from lm_core.harness import add_harness
+from lowrank_opt.checks import refuse_unused
 from lowrank_opt.commands import BenchConfig, CompareConfig, EvalConfig, ExportConfig, InspectConfig, PresetsConfig
-from lowrank_opt.config import TrainConfig, refuse_unused, resolved, with_data, without_foreign
+from lowrank_opt.config import TrainConfig
+from lowrank_opt.resolve import resolved, with_data, without_foreign
 
 cli = command_group("Train language models in little memory: LoRA, GaLore and full-rank baselines.")
 

@@ -16,9 +16,9 @@ from lm_core import dist
 from lm_core.engine.replicated import Replicated
 from lm_core.errors import RunFailed
 from lowrank_opt.base import Group, work_dtype
-from lowrank_opt.config import PROJECTED
 from lowrank_opt.exchange import Exchange, buckets
 from lowrank_opt.galore import GaLoreAdamW
+from lowrank_opt.optimizer_options import PROJECTED
 from lowrank_opt.projector import largest_magnitude
 
 if TYPE_CHECKING:

@@ -12,9 +12,11 @@ import torch
 from lm_core.errors import ConfigError
 from lm_core.models import hf_model
 from lowrank_opt.choose import low_rank_settings
-from lowrank_opt.config import OPTIMIZERS, TrainConfig, again, moment_bits
+from lowrank_opt.config import TrainConfig
 from lowrank_opt.memory import Memory, estimate_memory
 from lowrank_opt.method import method_for
+from lowrank_opt.optimizer_options import OPTIMIZERS, moment_bits
+from lowrank_opt.resolve import again
 
 ROWS = {
     "weights": "weights",

@@ -13,8 +13,8 @@ from lm_core.export import export
 from lm_core.models import adapted, merged
 from lowrank_opt import saved
 from lowrank_opt.commands import ExportConfig
-from lowrank_opt.config import again
 from lowrank_opt.method import LowRank, method_for
+from lowrank_opt.resolve import again
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -21,11 +21,13 @@ from lm_core.method import Batch, Loss, Method
 from lm_core.models import CausalLoss, checkpoint_activations, hf_model, load_model, lora, merged
 from lowrank_opt.base import BaseOptimizer, Group
 from lowrank_opt.choose import low_rank_settings, make_optimizer
-from lowrank_opt.config import LOW_RANK, PROJECTED, GaloreOptions, LoraOptions, TrainConfig, again, moment_bits
+from lowrank_opt.config import TrainConfig
 from lowrank_opt.csv_sink import CsvSink
 from lowrank_opt.groups import auto_targets, matching
 from lowrank_opt.layerwise import attach_per_layer
 from lowrank_opt.models import HUB_MODELS, PRESETS, default_tokenizer, weights_of
+from lowrank_opt.optimizer_options import LOW_RANK, PROJECTED, GaloreOptions, LoraOptions, moment_bits
+from lowrank_opt.resolve import again
 
 if TYPE_CHECKING:
     from pathlib import Path

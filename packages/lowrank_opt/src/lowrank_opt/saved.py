@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from lm_core.config import build
 from lm_core.errors import ConfigError, InputError
-from lowrank_opt.config import TrainConfig, again
+from lowrank_opt.config import TrainConfig
+from lowrank_opt.resolve import again
 
 if TYPE_CHECKING:
     from lm_core.engine.replicated import Replicated

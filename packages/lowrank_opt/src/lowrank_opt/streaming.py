@@ -19,7 +19,8 @@ from lm_core.data.tokenize import TextEncoder, open_corpus
 from lm_core.data.vocab import fingerprint
 from lm_core.errors import ConfigError, InputError
 from lm_core.method import IGNORE
-from lowrank_opt.config import TrainConfig, rows_of_an_epoch
+from lowrank_opt.config import TrainConfig
+from lowrank_opt.resolve import rows_of_an_epoch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

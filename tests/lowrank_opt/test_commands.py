@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from lowrank_opt.commands import BenchConfig
 from lowrank_opt.config import TrainConfig
 from lowrank_opt.method import LowRank
 from lowrank_opt.models import PRESETS
+from lowrank_opt.optimizer_options import OPTIMIZERS
 
 
 def command(*arguments: object) -> None:
@@ -166,6 +168,7 @@ def test_presets_are_listed_with_their_sizes_and_shown_by_name(capsys: pytest.Ca
     # embedding and head, 32 layers of 4 square and 3 rectangular matrices, 65 norms
     assert found["models"]["llama_3b"] == 2 * 32000 * 2560 + 32 * (4 * 2560**2 + 3 * 2560 * 6848) + 65 * 2560
     assert "tiny" in found["runs"]
+    assert set(found["learning_rates"]) == set(typing.get_args(OPTIMIZERS))
     assert printed(capsys, "presets", "llama_60m")["hidden_size"] == 512
     with pytest.raises(ConfigError, match="tny is neither"):
         command("presets", "tny")

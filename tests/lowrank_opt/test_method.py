@@ -19,9 +19,10 @@ from lm_core.options import RunConfig
 from lm_core.run import run
 from lm_core.testing import ENGINES, Conformance, spawn
 from lowrank_opt import csv_sink
-from lowrank_opt.config import OPTIMIZERS, TrainConfig
+from lowrank_opt.config import TrainConfig
 from lowrank_opt.method import LowRank
 from lowrank_opt.models import PRESETS
+from lowrank_opt.optimizer_options import OPTIMIZERS
 
 
 class LowRankConformance(Conformance):

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from lm_core.config import build
+from lm_core.data.loader import Loader
 from lm_core.errors import ConfigError
 from lm_core.run import make_loader, run
 from lowrank_opt.config import TrainConfig
@@ -47,10 +48,16 @@ def options(folder: Path, **values: Any) -> TrainConfig:
 
 
 def numbers(config: TrainConfig, steps: int, begun: int = 0, rank: int = 0, world: int = 1) -> list[int]:
-    """The documents that a loader gives, by the number in their text."""
-    method = LowRank(config)
-    loader = make_loader(config, method.data(method.tokenizer()), rank, world)
-    loader.load_state_dict({**loader.state_dict(), "step": begun})
+    """The documents that a loader gives, by the number in their text; one that goes on where another was left after `begun` steps."""
+
+    def made() -> Loader:
+        method = LowRank(config)
+        return make_loader(config, method.data(method.tokenizer()), rank, world)
+
+    earlier, loader = made(), made()
+    for _ in range(begun):
+        next(earlier)
+    loader.load_state_dict(earlier.state_dict())
     found = []
     for _ in range(steps):
         for batch in next(loader):

@@ -8,6 +8,7 @@ from typing import Any
 from lm_core.errors import ConfigError
 from lm_core.yaml12 import dump
 from lowrank_opt.models import HUB_MODELS, PRESETS, RANKS
+from lowrank_opt.optimizer_options import LEARNING_RATES
 
 
 def shipped() -> dict[str, str]:
@@ -33,7 +34,11 @@ def run(name: str | None) -> dict[str, Any]:
             print(f"{model:14} {count:>13,} parameters{rank}")
         for run_name, text in runs.items():
             print(f"{run_name}: {text.splitlines()[0].removeprefix('# ')}")
-        return {"models": sizes, "runs": list(runs)}
+        print("learning rates to try from random weights (of trained ones, smaller):")
+        for rates in dict.fromkeys(LEARNING_RATES.values()):
+            names = [optimizer for optimizer, chosen in LEARNING_RATES.items() if chosen == rates]
+            print(f"  {', '.join(f'{rate:g}' for rate in rates)}: {', '.join(names)}")
+        return {"models": sizes, "runs": list(runs), "learning_rates": LEARNING_RATES}
     if name in models:
         print(dump(dict(models[name])), end="")
         return dict(models[name])

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <utility>
 
 #include "floats.h"
 
@@ -20,9 +21,10 @@ constexpr bool have_halves = true;
 constexpr bool have_halves = false;
 #endif
 
-// A tile has 8 rows of 3 vectors: 24 of the 32 registers hold its sums. Its columns stay in the second cache for at most 320 words.
+// A tile has 8 rows of 3 vectors: 24 of the 32 registers hold its sums. 2048 words of its columns stay in the second cache; a longer sum is
+// taken in parts. What is used again by other tiles is cut to about `cached` words.
 constexpr int lane = 16, tile_rows = 8, tile_vectors = 3, tile_columns = tile_vectors * lane;
-constexpr int64_t most_words = 320;
+constexpr int64_t most_words = 2048, cached = 65536;
 
 // Element (x, p) of a factor: x counts rows of the left one or columns of the right one, p goes along the sum. One stride is 1.
 struct Factor {
@@ -52,38 +54,33 @@ __m512 load_wide(const T* from, __mmask16 mask) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
 }
 
+// 32 bfloat16 numbers, those of `low` first.
 template <class T>
-__m256i load_halves(const T* from, __mmask16 mask) {
+__m512i load_halves(const T* low, __mmask16 low_mask, const T* high, __mmask16 high_mask) {
 #ifdef __AVX512BF16__
-  if constexpr (sizeof(T) == 4) return (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, from));
+  if constexpr (sizeof(T) == 4)
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(high_mask, high), _mm512_maskz_loadu_ps(low_mask, low));
 #endif
-  return _mm256_maskz_loadu_epi16(mask, from);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_maskz_loadu_epi16(low_mask, low)), _mm256_maskz_loadu_epi16(high_mask, high), 1);
 }
 
 // Words p .. p + 16 of one row or column whose sum goes along memory.
 template <class T, bool halves>
 __m512i words_along(const T* from, int64_t word, int64_t length) {
-  if constexpr (!halves) {
-    const __mmask16 mask = first_lanes(length - word);
-    return _mm512_castps_si512(load_wide(from + word, mask));
-  } else {
-    const __m256i low = load_halves(from + 2 * word, first_lanes(length - 2 * word));
-    const __m256i high = load_halves(from + 2 * word + lane, first_lanes(length - 2 * word - lane));
-    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-  }
+  if constexpr (!halves) return _mm512_castps_si512(load_wide(from + word, first_lanes(length - word)));
+  const T* at = from + 2 * word;
+  return load_halves(at, first_lanes(length - 2 * word), at + lane, first_lanes(length - 2 * word - lane));
 }
 
 // Word p of 16 rows or columns that lie side by side in memory.
 template <class T, bool halves>
 __m512i words_across(const T* from, int64_t stride, int64_t word, int64_t length, __mmask16 mask) {
-  if constexpr (!halves) {
-    return _mm512_castps_si512(load_wide(from + word * stride, mask));
-  } else {
-    const T* at = from + 2 * word * stride;
-    const __m512i low = _mm512_cvtepu16_epi32(load_halves(at, mask));
-    if (2 * word + 1 == length) return low;
-    return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtepu16_epi32(load_halves(at + stride, mask)), 16));
-  }
+  if constexpr (!halves) return _mm512_castps_si512(load_wide(from + word * stride, mask));
+  alignas(64) static constexpr uint16_t pairs[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                   8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const T* at = from + 2 * word * stride;
+  const __mmask16 second = 2 * word + 1 == length ? __mmask16(0) : mask;
+  return _mm512_permutexvar_epi16(_mm512_load_si512(pairs), load_halves(at, mask, at + stride, second));
 }
 
 inline void transpose(__m512i* rows) {
@@ -108,39 +105,44 @@ inline void transpose(__m512i* rows) {
   }
 }
 
-// out[word][width]: words `begin` .. `end` of the `width` rows or columns from `first` on; zeros where there are none.
+// Panels of `width` rows or columns from `first` to `last`, each [end - begin][width]: words `begin` .. `end`; zeros where there are none.
 template <class T, bool halves>
-void pack_panel(const Factor& from, int64_t first, int width, int64_t begin, int64_t end, float* out) {
+void pack_along(const Factor& from, int64_t first, int64_t last, int width, int64_t begin, int64_t end, float* out) {
   const T* data = static_cast<const T*>(from.data);
-  for (int at = 0; at < width; at += lane) {
-    const int64_t x = first + at, count = from.size - x;
-    const __mmask16 kept = first_lanes(width - at), mask = first_lanes(count) & kept;
-    if (!from.along) {
-      for (int64_t word = begin; word < end; ++word)
-        _mm512_mask_storeu_epi32(out + (word - begin) * width + at, kept,
-                                 words_across<T, halves>(data + x, from.stride, word, from.length, mask));
-      continue;
+  for (int64_t panel = first; panel < last; panel += width, out += (end - begin) * width)
+    for (int at = 0; at < width; at += lane) {
+      const int64_t x = panel + at;
+      const __mmask16 kept = first_lanes(width - at), mask = first_lanes(from.size - x) & kept;
+      for (int64_t word = begin; word < end; word += lane) {
+        __m512i rows[lane];
+        for (int i = 0; i < lane; ++i)
+          rows[i] = mask >> i & 1 ? words_along<T, halves>(data + (x + i) * from.stride, word, from.length) : _mm512_setzero_si512();
+        transpose(rows);
+        for (int i = 0; i < std::min<int64_t>(lane, end - word); ++i)
+          _mm512_mask_storeu_epi32(out + (word - begin + i) * width + at, kept, rows[i]);
+      }
     }
-    for (int64_t word = begin; word < end; word += lane) {
-      __m512i rows[lane];
-      for (int i = 0; i < lane; ++i)
-        rows[i] = mask >> i & 1 ? words_along<T, halves>(data + (x + i) * from.stride, word, from.length) : _mm512_setzero_si512();
-      transpose(rows);
-      for (int i = 0; i < std::min<int64_t>(lane, end - word); ++i)
-        _mm512_mask_storeu_epi32(out + (word - begin + i) * width + at, kept, rows[i]);
-    }
-  }
 }
 
-// Panels of `width` from `first` to `last`, each [end - begin][width].
+// The same where the panels' rows or columns lie side by side: all panels of a word at once, as memory has them.
+template <class T, bool halves>
+void pack_across(const Factor& from, int64_t first, int64_t last, int width, int64_t begin, int64_t end, float* out) {
+  const T* data = static_cast<const T*>(from.data);
+  for (int64_t word = begin; word < end; ++word)
+    for (int64_t panel = first; panel < last; panel += width)
+      for (int at = 0; at < width; at += lane) {
+        const int64_t x = panel + at;
+        const __mmask16 kept = first_lanes(width - at), mask = first_lanes(from.size - x) & kept;
+        _mm512_mask_storeu_epi32(out + (panel - first) * (end - begin) + (word - begin) * width + at, kept,
+                                 words_across<T, halves>(data + x, from.stride, word, from.length, mask));
+      }
+}
+
 template <bool halves>
 void pack(const Factor& from, int64_t first, int64_t last, int width, int64_t begin, int64_t end, float* out) {
-  for (int64_t x = first; x < last; x += width, out += (end - begin) * width) {
-    if (from.type == Float::float32)
-      pack_panel<float, halves>(from, x, width, begin, end, out);
-    else
-      pack_panel<bfloat16, halves>(from, x, width, begin, end, out);
-  }
+  const auto along = from.type == Float::float32 ? pack_along<float, halves> : pack_along<bfloat16, halves>;
+  const auto across = from.type == Float::float32 ? pack_across<float, halves> : pack_across<bfloat16, halves>;
+  (from.along ? along : across)(from, first, last, width, begin, end, out);
 }
 
 template <bool halves>
@@ -151,43 +153,59 @@ inline __m512 multiply_add(__m512 sum, __m512 a, __m512 b) {
   return _mm512_fmadd_ps(a, b, sum);
 }
 
-// out[8][48] <- a[words][8] b[words][48], or that added; only `rows` rows and `columns` columns are there.
+// body(0), body(1), ... with constants: an array whose indices they are stays in registers. gcc 12 writes that of an unrolled loop to memory
+// before and after the sum.
+template <class Body, int... i>
+[[gnu::always_inline]] inline void each(std::integer_sequence<int, i...>, const Body& body) {
+  (body(std::integral_constant<int, i>{}), ...);
+}
+template <int count>
+using First = std::make_integer_sequence<int, count>;
+
+// out <- scale out + alpha sum; with scale 0 it may hold anything.
+struct Scaled {
+  float scale = 0, alpha = 1;
+};
+
+// Sums of a[words][8] b[words][48] to out[8][48]; only `rows` rows and `columns` columns are there.
 template <bool halves, int vectors>
-void tile(const float* a, const float* b, int64_t words, float* out, int64_t stride, int rows, __mmask16 last, bool add) {
+void tile(const float* a, const float* b, int64_t words, float* out, int64_t stride, int rows, __mmask16 last, Scaled by) {
+  constexpr First<tile_rows> all_rows;
+  constexpr First<vectors> all_vectors;
+  // what the next tile on the right writes; in a lambda of its own, gcc 12 takes a prefetch for nothing
+  for (int i = 0; i < tile_rows; ++i)
+    for (int at = tile_columns; at < 2 * tile_columns; at += lane) __builtin_prefetch(out + i * stride + at, 1, 2);
   __m512 sum[tile_rows][vectors];
-  for (auto& row : sum)
-    for (auto& vector : row) vector = _mm512_setzero_ps();
+  each(all_rows, [&](auto i) { each(all_vectors, [&](auto v) { sum[i][v] = _mm512_setzero_ps(); }); });
   for (int64_t p = 0; p < words; ++p) {
     __m512 right[vectors];
-#pragma GCC unroll 3
-    for (int v = 0; v < vectors; ++v) right[v] = _mm512_load_ps(b + p * tile_columns + v * lane);
-#pragma GCC unroll 8
-    for (int i = 0; i < tile_rows; ++i) {
+    each(all_vectors, [&](auto v) { right[v] = _mm512_load_ps(b + p * tile_columns + v * lane); });
+    each(all_rows, [&](auto i) {
       const __m512 left = _mm512_set1_ps(a[p * tile_rows + i]);
-#pragma GCC unroll 3
-      for (int v = 0; v < vectors; ++v) sum[i][v] = multiply_add<halves>(sum[i][v], left, right[v]);
-    }
+      each(all_vectors, [&](auto v) { sum[i][v] = multiply_add<halves>(sum[i][v], left, right[v]); });
+    });
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < tile_rows; ++i) {
-    if (i >= rows) continue;
-#pragma GCC unroll 3
-    for (int v = 0; v < vectors; ++v) {
+  const __m512 scale = _mm512_set1_ps(by.scale), alpha = _mm512_set1_ps(by.alpha);
+  each(all_rows, [&](auto i) {
+    if (i >= rows) return;
+    each(all_vectors, [&](auto v) {
       float* at = out + i * stride + v * lane;
       const __mmask16 mask = v == vectors - 1 ? last : __mmask16(0xFFFF);
-      _mm512_mask_storeu_ps(at, mask, add ? _mm512_add_ps(sum[i][v], _mm512_maskz_loadu_ps(mask, at)) : sum[i][v]);
-    }
-  }
+      const __m512 value = by.scale == 0 ? _mm512_mul_ps(alpha, sum[i][v])
+                                         : _mm512_fmadd_ps(alpha, sum[i][v], _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(mask, at)));
+      _mm512_mask_storeu_ps(at, mask, value);
+    });
+  });
 }
 
-// out[rows][columns] <- or += packed rows times one packed panel of columns.
+// out[rows][columns] from packed rows times one packed panel of columns.
 template <bool halves>
-void tiles(const float* a, const float* b, int64_t words, float* out, int64_t stride, int64_t rows, int64_t columns, bool add) {
+void tiles(const float* a, const float* b, int64_t words, float* out, int64_t stride, int64_t rows, int64_t columns, Scaled by) {
   const int vectors = int(pieces(columns, lane));
   const __mmask16 last = first_lanes(columns - (vectors - 1) * lane);
   const auto run = vectors == 1 ? tile<halves, 1> : vectors == 2 ? tile<halves, 2> : tile<halves, 3>;
   for (int64_t i = 0; i < rows; i += tile_rows)
-    run(a + i * words, b, words, out + i * stride, stride, int(std::min<int64_t>(tile_rows, rows - i)), last, add);
+    run(a + i * words, b, words, out + i * stride, stride, int(std::min<int64_t>(tile_rows, rows - i)), last, by);
 }
 
 // A sum's words, and how many of them are packed together.
@@ -201,8 +219,9 @@ struct Words {
 // the left one as `thin_times_wide` packs them.
 template <bool halves, class Parallel>
 void packed_times_wide(const float* packed, int64_t left_size, const Factor& right, float* out, bool add, const Parallel& parallel) {
-  constexpr int64_t span = 4 * tile_columns;  // columns that are packed together
   const Words<halves> words(right.length);
+  // columns that are packed together
+  const int64_t span = std::clamp<int64_t>(3 * cached / 2 / (words.part * tile_columns), 1, 8) * tile_columns;
   const int64_t rows = pieces(left_size, tile_rows) * tile_rows;
   parallel(pieces(right.size, span), [&](int64_t from, int64_t to) {
     const Buffer panels = buffer(span * words.part);
@@ -213,7 +232,7 @@ void packed_times_wide(const float* packed, int64_t left_size, const Factor& rig
         pack<halves>(right, first, last, tile_columns, begin, end, panels.get());
         for (int64_t column = first; column < last; column += tile_columns)
           tiles<halves>(packed + rows * begin, panels.get() + (column - first) * size, size, out + column, right.size, left_size,
-                        std::min<int64_t>(tile_columns, last - column), add || begin > 0);
+                        std::min<int64_t>(tile_columns, last - column), {add || begin > 0 ? 1.0f : 0.0f});
       }
     }
   });
@@ -229,27 +248,32 @@ void thin_times_wide(const Factor& left, const Factor& right, float* out, bool a
   packed_times_wide<halves>(packed.get(), left.size, right, out, add, parallel);
 }
 
-// use(row, rows, values) for blocks of rows of left right, whose sums are short: values[rows][columns] stay in the cache.
+// use(row, rows, values) for blocks of rows of left right, whose sums are short: values[rows][columns] stay in the cache, or are rows of
+// `out`, where it is given, scaled and added as `by` says.
 template <bool halves, class Parallel, class Use>
-void rows_of_product(const Factor& left, const Factor& right, const Parallel& parallel, const Use& use) {
+void rows_of_product(const Factor& left, const Factor& right, const Parallel& parallel, const Use& use, float* out = nullptr,
+                     Scaled by = {}) {
   const Words<halves> words(left.length);
   const int64_t columns = pieces(right.size, tile_columns) * tile_columns;
-  const int64_t most = std::clamp<int64_t>(65536 / columns, 1, 8) * tile_rows;
+  // columns of more words than the first cache holds come from a slower one for each block
+  const int64_t most = out ? std::max<int64_t>(std::min(words.part, cached / words.part) / tile_rows, 8) * tile_rows
+                           : std::clamp<int64_t>(cached / columns, 1, 8) * tile_rows;
   const Buffer packed = buffer(columns * words.all);
   for (int64_t begin = 0; begin < words.all; begin += words.part)
     pack<halves>(right, 0, columns, tile_columns, begin, std::min(begin + words.part, words.all), packed.get() + columns * begin);
   parallel(pieces(left.size, most), [&](int64_t from, int64_t to) {
-    const Buffer own = buffer(most * words.part), values = buffer(most * right.size);
+    const Buffer own = buffer(most * words.part), sums = buffer(out ? 0 : most * right.size);
     for (int64_t row = from * most; row < std::min(to * most, left.size); row += most) {
       const int64_t rows = std::min(most, left.size - row);
+      float* values = out ? out + row * right.size : sums.get();
       for (int64_t begin = 0; begin < words.all; begin += words.part) {
         const int64_t end = std::min(begin + words.part, words.all), size = end - begin;
         pack<halves>(left, row, row + rows, tile_rows, begin, end, own.get());
         for (int64_t column = 0; column < right.size; column += tile_columns)
-          tiles<halves>(own.get(), packed.get() + columns * begin + column * size, size, values.get() + column, right.size, rows,
-                        std::min<int64_t>(tile_columns, right.size - column), begin > 0);
+          tiles<halves>(own.get(), packed.get() + columns * begin + column * size, size, values + column, right.size, rows,
+                        std::min<int64_t>(tile_columns, right.size - column), {begin > 0 ? 1.0f : by.scale, by.alpha});
       }
-      use(row, rows, values.get());
+      use(row, rows, values);
     }
   });
 }

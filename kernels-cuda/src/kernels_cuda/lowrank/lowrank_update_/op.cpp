@@ -22,10 +22,14 @@ namespace {
 
 template <bool halves>
 void write_product(const Write& in, const Factor& left, const Factor& right) {
-  const int64_t size = in.weight_type == Float::float32 ? 4 : 2;
+  if (in.weight_type == Float::float32) {
+    const auto nothing = [](auto...) {};
+    rows_of_product<halves>(left, right, over_pieces, nothing, static_cast<float*>(in.weight), {in.decay, -in.alpha});
+    return;
+  }
   rows_of_product<halves>(left, right, over_pieces, [&](int64_t row, int64_t rows, const float* values) {
     Write part = in;
-    part.weight = static_cast<char*>(in.weight) + row * right.size * size;
+    part.weight = static_cast<bfloat16*>(in.weight) + row * right.size;
     part.first = row * right.size;
     write_range(part, values, 0, rows * right.size);
   });

@@ -40,7 +40,7 @@ void project(const Packed& basis, int64_t r, const Factor& matrix, float* low, b
     const Factor left{some.get(), Float::float32, k, true, count, k};
     for (int64_t begin = 0; begin < words.all; begin += words.part) {
       const int64_t end = std::min(begin + words.part, words.all);
-      pack_panel<float, halves>(left, 0, tile_rows, begin, end, packed.get() + rows * begin + row * (end - begin));
+      pack_along<float, halves>(left, 0, count, tile_rows, begin, end, packed.get() + rows * begin + row * (end - begin));
     }
   }
   packed_times_wide<halves>(packed.get(), r, matrix, low, add, over_pieces);

@@ -13,10 +13,11 @@ from lm_core.errors import ConfigError
 from lm_core.models import load_model
 from lm_core.run import run
 from moe_cpt.adapters import adapted, targets_of
-from moe_cpt.config import ExportConfig, TrainConfig
+from moe_cpt.config import TrainConfig
 from moe_cpt.export import export
 from moe_cpt.inspection import load_mixture
 from moe_cpt.method import MoeCPT
+from moe_cpt.options.conversion import ExportConfig
 from tests.moe_cpt.small import mixture_folder, tokens
 
 OPTIONS: dict[str, Any] = {"rank": 4, "alpha": 8.0, "dropout": 0.0}

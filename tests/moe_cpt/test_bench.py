@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_cpt import bench
-from moe_cpt.config import BenchConfig
+from moe_cpt.options.checks import BenchConfig
 
 
 def test_the_layers_that_are_compared_agree(monkeypatch: pytest.MonkeyPatch) -> None:

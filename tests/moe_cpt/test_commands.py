@@ -170,6 +170,9 @@ def test_header_is_the_first_thing_a_run_says(tmp_path: Path) -> None:
     words = ["train", "--model", str(mixture_folder(tmp_path)), "--data", "synthetic:markov", "--block_size", "32", "--num_tokens", "512"]
     result = CliRunner().invoke(cli, [*words, "--warmup", "0", "-o", str(tmp_path / "run"), "--no-tensorboard", "--eval_every", "never"])
     assert result.stderr.startswith("max_steps: 2\nglobal batch size: 8\n#tokens/batch: 256\nmax_train_samples: 16\n")
+    assert "\nparameters: active " in result.stderr
+    (launch,) = (line.removeprefix("launch: ") for line in result.stderr.splitlines() if line.startswith("launch: "))
+    assert json.loads(launch)["num_tokens"] == 512
 
 
 def test_processes_that_were_not_started_are_missed_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ from lm_core.config import build
 from lm_core.errors import ConfigError, InputError
 from lm_core.models import quiet
 from moe_cpt import export as module
-from moe_cpt.config import ExportConfig
 from moe_cpt.convert import convert
 from moe_cpt.export import export, scaled
 from moe_cpt.inspection import load_mixture
+from moe_cpt.options.conversion import ExportConfig
 from moe_cpt.split import Split, require_valid, split_ffn
 from moe_cpt.tensors import ModelTensors
 from tests.moe_cpt.small import dense_folder, mixture_folder, tokens

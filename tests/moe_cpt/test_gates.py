@@ -11,9 +11,9 @@ import torch
 from torch.testing import assert_close
 
 from lm_core.errors import ConfigError
-from moe_cpt.config import ExportConfig
 from moe_cpt.export import export, mixtral
 from moe_cpt.model import LlamaMoEForCausalLM, MoEBlock
+from moe_cpt.options.conversion import ExportConfig
 from moe_cpt.plan import parameter_counts
 from moe_cpt.routing import balance_loss, fixed_gate, gumbel, switch_gate, within_capacity
 from tests.moe_cpt.small import config, mixture_folder, tokens

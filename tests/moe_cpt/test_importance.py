@@ -13,10 +13,10 @@ import torch
 from torch.testing import assert_close
 
 from lm_core.errors import ConfigError, InputError
-from moe_cpt.config import ExportConfig
 from moe_cpt.convert import convert
 from moe_cpt.export import export
 from moe_cpt.inspection import load_mixture
+from moe_cpt.options.conversion import ExportConfig
 from moe_cpt.plan import parameter_counts
 from moe_cpt.split import Split, described, split_ffn
 from moe_cpt.split.gradient import assigned, best

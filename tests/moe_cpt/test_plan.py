@@ -117,7 +117,7 @@ def test_feed_forward_layers_of_13b() -> None:
 
 
 def test_clipped_cosine_stays_at_its_floor() -> None:
-    from moe_cpt.config import clipped_cosine
+    from moe_cpt.schedule import clipped_cosine
 
     assert clipped_cosine(0.7951, 0.1) > 0.1
     assert clipped_cosine(0.7953, 0.1) == 0.1

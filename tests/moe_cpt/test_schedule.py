@@ -17,12 +17,14 @@ from lm_core.data.vocab import byte_tokenizer
 from lm_core.errors import ConfigError
 from lm_core.models import CausalLoss
 from lm_core.run import run
-from moe_cpt.config import ConvertConfig, ExportConfig, TrainConfig, parse_k_schedule
+from moe_cpt.config import TrainConfig
 from moe_cpt.data import weighted_sources
 from moe_cpt.export import export, merged
 from moe_cpt.inspection import load_mixture
 from moe_cpt.method import MoeCPT
+from moe_cpt.options.conversion import ConvertConfig, ExportConfig
 from moe_cpt.plan import parameter_counts
+from moe_cpt.schedule import parse_k_schedule
 from moe_cpt.split import FILE, Split
 from tests.moe_cpt.small import config, dense_model, mixture_folder, tokens
 from tests.moe_cpt.test_commands import call

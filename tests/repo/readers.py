@@ -81,7 +81,7 @@ FUZZED: dict[str, Callable[[Path], Any]] = {
     "mdm_scaling.sweep.read": plain("mdm_scaling.sweep", "read"),
     "mdm_scaling.tasks.read_items": plain("mdm_scaling.tasks", "read_items"),
     "moe_cpt.calibrate.read_scales": plain("moe_cpt.calibrate", "read_scales", 2),
-    "moe_cpt.cli.seconds_per_step": lambda path: of("moe_cpt.cli", "seconds_per_step")(beside(path, "metrics.jsonl")),
+    "moe_cpt.plan.seconds_per_step": lambda path: of("moe_cpt.plan", "seconds_per_step")(beside(path, "metrics.jsonl")),
     "moe_cpt.split.features.read_features": lambda path: of("moe_cpt.split.features", "read_features")(
         beside(path, "layer_0.safetensors"), 0, "act", 8
     ),
@@ -102,7 +102,7 @@ FUZZED: dict[str, Callable[[Path], Any]] = {
 ELSEWHERE = {
     "rows of lm_core.data.sources, which is fuzzed": ["beacon.data.encoded.encoded", "rwkv_distill.rows.open_rows"],
     "pairs of mdm_scaling.data.indexed, which is fuzzed": ["mdm_scaling.data.corpus._indexed", "mdm_scaling.data.tools.concat"],
-    "text that is copied line by line": ["mdm_scaling.data.tools.subset", "moe_cpt.corpus.keep_between", "moe_cpt.cli.slurm_render"],
+    "text that is copied line by line": ["mdm_scaling.data.tools.subset", "moe_cpt.corpus.keep_between", "moe_cpt.commands.slurm.slurm_render"],
     "benchmarks' own files, by name": ["beacon.eval.files._rows"],
     "folders of models and runs, whose damage nox -s faults tries": [
         "beacon.io.load_adapter", "beacon.use._base_of", "beacon.use.import_folder", "beacon.use.inspect", "lowrank_opt.comparison.read",

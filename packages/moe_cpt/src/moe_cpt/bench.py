@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lm_core.figures import Figure, in_turns, optional, report
-from moe_cpt.config import BenchConfig
 from moe_cpt.hf.configuration_llama_moe import LlamaMoEConfig
 from moe_cpt.model import LlamaMoEForCausalLM, MoEBlock
+from moe_cpt.options.checks import BenchConfig
 from moe_cpt.router_init import expert_norms, solved
 from moe_cpt.routing import Router, gate
 from moe_cpt.split.activation import layer_split

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lm_core.errors import ConfigError, InputError
 from lm_core.models import load_model, load_tokenizer
-from moe_cpt.config import ScaleConfig
 from moe_cpt.model import LlamaMoEForCausalLM, MoEBlock
+from moe_cpt.options.conversion import ScaleConfig
 from moe_cpt.split.features import token_rows, watching
 
 Mode = Literal["ratio", "lsq", "rms", "unbiased"]

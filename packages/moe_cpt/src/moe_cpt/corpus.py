@@ -26,7 +26,7 @@ from moe_cpt.data import expanded
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from moe_cpt.config import FilterConfig, PackConfig, TokenizeConfig
+    from moe_cpt.options.corpus import FilterConfig, PackConfig, TokenizeConfig
 
 BATCH = 256
 

@@ -18,9 +18,9 @@ from lm_core.evaluate import Scores, evaluate
 from lm_core.method import Batch, Loss, Method
 from lm_core.models import CausalLoss, load_model, load_tokenizer
 from moe_cpt import model as _registers_the_mixture  # noqa: F401
-from moe_cpt.config import EvalConfig
 from moe_cpt.data import expanded
 from moe_cpt.models import PRESETS
+from moe_cpt.options.checks import EvalConfig
 
 
 class NextToken(Method):

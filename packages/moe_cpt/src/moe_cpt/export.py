@@ -29,11 +29,11 @@ from lm_core.export import PROBE_TOKENS, TOLERANCE
 from lm_core.models import merged as merged_adapter
 from lm_core.models import model_folder, quiet
 from moe_cpt.adapters import from_adapter
-from moe_cpt.config import ExportConfig
 from moe_cpt.convert import copy_tokenizer
 from moe_cpt.hf.configuration_llama_moe import LlamaMoEConfig
 from moe_cpt.inspection import load_mixture
 from moe_cpt.model import LlamaMoEForCausalLM, MoEBlock
+from moe_cpt.options.conversion import ExportConfig
 from moe_cpt.split import FILE, Split
 
 Stock = TypeVar("Stock", bound=PreTrainedModel)

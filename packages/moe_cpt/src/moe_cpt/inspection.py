@@ -8,8 +8,8 @@ import torch
 
 from lm_core.errors import ConfigError
 from lm_core.models import load_model, load_tokenizer
-from moe_cpt.config import InspectConfig
 from moe_cpt.model import LlamaMoEForCausalLM
+from moe_cpt.options.checks import InspectConfig
 from moe_cpt.plan import parameter_counts
 from moe_cpt.routing import Routing
 from moe_cpt.split.features import token_rows

@@ -21,7 +21,7 @@ from lm_core.estimate import peak_flops
 from lm_core.method import IGNORE, Batch, Loss, Method, Rule
 from lm_core.models import CausalLoss, checkpoint_activations, load_model, model_folder, quiet
 from moe_cpt.adapters import adapted, from_adapter
-from moe_cpt.config import TrainConfig, parse_k_schedule
+from moe_cpt.config import TrainConfig
 from moe_cpt.convert import convert, moe_config
 from moe_cpt.data import weighted_sources
 from moe_cpt.hf.configuration_llama_moe import CALCULATORS, GATES, LlamaMoEConfig
@@ -30,6 +30,7 @@ from moe_cpt.models import PRESETS, first_layers
 from moe_cpt.plan import parameter_counts
 from moe_cpt.report import Meter, RouterSink
 from moe_cpt.routing import Routing, balance_loss
+from moe_cpt.schedule import parse_k_schedule
 from moe_cpt.split import FILE, split_ffn
 from moe_cpt.tensors import read_config
 from moe_cpt.weights import read_reference, update_weights

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lm_core.errors import InputError, reading
 from lm_core.lazy import callable_as_its_function
 
 if TYPE_CHECKING:
@@ -109,6 +111,17 @@ def parameter_counts(config: Mapping[str, Any]) -> Counts:
         without + round(len(chosen) * 3 * hidden * size * (experts + shared)),
         without + round(len(chosen) * 3 * hidden * size * (config["num_selects"] + shared)),
     )
+
+
+def seconds_per_step(logdir: Path) -> float:
+    """Mean seconds of an update in an earlier run."""
+    path = logdir / "metrics.jsonl"
+    way_out = "name a run folder, or give --seconds-per-step"
+    with reading(f"logdir: {path}", way_out):
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        if not rows or not rows[-1]["step"]:
+            raise InputError(f"logdir: {logdir} holds no metrics of a run with steps; {way_out}")
+        return float(rows[-1]["seconds"] / rows[-1]["step"])
 
 
 callable_as_its_function(__name__)

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from lm_core import counter
 from lm_core.errors import ConfigError, InputError, reading
-from moe_cpt.config import TrainGateConfig
 from moe_cpt.models import source_folder
+from moe_cpt.options.conversion import TrainGateConfig
 from moe_cpt.split import Split
 from moe_cpt.split.features import read_features
 from moe_cpt.tensors import ModelTensors, read_config

@@ -17,8 +17,8 @@ from lm_core.errors import ConfigError, InputError
 from lm_core.head import chunked_cross_entropy
 from lm_core.method import IGNORE
 from lm_core.models import load_model, load_tokenizer
-from moe_cpt.config import ScoreConfig
 from moe_cpt.models import source_folder
+from moe_cpt.options.splits import ScoreConfig
 from moe_cpt.tensors import require_swiglu
 
 # C clusters, L layers, M neurons, B samples, T tokens

@@ -20,7 +20,7 @@ from lm_core.data.shards import key_of
 from lm_core.data.sources import Row, parse, resolve
 from lm_core.data.tokenize import text_of
 from lm_core.errors import ConfigError, InputError, reading
-from moe_cpt.config import ClusterTextConfig
+from moe_cpt.options.splits import ClusterTextConfig
 
 # documents, D features (words, or a model's hidden size), C clusters
 Encoder = Literal["tfidf", "sentence"]

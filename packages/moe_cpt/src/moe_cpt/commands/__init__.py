@@ -1,0 +1,1 @@
+"""The commands that do not train, by topic. Imports no torch."""

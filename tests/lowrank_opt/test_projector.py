@@ -77,6 +77,17 @@ def test_subspace_improves_from_one_refresh_to_the_next():
     assert captured[-1] > 0.97 * float((torch.arange(1, 9, dtype=torch.float64) ** -1.0).sum())
 
 
+@pytest.mark.parametrize(("side", "dtype"), [("left", torch.float32), ("right", torch.float32), ("left", torch.bfloat16)])
+def test_a_basis_in_bfloat16_is_refreshed_as_well_as_one_in_float32(side, dtype):
+    gradient = spectrum(96, 160, 0.5).to(dtype)
+    before = basis(gradient + 0.01 * torch.randn(96, 160, generator=torch.Generator().manual_seed(0)), side, 16, "svd", draw=DRAW)[0]
+    whole, halves = (basis(gradient, side, 16, "subspace", draw=DRAW, previous=p)[0] for p in (before, before.bfloat16()))
+    torch.testing.assert_close(halves @ halves.t(), torch.eye(16), rtol=0, atol=1e-5)
+    matrix = gradient if side == "left" else gradient.t()
+    assert energy(halves, matrix) == pytest.approx(energy(whole, matrix), rel=1e-4)
+    assert energy(before, matrix) < 0.98 * energy(halves, matrix)
+
+
 def test_bases_span_the_leading_singular_vectors_in_float64():
     gradient = spectrum(30, 50, 1.5)
     vectors = torch.linalg.svd(gradient).U[:, :5].t()

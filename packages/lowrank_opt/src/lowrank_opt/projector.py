@@ -205,9 +205,9 @@ def basis(
 ) -> tuple[Tensor, int]:
     """A basis (r x k, float32) of the leading directions of `gradient`, and how many methods failed before one worked.
 
-    Methods: svd, gram, rsvd, subspace (rsvd warm-started from `previous`), random, auto. `draw(rows, columns,
-    device)` gives Gaussian numbers. A method that fails or returns non-finite numbers is followed by gram and then by a
-    float64 SVD on the CPU, with a warning. An all-zero gradient gives unit vectors.
+    Methods: svd, gram, rsvd, subspace (rsvd warm-started from `previous`; if that is bfloat16, products are ones of bfloat16 numbers),
+    random, auto. `draw(rows, columns, device)` gives Gaussian numbers. A method that fails or returns non-finite numbers is followed by
+    gram and then by a float64 SVD on the CPU, with a warning. An all-zero gradient gives unit vectors.
 
     Raises ConfigError for a non-finite gradient.
     """
@@ -221,7 +221,7 @@ def basis(
         raise ConfigError("gradient: it is not finite, so it has no basis; lower the learning rate or clip")
     if not 1e-12 < largest < 1e12:
         # squares of such entries leave the range of float32
-        matrix = matrix / largest
+        gradient, matrix = gradient / largest, matrix / largest
     method = resolve_method(method, rank, size, matrix.device)
     if method == "subspace" and previous is None:
         method = "rsvd"
@@ -251,7 +251,13 @@ def basis(
 
     def warm() -> Tensor:
         assert previous is not None
-        return iterate(previous.to(matrix).t(), 1)
+        if previous.dtype != torch.bfloat16:
+            return iterate(previous.to(matrix).t(), 1)
+        # a basis in bfloat16 means products of bfloat16 numbers here, too; its rows need not be made orthonormal once more
+        low = project(gradient, (previous,), side, halves=True)
+        columns = orth(project(gradient, (low.bfloat16(),), "right" if side == "left" else "left", halves=True).t())
+        low = project(gradient, (columns.t().bfloat16(),), side, halves=True)
+        return torch.mm(columns, leading_eigenvectors(gram_matrix(low), rank))
 
     def random() -> Tensor:
         return orth(draw(size, rank, matrix.device).to(dtype))

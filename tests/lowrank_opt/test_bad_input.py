@@ -117,6 +117,10 @@ REFUSED: list[tuple[dict[str, Any], str | list[str]]] = [
     ({"tokenizer": None, "model": "llama_60m"}, ["tokenizer: t5-base is neither", "use bytes, bpe:N, a local folder"]),
     ({"data": None}, ["data: 'allenai/c4:en' is no file or folder here", "use a local file, a saved dataset or builtin:python-docs"]),
     ({**LABELS, "data": None}, ["data: 'nyu-mll/glue:sst2:train' is no file", "use a local file"]),
+    # finetuning is of sst2 where nothing else is meant
+    ({"mode": "finetuning", "data": None}, ["data: 'nyu-mll/glue:sst2:train' is no file", "use a local file"]),
+    ({"mode": "finetuning", "data": None, "task": "lm"}, "data: nothing to train on; give --data"),
+    ({"mode": "finetuning", "model": "roberta_test", "data": "FOLDER/third.jsonl"}, "third.jsonl:30 has the label 2"),
     ({"data": "FOLDER/none.txt"}, ["none.txt' does not exist", "name a file, a folder or builtin:python-docs"]),
     ({"mode": "finetuning", "model": "gpt2"}, ["model: openai-community/gpt2 is neither", "use a local folder"]),
     ({"mode": "finetuning", "model": "llama_60m", "model_path": "FOLDER/none"}, ["none' does not exist", "use a local folder"]),
@@ -237,6 +241,7 @@ FIXED: list[tuple[str, Any, str]] = [
     ("eval_data", [], ""),
     ("validation_files", [], ""),
     ("dataset_config", None, ""),
+    # sst2 where no data are given, as there; `train` is also called with texts that have no label
     ("task", "lm", "cola mnli mrpc qnli qqp rte sst2 stsb wnli lm"),
     ("text_column", "text", ""),
     ("tokenizer", None, ""),

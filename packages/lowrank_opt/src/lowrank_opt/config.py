@@ -97,7 +97,9 @@ class TrainConfig(RunConfig):
         DataOptions, "packing", default="document", help="How documents share a sample; false is document, true is stream."
     )
     task: Literal["lm", "cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli"] = opt(
-        "lm", "Finetuning only: next token, or a GLUE task; its data are --data with sentence (or sentence1, sentence2) and label."
+        "lm",
+        "Finetuning only: next token, or a GLUE task; its data are --data with sentence (or sentence1, sentence2) and label. "
+        "sst2 where nothing else is meant: without --data, and for roberta.",
     )
     num_labels: int | None = opt(None, "Labels of the task; 1 predicts a number. Default: those of --task.", ge=1)
     lora_config: Path = opt(
@@ -118,12 +120,16 @@ class TrainConfig(RunConfig):
 
     @classmethod
     def further_layers(cls, values: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-        """The two JSON files, read like a last --config; an absent default one stands for the packaged content. And --dist as an engine."""
+        """The two JSON files, read like a last --config; an absent default one stands for the packaged content. And --dist as an engine,
+        and the task of finetuning that names none."""
         layers: list[Mapping[str, Any]] = []
         # values of another type are refused where all options are checked
         texts = {name: value for name, value in values.items() if isinstance(value, str | Path)}
         if texts.get("dist") in DIST:
             layers.append({"engine": DIST[str(texts["dist"])]})
+        classifier = str(texts.get("model", "")).startswith("roberta")
+        if texts.get("mode") == "finetuning" and "task" not in values and (classifier or not values.get("data")):
+            layers.append({"task": "sst2"})
         for section_name, default in (("lora", LORA_FILE), ("galore", GALORE_FILE)):
             option = f"{section_name}_config"
             path = Path(texts.get(option, default))

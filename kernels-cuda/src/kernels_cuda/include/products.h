@@ -127,12 +127,15 @@ void pack_along(const Factor& from, int64_t first, int64_t last, int width, int6
 // The same where the panels' rows or columns lie side by side: all panels of a word at once, as memory has them.
 template <class T, bool halves>
 void pack_across(const Factor& from, int64_t first, int64_t last, int width, int64_t begin, int64_t end, float* out) {
+  constexpr int64_t step = halves ? 2 : 1;
   const T* data = static_cast<const T*>(from.data);
   for (int64_t word = begin; word < end; ++word)
     for (int64_t panel = first; panel < last; panel += width)
       for (int at = 0; at < width; at += lane) {
         const int64_t x = panel + at;
         const __mmask16 kept = first_lanes(width - at), mask = first_lanes(from.size - x) & kept;
+        // rows lie too far apart for the processor to foresee the next ones
+        for (int64_t row = step * (word + 2); row < step * (word + 3); ++row) __builtin_prefetch(data + row * from.stride + x, 0, 3);
         _mm512_mask_storeu_epi32(out + (panel - first) * (end - begin) + (word - begin) * width + at, kept,
                                  words_across<T, halves>(data + x, from.stride, word, from.length, mask));
       }

@@ -66,17 +66,21 @@ def save(
     keep_optimizer: int,
     extra: Mapping[str, Any] | None = None,
     write: Callable[[Path], Any] | None = None,
+    beside: Callable[[Path], Any] | None = None,
 ) -> Path:
     """Write `checkpoint-<steps>`, then remove what is no longer kept; the folder of the new checkpoint.
 
     Killed at any moment, it leaves the checkpoints of before or the new one. `keep` newest checkpoints stay (0: all), of them
     the `keep_optimizer` newest (0: all) with optimizer state. `extra` is JSON-able state of the caller, kept under that name. With
-    `write` a checkpoint holds what that writes instead of the engine's state, and no run can resume from it.
+    `write` a checkpoint holds what that writes instead of the engine's state, and no run can resume from it. `beside` adds files, on
+    the first process.
     """
     folder = run_folder / "checkpoints" / f"checkpoint-{progress.steps}"
     try:
         dist.on_main(_make_room, folder)
         engine.save(folder) if write is None else write(folder)
+        if beside is not None:
+            dist.on_main(beside, folder)
         state = {
             "format_version": FORMAT_VERSION,
             "progress": progress.to_dict(),

@@ -163,6 +163,9 @@ class Method:
         """What `final/` holds: the Hugging Face model inside `model`, or one made from it (adapters merged, say)."""
         return self.hf_model(model)
 
+    def write_beside(self, checkpoint: Path) -> None:
+        """Add files to a checkpoint, so that its folder is a model by itself; called on rank 0."""
+
     def state_dict(self) -> dict[str, Any]:
         """JSON-able state that a resumed run needs."""
         return {}

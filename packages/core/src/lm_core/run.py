@@ -352,6 +352,7 @@ class Run:
             keep_optimizer=self.config.keep_optimizer,
             extra={} if self.loss_below is None else {"loss_below": self.loss_below.state_dict()},
             write=partial(export, engine, method, tokenizer=self.tokenizer) if self.config.save_only_model else None,
+            beside=method.write_beside,
         )
         self.saved_at = progress.steps
 

@@ -127,6 +127,8 @@ def test_reference_losses_are_those_of_eval(tmp_path: Path) -> None:
     words = ("--model", dense_folder(tmp_path / "dense"), "--validation_dir", "synthetic:copy,synthetic:markov", "--block_size", 32)
     found = call("eval", *words, "--eval_tokens", 256)
     call("ref-loss", *words, "--eval_tokens", 256, "-o", tmp_path / "ref.json")
+    assert f"output: {tmp_path / 'ref.json'} exists; add --overwrite" in call("ref-loss", *words, "-o", tmp_path / "ref.json", code=2)
+    assert "ref.json cannot be made (File exists)" in call("ref-loss", *words, "-o", tmp_path / "ref.json" / "x.json", code=2)
     assert json.loads((tmp_path / "ref.json").read_text()) == {name: found[name]["loss"] for name in ("copy", "markov")}
 
 

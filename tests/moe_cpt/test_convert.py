@@ -78,7 +78,7 @@ def test_tokenizer_and_split_travel_along(tmp_path: Path) -> None:
     assert all(torch.equal(left, right) for left, right in zip(stored.indices, split.indices))
 
 
-def test_router_starts_as_asked(tmp_path: Path) -> None:
+def test_router_starts_as_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = dense_folder(tmp_path / "dense")
     split = split_ffn(source, "random", num_experts=8)
     convert(source, split, tmp_path / "a", seed=1)
@@ -90,6 +90,8 @@ def test_router_starts_as_asked(tmp_path: Path) -> None:
     assert not a[router + "noise.weight"].any()
     with pytest.raises(ConfigError, match="gate_init: zeros without noise"):
         convert(source, split, tmp_path / "c", gate_init="zeros", add_noise=False)
+    convert(source, split, tmp_path / "c", gate_init="zeros")
+    assert "gate_init: zeros sends every token to the same experts until it is trained" in caplog.text
 
 
 def test_what_is_there_stays_unless_it_may_go_and_a_failure_leaves_nothing(tmp_path: Path) -> None:

@@ -20,12 +20,14 @@ from lm_core.errors import ConfigError, RunFailed
 from lm_core.estimate import peak_flops
 from lm_core.evaluate import Score, Scores
 from lm_core.method import Batch, Method
+from lm_core.models import load_tokenizer
 from lm_core.options import RunConfig
 from lm_core.run import run
 from lm_core.testing import Conformance, spawn
 from lm_core.train import train_step
 from moe_cpt.config import TrainConfig
 from moe_cpt.convert import convert
+from moe_cpt.inspection import load_mixture
 from moe_cpt.method import MoeCPT, StepSums
 from moe_cpt.routing import Routing, balance_loss
 from moe_cpt.split import split_ffn
@@ -235,6 +237,11 @@ def test_router_options_override_the_checkpoint_and_the_run_keeps_a_loadable_fol
     run(config, MoeCPT(config))
     written = json.loads((tmp_path / "run" / "final" / "config.json").read_text())
     assert (written["num_selects"], written["score_scale_factor"], written["num_experts"]) == (1, 8.0, 8)
+    # a checkpoint is a model by itself
+    checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-2"
+    assert load_mixture(str(checkpoint)).config.num_selects == 1
+    assert len(load_tokenizer(str(checkpoint))) == 259
+    assert (checkpoint / "split.safetensors").read_bytes() == (folder / "split.safetensors").read_bytes()
 
 
 def test_frozen_routers_stay_and_the_rest_moves(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from lm_core.models import load_model
 from moe_cpt.hf.configuration_llama_moe import LlamaMoEConfig
 from moe_cpt.router_init import RouterOf, centroid, ridge, trained
 from moe_cpt.split import FILE, Split
+from moe_cpt.targets import require_free
 from moe_cpt.tensors import FFN, ModelTensors, ModelWriter, read_config, require_swiglu
 from moe_cpt.train_gate import read_gate
 
@@ -67,6 +68,8 @@ def convert(
         raise ConfigError(f"select_file_path: {trained_gate} does not go with --gate_init {gate_init}; trained needs one")
     if gate_init == "zeros" and not add_noise and num_selects < split.num_experts:
         raise ConfigError("gate_init: zeros without noise sends every token to the same experts; use normal, or all experts")
+    if gate_init == "zeros" and num_selects < split.num_experts:
+        logger.warning("gate_init: zeros sends every token to the same experts until it is trained with noise, in evaluations, too")
     config = moe_config(
         dense,
         num_experts=split.num_experts,
@@ -83,8 +86,7 @@ def convert(
         add_weight_norm=add_weight_norm,
         moe_layers=moe_layers,
     )
-    if save_path.exists() and not overwrite:
-        raise ConfigError(f"save_path: {save_path} exists; add --overwrite, or choose another folder")
+    require_free("save_path", save_path, overwrite)
     partial = save_path.with_name(save_path.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -20,8 +20,9 @@ from lm_core.data import vocab
 from lm_core.data.shards import ShardWriter
 from lm_core.data.sources import Row, parse, read, resolve
 from lm_core.data.tokenize import TextEncoder, text_of, write_rows
-from lm_core.errors import ConfigError, InputError
+from lm_core.errors import InputError
 from moe_cpt.data import expanded
+from moe_cpt.targets import require_free
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,8 +57,7 @@ def tokenize(config: TokenizeConfig) -> dict[str, Count]:
     files = files_of(config.input, f".{config.format}")
     names = [file.name if config.input.is_file() else str(file.relative_to(config.input)) for file in files]
     targets = [config.output / Path(name).with_suffix(".jsonl") for name in names]
-    if config.output.exists() and not config.overwrite:
-        raise ConfigError(f"output: {config.output} exists; add --overwrite, or choose another folder")
+    require_free("output", config.output, config.overwrite)
     if config.use_fast and not _tokenizer(config.tokenizer).is_fast:
         raise InputError(f"use_fast: {config.tokenizer} has no fast tokenizer; leave out --use_fast")
     one = partial(_tokenize_file, config)
@@ -139,8 +139,7 @@ def _texts(rows: Sequence[Row], column: str, decoder: Any, *, skip: bool) -> lis
 
 def pack(config: PackConfig) -> dict[str, Count]:
     """Write every source of a tokenised folder as token shards; counts by source."""
-    if config.output.exists() and not config.overwrite:
-        raise ConfigError(f"output: {config.output} exists; add --overwrite, or choose another folder")
+    require_free("output", config.output, config.overwrite)
     tokenizer = _tokenizer(config.tokenizer)
     counts = {}
     for source in expanded([str(config.input)]):
@@ -160,8 +159,7 @@ def pack(config: PackConfig) -> dict[str, Count]:
 def keep_between(config: FilterConfig) -> dict[str, Count]:
     """Copy the records whose numeric column lies within the bounds, both included; counts by source."""
     files = files_of(config.input, ".jsonl")
-    if config.output.exists() and not config.overwrite:
-        raise ConfigError(f"output: {config.output} exists; add --overwrite, or choose another folder")
+    require_free("output", config.output, config.overwrite)
     low, high = -math.inf if config.min is None else config.min, math.inf if config.max is None else config.max
     counts: dict[str, Count] = {}
     for file in files:

@@ -35,6 +35,7 @@ from moe_cpt.inspection import load_mixture
 from moe_cpt.model import LlamaMoEForCausalLM, MoEBlock
 from moe_cpt.options.conversion import ExportConfig
 from moe_cpt.split import FILE, Split
+from moe_cpt.targets import require_free
 
 Stock = TypeVar("Stock", bound=PreTrainedModel)
 # fields of a LLaMA config that mean the same in Mixtral and GraniteMoeShared
@@ -62,8 +63,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     Raises ConfigError for a format the mixture does not fit into, RunFailed when the logits differ; nothing is written then.
     """
     target = config.save_path
-    if target.exists() and not config.overwrite:
-        raise ConfigError(f"save_path: {target} exists; add --overwrite, or choose another folder")
+    require_free("save_path", target, config.overwrite)
     source = model_folder(config.model)
     model = load_mixture(config.model)
     if config.peft_path is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from lm_core.errors import ConfigError, InputError
 from moe_cpt.convert import copy_tokenizer
 from moe_cpt.hf.configuration_llama_moe import LlamaMoEConfig
+from moe_cpt.targets import require_free
 from moe_cpt.tensors import ModelTensors, ModelWriter, read_config
 
 _EXPERT = re.compile(r"(model\.layers\.\d+\.mlp\.)calculator\.experts\.weight_(gate|up|down)\.(\d+)")
@@ -28,8 +29,7 @@ _DROPPED = ("add_weight_norm",)
 
 def import_legacy(source: Path, target: Path, *, overwrite: bool = False) -> LlamaMoEConfig:
     """Write the checkpoint in `source` in this package's layout; its config. Every tensor finds its place, or it is refused by name."""
-    if target.exists() and not overwrite:
-        raise ConfigError(f"save_path: {target} exists; add --overwrite, or choose another folder")
+    require_free("save_path", target, overwrite)
     config = legacy_config(read_config(source))
     partial = target.with_name(target.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)

@@ -90,6 +90,7 @@ class MoeCPT(Method):
         self._updates = 0
         self._selections = [] if config.k_schedule is None else parse_k_schedule(config.k_schedule)
         self._mixture: LlamaMoEForCausalLM | None = None
+        self._words: PreTrainedTokenizerBase | None = None
 
     def build(self) -> nn.Module:
         config = self.config
@@ -210,13 +211,23 @@ class MoeCPT(Method):
                 overwrite=True,
             )
 
+    def write_beside(self, checkpoint: Path) -> None:
+        """The tokenizer and the split: a checkpoint can then be evaluated, exported and put back into a dense model."""
+        if self._words is not None:
+            self._words.save_pretrained(checkpoint)
+        self._copy_split(checkpoint)
+
     def keep_split(self) -> None:
         """Copy the split beside the trained weights, so that they can be put back into a dense model."""
+        if dist.rank() == 0 and not self.config.dry_run:
+            self._copy_split(self.config.run_folder() / "final")
+
+    def _copy_split(self, target: Path) -> None:
         config = self.config
         source = Path(config.model) if config.from_dense == "none" else config.run_folder() / "init"
         whole = config.from_dense != "none" or not config.debug_mode
-        if dist.rank() == 0 and not config.dry_run and whole and (source / FILE).is_file():
-            shutil.copy2(source / FILE, config.run_folder() / "final" / FILE)
+        if whole and (source / FILE).is_file():
+            shutil.copy2(source / FILE, target / FILE)
 
     def override(self, mixture: LlamaMoEForCausalLM) -> None:
         """Routing options that were given win over the checkpoint's; says where each value comes from."""
@@ -288,6 +299,7 @@ class MoeCPT(Method):
 
     def data(self, tokenizer: PreTrainedTokenizerBase) -> Data:
         """The weighted sources. Raises ConfigError when shares are to follow losses that some source has not."""
+        self._words = tokenizer
         entries = self.model_config().vocab_size
         if len(tokenizer) > entries:
             raise ConfigError(

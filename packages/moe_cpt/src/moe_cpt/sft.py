@@ -41,6 +41,7 @@ class SupervisedTuning(MoeCPT):
     config: SFTConfig
 
     def data(self, tokenizer: PreTrainedTokenizerBase) -> Data:
+        self._words = tokenizer
         data = conversations(self.config, tokenizer)
         self._sources = list(data.train)
         return data

@@ -18,6 +18,7 @@ from moe_cpt.models import source_folder
 from moe_cpt.options.conversion import TrainGateConfig
 from moe_cpt.split import Split
 from moe_cpt.split.features import read_features
+from moe_cpt.targets import require_free
 from moe_cpt.tensors import ModelTensors, read_config
 
 # R tokens, D hidden size, M neurons, N experts
@@ -91,8 +92,7 @@ def logits(weights: dict[str, Any], x_RD: Tensor) -> Tensor:
 
 def train_gate(config: TrainGateConfig) -> list[float]:
     """Fit and write the routers of all layers; the share of the most active experts that each one finds on held-out tokens."""
-    if config.save_path.exists() and not config.overwrite:
-        raise ConfigError(f"save_path: {config.save_path} exists; add --overwrite, or choose another file")
+    require_free("save_path", config.save_path, config.overwrite)
     folder, split = source_folder(config.model_path), Split.load(config.split_file_path)
     dense = read_config(folder)
     split.require_model(ModelTensors(folder), dense, config.split_file_path)

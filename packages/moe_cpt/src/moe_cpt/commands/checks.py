@@ -13,6 +13,7 @@ import click
 
 from lm_core.cli import Command, configured
 from moe_cpt.options.checks import BenchConfig, EvalConfig, InspectConfig, ReferenceConfig, ReportConfig, TensorBoardConfig
+from moe_cpt.targets import require_free
 
 
 @click.command(cls=Command)
@@ -44,6 +45,7 @@ def ref_loss(config: ReferenceConfig) -> dict[str, Any]:
 
     Example: moe-cpt ref-loss --model smollm2-135m --validation_dir builtin:python-docs,builtin:stdlib -o ref.json
     """
+    require_free("output", config.output, config.overwrite)
     found = _evaluate(config)
     config.output.write_text(json.dumps({source: values["loss"] for source, values in found.items()}, indent=1) + "\n")
     return found

@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from lm_core.cli import Command, configured
-from lm_core.errors import ConfigError
 from moe_cpt.options.conversion import ConvertConfig, ExportConfig, LegacyConfig, ScaleConfig, TrainGateConfig
+from moe_cpt.targets import require_free
 
 
 @click.command("train-gate", cls=Command)
@@ -54,8 +54,8 @@ def convert(config: ConvertConfig) -> dict[str, Any]:
         chosen = read_legacy(path, ModelTensors(source), stored["num_hidden_layers"], stored["intermediate_size"])
     else:
         chosen = Split.load(path)
-    if config.format != "llama_moe" and config.save_path.exists() and not config.overwrite:
-        raise ConfigError(f"save_path: {config.save_path} exists; add --overwrite, or choose another folder")
+    if config.format != "llama_moe":
+        require_free("save_path", config.save_path, config.overwrite)
     file = config.score_scale_factor_file_path
     rows = []
     if config.gate_init == "ridge" and config.calibration_data:
@@ -104,6 +104,7 @@ def calibrate_scale(config: ScaleConfig) -> dict[str, Any]:
     """
     from moe_cpt.calibrate import calibrate
 
+    require_free("save_path", config.save_path, config.overwrite)
     scales = calibrate(config)
     config.save_path.write_text(json.dumps(scales) + "\n")
     print(f"{config.save_path}: {config.mode} factors from {min(scales):.4g} to {max(scales):.4g}")

@@ -11,6 +11,7 @@ import click
 from lm_core.cli import Group, configured
 from lm_core.errors import ConfigError, InputError, RunFailed
 from moe_cpt.options.checks import SlurmCheckConfig, SlurmRenderConfig
+from moe_cpt.targets import require_free
 
 
 @click.group(cls=Group)
@@ -49,8 +50,7 @@ def slurm_render(config: SlurmRenderConfig, script: Path) -> dict[str, Any]:
     """
     from moe_cpt.slurm import check_slurm, rendered
 
-    if config.output.exists() and not config.overwrite:
-        raise ConfigError(f"output: {config.output} exists; add --overwrite, or choose another file")
+    require_free("output", config.output, config.overwrite)
     text = rendered(script.read_text(), config.nodes, config.gpus)
     if wrong := [finding for finding in check_slurm(text, folder=Path.cwd()) if finding.code in ("S01", "S02", "S09")]:
         raise InputError(f"script: {script} cannot be made consistent ({wrong[0]}); correct it first")

@@ -7,7 +7,6 @@ from typing import Any
 import click
 
 from lm_core.cli import Command, Group, configured
-from lm_core.errors import ConfigError
 from moe_cpt.options.splits import (
     ActivationConfig,
     ClusteringConfig,
@@ -19,6 +18,7 @@ from moe_cpt.options.splits import (
     ScoreConfig,
     SplitConfig,
 )
+from moe_cpt.targets import require_free
 
 IMPORTANCE = ("score_file_path", "proj_type", "expert_size", "criterion", "share_neurons")
 
@@ -95,8 +95,7 @@ def _split(method: str, config: SplitConfig, **options: Any) -> dict[str, Any]:
     from moe_cpt.models import source_folder
     from moe_cpt.split import described, split_ffn
 
-    if config.save_path.exists() and not config.overwrite:
-        raise ConfigError(f"save_path: {config.save_path} exists; add --overwrite, or choose another file")
+    require_free("save_path", config.save_path, config.overwrite)
     folder = source_folder(config.model_path)
     made = split_ffn(folder, method, num_experts=config.num_experts, seed=config.seed, **options)
     made.save(config.save_path)
@@ -126,8 +125,7 @@ def features(config: FeaturesConfig) -> dict[str, Any]:
     from moe_cpt.split.features import bytes_of, token_rows, write_features, write_statistics
     from moe_cpt.tensors import require_swiglu
 
-    if config.save_path.exists() and not config.overwrite:
-        raise ConfigError(f"save_path: {config.save_path} exists; add --overwrite, or choose another folder")
+    require_free("save_path", config.save_path, config.overwrite)
     folder = str(source_folder(config.model_path))
     dense = load_model(folder).train(False)
     require_swiglu(dense.config.to_dict(), config.model_path)

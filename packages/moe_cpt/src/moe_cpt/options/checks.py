@@ -47,6 +47,7 @@ class ReferenceConfig(EvalConfig):
     """Held-out loss by source as the reference of a dynamic data selection."""
 
     output: Path = opt(help="JSON file to write.", flags=("-o",))
+    overwrite: bool = opt(False, "Replace what is at --output.")
 
 
 @config

@@ -117,6 +117,7 @@ class ScaleConfig:
     max_tokens: Count = opt(65536, "Tokens to calibrate on.", ge=1)
     max_length: int = opt(512, "Tokens per sample.", ge=2, flags=("--block_size",))
     save_path: Path = opt(help="JSON file to write: a list with one factor per layer.", flags=("-o",))
+    overwrite: bool = opt(False, "Replace what is at --save-path.")
 
 
 @config

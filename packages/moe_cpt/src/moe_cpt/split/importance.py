@@ -13,12 +13,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lm_core.data import eval_rows
-from lm_core.errors import ConfigError, InputError
+from lm_core.errors import InputError
 from lm_core.head import chunked_cross_entropy
 from lm_core.method import IGNORE
 from lm_core.models import load_model, load_tokenizer
 from moe_cpt.models import source_folder
 from moe_cpt.options.splits import ScoreConfig
+from moe_cpt.targets import require_free
 from moe_cpt.tensors import require_swiglu
 
 # C clusters, L layers, M neurons, B samples, T tokens
@@ -30,8 +31,7 @@ KERNELS: dict[str, Callable[[Tensor], Tensor]] = {"plain": lambda g: g, "l1_norm
 
 def score_clusters(config: ScoreConfig) -> dict[str, Any]:
     """Score and write; what was read. Raises InputError for a folder without clusters."""
-    if config.save_path.exists() and not config.overwrite:
-        raise ConfigError(f"save_path: {config.save_path} exists; add --overwrite, or choose another file")
+    require_free("save_path", config.save_path, config.overwrite)
     files = sorted(config.dataset.glob("*.jsonl"), key=lambda path: (len(path.stem), path.stem))
     if not files:
         raise InputError(f"dataset: {config.dataset} holds no .jsonl files; write them with moe-cpt cluster-text")

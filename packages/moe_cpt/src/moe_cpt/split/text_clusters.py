@@ -21,6 +21,7 @@ from lm_core.data.sources import Row, parse, resolve
 from lm_core.data.tokenize import text_of
 from lm_core.errors import ConfigError, InputError, reading
 from moe_cpt.options.splits import ClusterTextConfig
+from moe_cpt.targets import require_free
 
 # documents, D features (words, or a model's hidden size), C clusters
 Encoder = Literal["tfidf", "sentence"]
@@ -43,8 +44,8 @@ def documents(data: Sequence[str], column: str) -> list[Row]:
 def cluster(config: ClusterTextConfig) -> list[int]:
     """Find centres, or read them, and write the texts by cluster; the number of texts in each (none without `do_eval`)."""
     for field, path, written in (("model_dir", config.model_dir, config.do_train), ("output_dir", config.output_dir, config.do_eval)):
-        if written and path.exists() and not config.overwrite:
-            raise ConfigError(f"{field}: {path} exists; add --overwrite, or choose another folder")
+        if written:
+            require_free(field, path, config.overwrite)
     rows = documents(config.data_dir, config.text_column)
     texts = [text_of(row, config.text_column) for row in rows]
     if config.do_train and len(rows) < config.num_clusters:

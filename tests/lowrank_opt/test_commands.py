@@ -78,6 +78,29 @@ def test_a_merged_export_holds_the_weights_plus_the_scaled_product_of_the_adapte
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["use_rslora", "use_dora"])
+def test_other_adapters_are_merged_in_float32_whatever_the_training_was_in(kind: str, tmp_path: Path) -> None:
+    suite = LowRankConformance()
+    suite.optimizer = "lora"
+    options = {"mode": "finetuning", "budget": "2 steps", "precision": "bf16", "lr": 0.1, "eval_every": "never"}
+    suite.run(tmp_path / "run", lora={"lora_dropout": 0.0, "r": 4, "lora_alpha": 8, kind: True}, **options)
+    command("export", "--checkpoint", tmp_path / "run", "--out", tmp_path / "merged", "--merge", "--dtype", "fp32")
+    found = load_file(tmp_path / "merged/model.safetensors")
+    saved = load_file(tmp_path / "run/checkpoints/checkpoint-2/model.safetensors")
+    base = "model.layers.1.self_attn.q_proj"
+    a, b, weight = (saved[f"{base}.{part}.weight"].float() for part in ("lora_A.default", "lora_B.default", "base_layer"))
+    assert b.abs().max() > 0.01
+    if kind == "use_rslora":
+        expected = weight + 8 / 4**0.5 * b @ a
+    else:
+        direction = weight + 8 / 4 * b @ a
+        magnitude = next(tensor.float() for name, tensor in saved.items() if name.startswith(base) and "magnitude" in name)
+        expected = magnitude[:, None] * direction / direction.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(found[f"{base}.weight"], expected, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(found[f"{base}.weight"], found[f"{base}.weight"].bfloat16().float())
+
+
+@pytest.mark.slow
 def test_an_adapter_export_loads_in_peft_with_the_logits_of_the_merged_one(runs: dict[str, Path], tmp_path: Path) -> None:
     command("export", "--checkpoint", runs["lora"], "--out", tmp_path / "adapter")
     command("export", "--checkpoint", runs["lora"], "--out", tmp_path / "merged", "--merge")

@@ -349,11 +349,12 @@ def adapted(model: nn.Module) -> PeftModel:
     return cast("PeftModel", next(part for part in model.modules() if hasattr(part, "merge_and_unload")))
 
 
-def merged(model: nn.Module) -> PreTrainedModel:
-    """A copy of the language model in `model` with W + scaling B A for every adapted weight W, computed in float32."""
-    dtype = next(model.parameters()).dtype
+def merged(model: nn.Module, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A copy of the language model in `model` with W + scaling B A for every adapted weight W, computed in float32 and then
+    cast once, to `dtype` or that of the model."""
+    kept = next(model.parameters()).dtype if dtype is None else dtype
     whole: Any = copy.deepcopy(adapted(model)).float()
-    return cast("PreTrainedModel", whole.merge_and_unload().to(dtype))
+    return cast("PreTrainedModel", whole.merge_and_unload().to(kept))
 
 
 class _LossHead(nn.Linear):

@@ -27,7 +27,7 @@ def exported(method: LowRank, merge: bool, dtype: torch.dtype | None) -> LowRank
     plain = method.final_model
 
     def final_model(model: nn.Module) -> PreTrainedModel:
-        chosen = merged(model) if merge else plain(model)
+        chosen = merged(model, dtype) if merge else plain(model)
         if dtype is None or dtype == chosen.dtype:
             return chosen
         copied: nn.Module = copy.deepcopy(chosen)

@@ -339,6 +339,7 @@ GALORE: list[tuple[str, Any, str]] = [
     ("embedding_state_bits", 32, "8 32"),
     ("proj_dtype", None, "param fp32 bf16 int4"),
     ("compat", "none", "none galore_torch"),
+    ("weight_dtype", "param", "param int8"),
 ]
 APOLLO: list[tuple[str, Any, str]] = [
     ("rank", None, ""),

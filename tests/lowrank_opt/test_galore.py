@@ -525,4 +525,11 @@ def test_the_packaged_settings_are_the_defaults_of_the_optimizer():
         "adaptive": None,
         "proj_dtype": None,
     }
-    assert set(shipped) - set(arguments) == {"target_modules", "exclude_modules", "embedding_state_bits", "apollo", "ldadam"}
+    assert set(shipped) - set(arguments) == {
+        "target_modules",
+        "exclude_modules",
+        "embedding_state_bits",
+        "weight_dtype",
+        "apollo",
+        "ldadam",
+    }

@@ -205,11 +205,16 @@ def _memory(engine: Engine, method: Method, batch: Batch, accumulate: int) -> tu
     engine.drop()
     held = sum(tensor.nbytes for tensor in state)
     optimizer = max(held, _optimizer_bytes(engine, trained))
-    weights = sum({part.data_ptr(): part.nbytes for part in tensors}.values())
+    weights = sum({part.data_ptr(): stored_bytes(part) for part in tensors}.values())
     update = whole + int(getattr(engine.optimizer, "predicted_step_bytes", lambda: 0)())
     peak = before + (optimizer - held) + max(backward + overhead, update)
     runtime = max(0, before - weights - held) + max(0, overhead)
     return Memory(weights, whole, optimizer, activations, runtime, peak), seconds
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """Bytes that a tensor takes: fewer than its entries have where it stands for something kept elsewhere."""
+    return min(tensor.nbytes, tensor.untyped_storage().nbytes())
 
 
 def _one_micro_batch(engine: Engine, method: Method, batch: Batch, live: Live, trained: list[nn.Parameter]) -> tuple[list[Tensor], bool]:

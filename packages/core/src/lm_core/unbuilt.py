@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lm_core import dist
-from lm_core.estimate import Estimate, Memory, Parameters, parameters, peak_flops, steps_of
+from lm_core.estimate import Estimate, Memory, Parameters, parameters, peak_flops, steps_of, stored_bytes
 from lm_core.memory import Live, current_bytes
 from lm_core.optim import param_groups
 from lm_core.progress import Size
@@ -64,7 +64,7 @@ def _without_values(config: RunConfig, method: Method, batches: Sequence[Batch],
     activations = live.peak(without=gradients)
     if config.precision != "fp32" and all(parameter.dtype == torch.float32 for parameter in model.parameters()):
         activations //= 2
-    weights = sum(parameter.nbytes for parameter in model.parameters())
+    weights = sum(stored_bytes(tensor) for tensor in [*model.parameters(), *model.buffers()])
     held = sum(parameter.nbytes for parameter in trained)
     try:
         made: Any = method.optimizer(groups)

@@ -18,7 +18,7 @@ __all__, __getattr__, __dir__ = public_names(
         "GaLoreAdamW8bit": "galore",
         "LDAdamW": "ldadam",
         "MuonWithAdamW": "muon",
-        "QGaLoreAdamW8bit": "galore",
+        "QGaLoreAdamW8bit": "qgalore",
         "UnsupportedDistributedError": "base",
         "attach_per_layer": "layerwise",
         "build_param_groups": "groups",

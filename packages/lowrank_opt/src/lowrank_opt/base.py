@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lm_core import counter
 from lm_core.errors import ConfigError, InputError, ResumeRefused
+from lowrank_opt.int8 import Int8Weight
 
 if TYPE_CHECKING:
     from lowrank_opt.layerwise import PerLayer
@@ -145,9 +146,12 @@ class Rounding:
         """Round float32 numbers (contiguous) in place to bfloat16 neighbours, up or down at random."""
         # A bfloat16 is the upper half of a float32: 16 random bits added to the lower half carry into the upper
         # half with the probability of the distance.
-        tile = self.tile()
         for bits in value.view(-1).view(torch.int32).split(CHUNK):
-            bits.add_(tile[: bits.numel()] ^ self.flips.getrandbits(16)).bitwise_and_(-(1 << 16))
+            bits.add_(self.words(bits.numel())).bitwise_and_(-(1 << 16))
+
+    def words(self, count: int) -> Tensor:
+        """The next `count` (at most CHUNK) numbers of 16 random bits, int32."""
+        return self.tile()[:count] ^ self.flips.getrandbits(16)
 
 
 def names_of(group: Group) -> list[str]:
@@ -169,6 +173,8 @@ class BaseOptimizer(torch.optim.Optimizer):
     _more: Group = {}
     # Whether groups may have a `rank`; elsewhere it would be ignored, so it is refused.
     _takes_rank = False
+    # Whether weights may be those of an `Int8Linear`.
+    _takes_int8 = False
     # Whether a low-rank update needs the whole gradient, not only L.
     _needs_gradient = True
     # Global norm of the last step and what it is of, set by per-layer updates.
@@ -217,6 +223,8 @@ class BaseOptimizer(torch.optim.Optimizer):
 
     def _check_group(self, group: Group) -> None:
         """Refuse settings that cannot work."""
+        if not self._takes_int8 and any(isinstance(p, Int8Weight) for p in group["params"]):
+            raise ConfigError(f"params: {type(self).__name__} cannot update weights in 8 bits; use QGaLoreAdamW8bit, or keep them whole")
         if group.get("rank") is not None and not self._takes_rank:
             raise ConfigError(f"rank: {type(self).__name__} updates whole parameters; use rank=None, or GaLoreAdamW")
         if not all(0 <= beta < 1 for beta in group["betas"]):
@@ -300,7 +308,7 @@ class BaseOptimizer(torch.optim.Optimizer):
 
     def _rounding(self, group: Group, parameter: Tensor, step: int) -> Rounding | None:
         """Random bits for a bfloat16 weight: nearest rounding would lose every update below half a step for ever."""
-        if parameter.dtype != torch.bfloat16 or not group["stochastic_rounding"]:
+        if not self._is_rounded(parameter) or not group["stochastic_rounding"]:
             return None
         seed = group["seed"]
         place = self._address(parameter).position
@@ -308,6 +316,10 @@ class BaseOptimizer(torch.optim.Optimizer):
             # other bits for every process
             place += parameter.device_mesh.get_local_rank() << 32  # type: ignore[attr-defined]
         return Rounding(partial(self._tile, seed, step, parameter.device), seed, place, step)
+
+    def _is_rounded(self, parameter: Tensor) -> bool:
+        """Whether a weight is kept in so few bits that small updates of it would be lost."""
+        return parameter.dtype == torch.bfloat16
 
     def _tile(self, seed: int, step: int, device: torch.device) -> Tensor:
         if self._tiles.get(device, (None,))[:2] != (seed, step):

@@ -143,6 +143,11 @@ def check_engine(config: TrainConfig) -> None:
         raise ConfigError(f"shard_optimizer: {said} splits it already; drop it, or use --engine replicated")
     if config.engine == "lowrank":
         check_reduction(config)
+    if config.galore.weight_dtype == "int8" and (stage or processes(config) > 1):
+        raise ConfigError(
+            f"galore.weight_dtype: int8 weights are updated in one process, not {said if stage else processes(config)}; "
+            "use --num-processes 1 and --engine replicated, or --weight-dtype param"
+        )
     if config.resume_reset_optimizer and config.resume == "none":
         raise ConfigError("resume_reset_optimizer: nothing is resumed; add --resume auto, or a checkpoint folder")
     if config.resume_reset_optimizer and engine_kind(config) == "deepspeed":
@@ -198,6 +203,8 @@ def used_by(config: TrainConfig, path: str) -> tuple[str, ...] | None:
     head, _, name = path.rpartition(".")
     if name == "state_bits":
         return None
+    if name == "weight_dtype":
+        return ("qgalore",)
     if name in ("target_modules", "exclude_modules"):
         return LOW_RANK
     if name in ("block_size", "min_8bit_size", "embedding_state_bits"):

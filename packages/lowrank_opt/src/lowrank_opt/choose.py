@@ -11,10 +11,11 @@ from lowrank_opt.apollo import ApolloAdamW
 from lowrank_opt.base import BaseOptimizer, Group
 from lowrank_opt.config import TrainConfig
 from lowrank_opt.fira import FiraAdamW
-from lowrank_opt.galore import GaLoreAdamW, GaLoreAdamW8bit, QGaLoreAdamW8bit
+from lowrank_opt.galore import GaLoreAdamW, GaLoreAdamW8bit
 from lowrank_opt.ldadam import LDAdamW
 from lowrank_opt.muon import MuonWithAdamW
 from lowrank_opt.optimizer_options import LOW_RANK, OF_LDADAM, PROJECTED, moment_bits
+from lowrank_opt.qgalore import QGaLoreAdamW8bit
 
 CLASSES: dict[str, type[BaseOptimizer]] = {
     "baseline": AdamW,
@@ -31,7 +32,16 @@ CLASSES: dict[str, type[BaseOptimizer]] = {
     "lora": AdamW,
 }
 # what selects parameters, and what applies to dense parameters as well, is no setting of a low-rank group
-_ELSEWHERE = ("rank", "target_modules", "exclude_modules", "state_bits", "block_size", "min_8bit_size", "embedding_state_bits")
+_ELSEWHERE = (
+    "rank",
+    "target_modules",
+    "exclude_modules",
+    "state_bits",
+    "block_size",
+    "min_8bit_size",
+    "embedding_state_bits",
+    "weight_dtype",
+)
 
 
 def make_optimizer(config: TrainConfig, groups: list[Group]) -> BaseOptimizer:

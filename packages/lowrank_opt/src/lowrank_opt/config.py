@@ -111,7 +111,7 @@ class TrainConfig(RunConfig):
     resume_reset_optimizer: bool = opt(
         False, "Resume the weights and the place in the data, with a fresh optimizer: another one, or another rank."
     )
-    stochastic_rounding: bool = opt(True, "Round updates of bfloat16 weights at random, so that small ones are not lost.")
+    stochastic_rounding: bool = opt(True, "Round updates of weights in bfloat16 or 8 bits at random, so that small ones are not lost.")
     test: bool = opt(False, "Smoke test: 1000 tokens or 64 samples, one epoch, float32, nothing sent anywhere.")
     galore: GaloreOptions = section(GaloreOptions)
     apollo: ApolloOptions = section(ApolloOptions)

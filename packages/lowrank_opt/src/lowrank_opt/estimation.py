@@ -53,6 +53,7 @@ def one(config: TrainConfig) -> Memory:
         rank=settings.get("rank", 1),
         proj_type=settings.get("proj_type", "std"),
         proj_dtype=settings.get("proj_dtype"),
+        weight_dtype=config.galore.weight_dtype if config.optimizer == "qgalore" else "param",
         error_feedback=config.ldadam.ldadam_error_feedback,
         proj_method=settings.get("proj_method", "auto"),
         oversample=galore.oversample,

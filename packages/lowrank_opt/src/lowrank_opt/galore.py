@@ -409,16 +409,6 @@ class GaLoreAdamW8bit(GaLoreAdamW):
     _state_bits = 8
 
 
-class QGaLoreAdamW8bit(GaLoreAdamW8bit):
-    """Q-GaLore: GaLore with moments in 8 bits and bases in 4, whose matrices are refreshed less often once their basis stays.
-
-    Weights keep their type; those of Q-GaLore in 8 bits are not built.
-    """
-
-    def __init__(self, params: Iterable[Any], *args: Any, adaptive: bool = True, proj_dtype: str = "int4", **settings: Any) -> None:
-        super().__init__(params, *args, adaptive=adaptive, proj_dtype=proj_dtype, **settings)
-
-
 def has_basis(state: State) -> bool:
     """Whether a parameter's state holds a basis, whole or in 4 bits."""
     return "proj" in state or "proj_q" in state

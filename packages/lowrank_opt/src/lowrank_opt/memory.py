@@ -18,6 +18,7 @@ from lm_core.errors import ConfigError
 from lowrank_opt.base import choice
 from lowrank_opt.groups import build_param_groups
 from lowrank_opt.int4 import GROUP
+from lowrank_opt.int8 import weight_bytes
 from lowrank_opt.models import HUB_MODELS, PRESETS
 from lowrank_opt.projector import low_shape, rank_of, resolve_method, side_of, squares_first
 
@@ -169,6 +170,7 @@ def estimate_memory(
     full_rank_policy: str = "identity",
     target_modules: str | list[str] = "auto",
     exclude_modules: list[str] | None = None,
+    weight_dtype: str = "param",
     dtype: torch.dtype | None = None,
     per_layer: bool = False,
     accumulate: int = 1,
@@ -180,6 +182,7 @@ def estimate_memory(
     dtype: of the weights; default that of the model. tokens: positions per micro-batch, for the rough figure of
     activations; 0 leaves them out. Parameters that do not require a gradient are weights only, so an adapter
     model counts its adapters. proj_dtype: default int4 for qgalore, else that of the weight.
+    weight_dtype: int8 for matrices in 8 bits.
     """
     name = ALIASES.get(optimizer, optimizer)
     choice("optimizer", name, list(KINDS))
@@ -188,6 +191,7 @@ def estimate_memory(
     model = model_of(model_or_config)
     weights = dict(model.named_parameters())
     bytes_of = {key: p.numel() * (dtype or p.dtype).itemsize for key, p in weights.items()}
+    kept = dict(bytes_of)
     groups = build_param_groups(
         model,
         rank=None if kind.family == "dense" else kind.rank or rank,
@@ -208,6 +212,10 @@ def estimate_memory(
                 moments, bases, low_states = moments + found[0], bases + found[1], low_states + sum(found)
                 side = side_of(shape, proj_type)
                 low_gradients += 4 * math.prod(low_shape(shape, side, low))
+                if weight_dtype == "int8":
+                    kept[key] = weight_bytes(p.numel())
+                    # an update writes the weight out in float32
+                    workspace = max(workspace, 4 * p.numel())
                 if kind.family == "projected":
                     exact = bytes_of[key] == 4 * p.numel()
                     workspace = max(workspace, workspace_bytes(shape, low, side, proj_method, oversample, exact))
@@ -223,7 +231,7 @@ def estimate_memory(
         optimizer=optimizer,
         parameters=sum(p.numel() for p in weights.values()),
         trained=sum(weights[key].numel() for key in trained),
-        weights=sum(bytes_of.values()),
+        weights=sum(kept.values()),
         adapters=sum(size for key, size in bytes_of.items() if "lora_" in key),
         gradients=gradients,
         moments=moments,

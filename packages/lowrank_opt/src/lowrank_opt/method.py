@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from collections.abc import Iterator
@@ -24,7 +25,9 @@ from lowrank_opt.choose import low_rank_settings, make_optimizer
 from lowrank_opt.config import TrainConfig
 from lowrank_opt.csv_sink import CsvSink
 from lowrank_opt.groups import auto_targets, matching
+from lowrank_opt.int8 import to_dense, to_int8
 from lowrank_opt.layerwise import attach_per_layer
+from lowrank_opt.matrix import reaches_full_rank
 from lowrank_opt.models import HUB_MODELS, PRESETS, default_tokenizer, weights_of
 from lowrank_opt.optimizer_options import LOW_RANK, PROJECTED, GaloreOptions, LoraOptions, moment_bits
 from lowrank_opt.resolve import again
@@ -77,9 +80,9 @@ class LowRank(Method):
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
         if config.resume_reset_optimizer:
-            sections = (leaf.path for leaf in leaves(TrainConfig) if leaf.path.startswith(("galore.", "apollo.", "ldadam.")))
+            sections = {leaf.path for leaf in leaves(TrainConfig) if leaf.path.startswith(("galore.", "apollo.", "ldadam."))}
             self.fresh_optimizer = True
-            self.resumable = self.resumable | OF_THE_OPTIMIZER | frozenset(sections)
+            self.resumable = self.resumable | OF_THE_OPTIMIZER | (sections - {"galore.weight_dtype"})
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         if self.words is None:
@@ -133,6 +136,10 @@ class LowRank(Method):
         self.embeddings = frozenset(names[id(part.weight)] for part in module.modules() if isinstance(part, nn.Embedding))
         if config.optimizer in LOW_RANK:
             self.low_rank = low_rank_names(module, config.galore)
+        if config.optimizer == "qgalore" and config.galore.weight_dtype == "int8":
+            rank, weights = config.galore.rank, dict(module.named_parameters())
+            settings = {"rank": rank if rank < 1 else int(rank)}
+            to_int8(module, sorted(name for name in self.low_rank if not reaches_full_rank(settings, weights[name])))
         if config.gradient_checkpointing:
             checkpoint_activations(module)
         self.module = module
@@ -176,7 +183,11 @@ class LowRank(Method):
         changed = config.lora.init_lora_weights.startswith(("lora_ga", "pissa", "olora")) or config.lora.relora_every
         if config.optimizer.startswith("lora") and (config.mode == "pretraining" or changed):
             return merged(model)
-        return super().final_model(model)
+        found = super().final_model(model)
+        if config.galore.weight_dtype == "int8":
+            found = copy.deepcopy(found)
+            to_dense(found)
+        return found
 
     def losses(self, model: nn.Module, batch: Batch) -> Iterator[Loss]:
         inputs = {name: batch[name] for name in ("input_ids", "labels", "attention_mask", "position_ids") if name in batch}

@@ -67,6 +67,10 @@ class GaloreOptions:
         "Type that bases are kept in, param being that of the weight; products with one in bf16 are taken in bf16. "
         "Default: int4 for qgalore, else param.",
     )
+    weight_dtype: Literal["param", "int8"] = opt(
+        "param",
+        "Type that qgalore keeps the weights of matrices in: int8 is a code per entry, and a step and an offset for every 256.",
+    )
     state_bits: Literal[8, 32] | None = opt(None, "Bits of the moments; default: 8 for the optimizers that are called so, else 32.")
     block_size: int = opt(256, "Values that share one scale in 8-bit state.", ge=1)
     min_8bit_size: int = opt(4096, "State tensors with fewer values stay float32.", ge=0)

@@ -301,31 +301,62 @@ GRID = {
 GAPS = (50, 100, 200, 500, 1000)
 
 
+Configurations = dict[str, dict[str, str]]
+FAST: Configurations = {"bf16 products and subspace": {"proj_dtype": "bf16", "proj_method": "subspace"}}
+
+
 def grid_beside_galore_torch(name: str, config: BenchConfig) -> Iterator[Figure]:
     """Whole gaps of theirs over ours for a layer of a preset (four square matrices, two tall ones and a wide one), from the times of a step
     and of one with a refresh: a gap has T - 1 of the former and one of the latter."""
     library = optional("galore_torch")
     if library is None:
         return
-    hidden, inner, ranks = GRID[name]
-    for rank in ranks:
-        total: dict[str, tuple[float, float]] = {}
-        for count, shape in ((4, (hidden, hidden)), (2, (inner, hidden)), (1, (hidden, inner))):
-            for label, (step, refresh) in step_and_refresh(library, shape, rank, config.repeats).items():
-                before = total.get(label, (0.0, 0.0))
-                total[label] = before[0] + count * step, before[1] + count * refresh
+    for rank in GRID[name][2]:
+        times = layer_times(library, name, rank, config.repeats, {"GaLoreAdamW": {}, **FAST})
         for gap in GAPS:
-            theirs, *others = ((gap - 1) * step + refresh for step, refresh in total.values())
-            for label, seconds in zip(list(total)[1:], others, strict=True):
-                what = f"galore-torch over {label}, a layer of {name}, float32, r {rank}, {gap} steps with one refresh"
-                yield Figure(f"grid-{name}", what, theirs / seconds)
+            for label, value in ratios(times, gap).items():
+                yield Figure(
+                    f"grid-{name}", f"galore-torch over {label}, a layer of {name}, float32, r {rank}, {gap} steps with one refresh", value
+                )
 
 
-def step_and_refresh(library: Any, shape: tuple[int, int], rank: int, repeats: int) -> dict[str, tuple[float, float]]:
-    """Seconds of a step without and with a refresh: galore-torch's, ours in the default configuration, ours with bfloat16 products and
-    warm power iteration, and those of the two float32 products alone (twice)."""
-    ours, theirs = galore_pair(library, (shape,), torch.float32, rank, gap=10**9)
-    fast, _ = galore_pair(library, (shape,), torch.float32, rank, gap=10**9, proj_dtype="bf16", proj_method="subspace")
+def recipe_beside_galore_torch(config: BenchConfig) -> Iterator[Figure]:
+    """The same at the rank and gap of llama_1b's recipe, for our fast configuration."""
+    library = optional("galore_torch")
+    if library is None:
+        return
+    rank, gap = 512, 200
+    fastest, least = ratios(layer_times(library, "llama_1b", rank, repeats=3, configurations=FAST), gap).values()
+    settings = "--proj-dtype bf16 --proj-method subspace"
+    what = f"galore-torch over GaLoreAdamW with {settings}, {gap} steps with one refresh, a layer of llama_1b, r {rank}"
+    yield Figure("galore-torch", what, fastest, 3.0, least=True)
+    yield Figure("galore-torch", "the same over the two float32 products of each step alone", least)
+
+
+def ratios(times: dict[str, tuple[float, float]], gap: int) -> dict[str, float]:
+    """A gap of galore-torch over those of the others."""
+    theirs, *others = ((gap - 1) * step + refresh for step, refresh in times.values())
+    return {label: theirs / seconds for label, seconds in zip(list(times)[1:], others, strict=True)}
+
+
+def layer_times(library: Any, name: str, rank: int, repeats: int, configurations: Configurations) -> dict[str, tuple[float, float]]:
+    """What `step_and_refresh` finds, summed over the matrices of a layer of a preset."""
+    hidden, inner, _ = GRID[name]
+    total: dict[str, tuple[float, float]] = {}
+    for count, shape in ((4, (hidden, hidden)), (2, (inner, hidden)), (1, (hidden, inner))):
+        for label, (step, refresh) in step_and_refresh(library, shape, rank, repeats, configurations).items():
+            before = total.get(label, (0.0, 0.0))
+            total[label] = before[0] + count * step, before[1] + count * refresh
+    return total
+
+
+def step_and_refresh(
+    library: Any, shape: tuple[int, int], rank: int, repeats: int, configurations: Configurations
+) -> dict[str, tuple[float, float]]:
+    """Seconds of a step without and with a refresh: galore-torch's, ours in each configuration, and those of the two float32 products of a
+    step alone (twice)."""
+    _, theirs = galore_pair(library, (shape,), torch.float32, rank, gap=10**9)
+    ours = [galore_pair(library, (shape,), torch.float32, rank, gap=10**9, **settings)[0] for settings in configurations.values()]
     weight, rows = numbers(*shape), numbers(rank, min(shape), seed=9)
     tall = shape[0] >= shape[1]
     gradient = numbers(*shape, seed=100)
@@ -334,22 +365,18 @@ def step_and_refresh(library: Any, shape: tuple[int, int], rank: int, repeats: i
         low = rows @ (gradient.t() if tall else gradient)
         weight.addmm_(*((low.t(), rows) if tall else (rows.t(), low)), alpha=-1e-9)
 
-    def refreshed(optimizer: GaLoreAdamW) -> None:
+    def refreshed(optimizer: Any) -> None:
         optimizer.refresh(now=False)
         optimizer.step()
 
-    def decomposed() -> None:
-        (group,) = theirs.param_groups
-        # a count that its gap divides makes the next step decompose
-        theirs.state[group["params"][0]]["projector"].update_proj_gap = 1
-        theirs.step()
-        theirs.state[group["params"][0]]["projector"].update_proj_gap = 10**9
-
-    steps = in_turns([theirs.step, ours.step, fast.step, products], repeats)
-    functions: list[Callable[[], Any]] = [decomposed, partial(refreshed, ours), partial(refreshed, fast)]
-    refreshes = in_turns(functions, repeats=1 if min(shape) > 1024 else 3, warm=0)
-    labels = ("galore-torch", "GaLoreAdamW", "bf16 products and subspace", "the two products alone")
-    return dict(zip(labels, zip(steps, [*refreshes, steps[3]], strict=True), strict=True))
+    # a first step decomposes, and beside that its new moments cost nothing
+    decomposed = in_turns([theirs.step], repeats=1, warm=0)
+    for optimizer in ours:
+        optimizer.step()
+    steps = in_turns([theirs.step, *(optimizer.step for optimizer in ours), products], repeats, warm=1)
+    refreshes = in_turns([partial(refreshed, optimizer) for optimizer in ours], repeats=1 if min(shape) > 1024 else 3, warm=0)
+    labels = ("galore-torch", *configurations, "the two products alone")
+    return dict(zip(labels, zip(steps, [*decomposed, *refreshes, steps[-1]], strict=True), strict=True))
 
 
 def bfloat16_beside_galore_torch(config: BenchConfig) -> Iterator[Figure]:
@@ -361,6 +388,11 @@ def bfloat16_beside_galore_torch(config: BenchConfig) -> Iterator[Figure]:
     ours, theirs = galore_pair(library, shapes, torch.bfloat16, rank, gap=10**9)
     what = f"GaLoreAdamW over galore-torch, bfloat16, a step without refresh, {len(shapes)} matrices of smollm2-135m, r {rank}"
     yield Figure("galore-bf16", what, ratio(ours.step, theirs.step, config.repeats), 1.0)
+
+
+def both_beside_galore_torch(config: BenchConfig) -> Iterator[Figure]:
+    yield from beside_galore_torch(config)
+    yield from recipe_beside_galore_torch(config)
 
 
 MEASUREMENTS: dict[str, Callable[[BenchConfig], Iterator[Figure]]] = {
@@ -378,7 +410,7 @@ MEASUREMENTS: dict[str, Callable[[BenchConfig], Iterator[Figure]]] = {
     "codes": exactness,
     "bytes": exactness,
     "galore8bit": exactness,
-    "galore-torch": beside_galore_torch,
+    "galore-torch": both_beside_galore_torch,
     "galore-bf16": bfloat16_beside_galore_torch,
 }
 # Takes minutes and has no target: only where it is asked for.

@@ -55,7 +55,7 @@ def test_eval_gives_the_loss_that_training_reported(runs: dict[str, Path], capsy
     assert found["step"] == 4
     assert found["sources"]["markov"]["loss"] == pytest.approx(reported, rel=1e-5)
     assert found["sources"]["markov"]["perplexity"] == pytest.approx(torch.tensor(reported).exp().item(), rel=1e-4)
-    earlier = printed(capsys, "eval", "--checkpoint", runs["galore8bit"], "--eval-data", "synthetic:copy")
+    earlier = printed(capsys, "eval", "--checkpoint", runs["galore8bit"], "--validation_files", "synthetic:copy", "--packing", "false")
     assert list(earlier["sources"]) == ["copy"]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from lm_core.config import Count, config, opt
+from lm_core.config import Count, change, config, opt
 from lm_core.options import DataOptions
 
 
@@ -17,6 +17,12 @@ class EvalConfig(DataOptions):
     eval_tokens: Count = opt(10_000_000, "Held-out tokens per source; 0 uses all.", ge=0)
     micro_batch_size: int = opt(8, "Samples in one forward pass.", ge=1, flags=("-b", "--batch_size"))
     device: Literal["auto", "cpu", "cuda"] = opt("auto", "Device to evaluate on.")
+    # the spellings of train
+    data: list[str] = change(DataOptions, "data", flags=("--dataset", "--train_files"))
+    eval_data: list[str] = change(DataOptions, "eval_data", flags=("--validation_files",))
+    packing: Literal["document", "stream", "best-fit", "false", "true"] = change(  # type: ignore[assignment]
+        DataOptions, "packing", help="How documents share a sample; false is document, true is stream."
+    )
 
 
 @config

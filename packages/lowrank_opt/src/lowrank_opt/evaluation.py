@@ -9,13 +9,14 @@ from lm_core.evaluate import evaluate
 from lm_core.options import DataOptions
 from lowrank_opt import saved
 from lowrank_opt.commands import EvalConfig
+from lowrank_opt.resolve import resolved
 
 
 def run(config: EvalConfig) -> dict[str, Any]:
     """Loss, perplexity and tokens by source, as training with these options would report them."""
     checkpoint = saved.newest(config.checkpoint)
     given = {name: getattr(config, name) for name in explicit(config) if name in DataOptions.__dataclass_fields__}
-    options = saved.options(checkpoint, {**given, "device": config.device})
+    options = resolved(saved.options(checkpoint, {**given, "device": config.device}))
     engine, method = saved.load(checkpoint, options)
     data = method.data(method.tokenizer())
     scores = evaluate(engine, method, data.valid, micro_batch=config.micro_batch_size, tokens=int(config.eval_tokens))

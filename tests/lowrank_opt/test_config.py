@@ -13,7 +13,7 @@ from lm_core.errors import ConfigError
 from lm_core.progress import Progress, Size
 from lowrank_opt.checks import refuse_unused
 from lowrank_opt.config import TrainConfig
-from lowrank_opt.resolve import resolved, with_data, without_foreign
+from lowrank_opt.resolve import resolved, tell_packaged, with_data, without_foreign
 
 # the original guide's options: flag, default, choices
 GUIDE: list[tuple[str, Any]] = [
@@ -300,3 +300,17 @@ def test_lora_targets_may_be_a_list_a_regular_expression_or_an_object_by_model(t
     assert targets({"llama": ["o_proj"]}, target_modules_by_model={"llama": ["v_proj"]}) == ["v_proj"]
     # as peft writes it
     assert targets(["k_proj"], init_lora_weights=False) == ["k_proj"]
+
+
+def test_a_json_file_that_is_absent_from_its_usual_place_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config/galore_config.json").write_text("{}")
+    with caplog.at_level("INFO", "lowrank_opt"):
+        tell_packaged(make(optimizer="baseline"))
+        assert not caplog.text
+        tell_packaged(make(optimizer="lora+galore"))
+    assert "lora_config: there is no config/lora_config.json; the packaged values hold" in caplog.text
+    assert "galore_config" not in caplog.text

@@ -14,7 +14,7 @@ from lm_core.harness import add_harness
 from lowrank_opt.checks import refuse_unused
 from lowrank_opt.commands import BenchConfig, CompareConfig, EvalConfig, ExportConfig, InspectConfig, PresetsConfig
 from lowrank_opt.config import TrainConfig
-from lowrank_opt.resolve import resolved, with_data, without_foreign
+from lowrank_opt.resolve import resolved, tell_packaged, with_data, without_foreign
 
 cli = command_group("Train language models in little memory: LoRA, GaLore and full-rank baselines.")
 
@@ -29,6 +29,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     config = without_foreign(config)
     refuse_unused(config)
     config = resolved(config)
+    tell_packaged(config)
     if config.dry_run and not config.data:
         from lowrank_opt import estimation
 

@@ -13,6 +13,7 @@ from lm_core.config import explicit, leaves
 from lm_core.errors import ConfigError
 from lowrank_opt.checks import processes, used_by
 from lowrank_opt.config import TrainConfig
+from lowrank_opt.optimizer_options import PROJECTED
 
 log = logging.getLogger("lowrank_opt")
 
@@ -96,3 +97,14 @@ def without_foreign(config: TrainConfig) -> TrainConfig:
         name: {leaf.path.partition(".")[2]: leaf.default for leaf in foreign if leaf.path.startswith(name + ".")} for name in sections
     }
     return again(config, **{name: replace(getattr(config, name), **values) for name, values in defaults.items()})
+
+
+def tell_packaged(config: TrainConfig) -> None:
+    """Say that the packaged values stand for a JSON file of the optimizer that is neither named nor in its usual place."""
+    wanted = {
+        "lora_config": (config.lora_config, config.optimizer.startswith("lora")),
+        "galore_config": (config.galore_config, config.optimizer in (*PROJECTED, "apollo", "apollo-mini", "ldadam")),
+    }
+    for option, (path, used) in wanted.items():
+        if used and not path.exists():
+            log.info("%s: there is no %s; the packaged values hold where no option says otherwise", option, path)

@@ -218,10 +218,10 @@ class Loader:
 
     def _renumber(self, numbers: Mapping[str, int]) -> None:
         fresh = iter(range(max(numbers.values()) + 1, max(numbers.values()) + 1 + len(self.names)))
-        self._numbers = [numbers[name] if name in numbers else next(fresh) for name in self.names]
-        for rows, number in zip(self._rows, self._numbers):
-            if getattr(rows, "number", number) != number:
-                rows.number = number  # type: ignore[attr-defined]
+        usual, self._numbers = self._numbers, [numbers[name] if name in numbers else next(fresh) for name in self.names]
+        for rows, then, now in zip(self._rows, usual, self._numbers):
+            if then != now and hasattr(rows, "number"):
+                rows.number = now
                 # workers hold copies of the rows
                 self._reader, self._workers = _Reader(self._rows), None
 
@@ -318,7 +318,7 @@ def _difference(field: str, then: Any, now: Any) -> tuple[str, str]:
         found = (
             f"sources {names[1]}, but the checkpoint was made with {names[0]}"
             if names[0] != names[1]
-            else "the documents of a source have changed since the checkpoint"
+            else "the documents of a source, or how they are cut into samples, have changed since the checkpoint"
         )
         return f"data: {found}", "give the data, packing, max_length and tokenizer of the checkpoint, or start a new run"
     return f"{field}: {now}, but the checkpoint was made with {then}", "give the value of the checkpoint, or start a new run"

@@ -17,6 +17,11 @@ def test_a_target_is_a_bound_from_above_or_below(value: float, least: bool, pass
     assert Figure("x", "", value, 2.0, least).passed == passed
 
 
+def test_a_floor_stands_beside_the_number() -> None:
+    assert Figure("x", "a ratio", 0.7, 0.5, floor=0.61).line.endswith("<= 0.5     a ratio; floor 0.61")
+    assert Figure("x", "a ratio", 0.7, floor=0.61).as_dict()["floor"] == 0.61
+
+
 def busy(seconds: float) -> Callable[[], None]:
     def run() -> None:
         until = time.process_time() + seconds

@@ -206,6 +206,8 @@ with imports, loading, and for low-rank optimizers the first projection. `peak` 
 `floor` is the time that the operations of our step (as `lm_core.estimate` counts them) take at the rate of a large float32 product on one
 thread, over the time of our step; it is above 1 for masked diffusion, whose head we compute for masked tokens alone, while the estimate
 counts all, and may be elsewhere where the processor's clock changed between the two. Load: before and after, over all programs on the machine.
+In the tables of figures, `floor` is the figure that would come out if our side took no time for anything but the products and bytes that it
+cannot do without, at the rates of the same run: a target beyond it is out of this machine's reach.
 """
 
 
@@ -231,12 +233,21 @@ def page(parts: dict[str, Any]) -> str:
             where = part["conditions"]
             load = " to ".join(map(str, where["load"]))
             told = f"`{part['command']}`, {where['date']}, commit {where['commit']}, load {load}, {where['seconds']} s."
-            lines += ["", f"## {name.removesuffix(' bench')}", "", told, "", "| figure | value | target | met |", "|---|---|---|---|"]
+            lines += [
+                "",
+                f"## {name.removesuffix(' bench')}",
+                "",
+                told,
+                "",
+                "| figure | value | target | floor | met |",
+                "|---|---|---|---|---|",
+            ]
             for figure in part["figures"]:
                 target = figure["target"]
                 bound = "" if target is None else f"{'≥' if figure['least'] else '≤'} {target:g}"
                 met = "" if target is None else ("yes" if figure["pass"] else "**no**")
-                lines.append(f"| {figure['name']}: {figure['what']} | {figure['value']:.4g} | {bound} | {met} |")
+                floor = "" if figure.get("floor") is None else f"{figure['floor']:.4g}"
+                lines.append(f"| {figure['name']}: {figure['what']} | {figure['value']:.4g} | {bound} | {floor} | {met} |")
     machines = sorted({part["conditions"]["machine"] for part in parts.values()})
     return "\n".join([*lines, "", f"Machine: {'; '.join(machines)}.", ""])
 

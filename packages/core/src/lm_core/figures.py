@@ -19,13 +19,17 @@ from lm_core.errors import ConfigError
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured number and its bound: an upper one unless `least`, none for a number that is only told."""
+    """One measured number and its bound: an upper one unless `least`, none for a number that is only told.
+
+    `floor` is what the number would be if nothing took time but the operations that no way around exists for, by the same run.
+    """
 
     name: str
     what: str
     value: float
     target: float | None = None
     least: bool = False
+    floor: float | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -36,15 +40,16 @@ class Figure:
 
     @property
     def line(self) -> str:
+        what = self.what if self.floor is None else f"{self.what}; floor {self.floor:.4g}"
         if self.target is None:
-            return f"      {self.name:12} {self.value:8.4f} {'':10} {self.what}"
+            return f"      {self.name:12} {self.value:8.4f} {'':10} {what}"
         sign = ">=" if self.least else "<="
-        return f"{'pass' if self.passed else 'FAIL'}  {self.name:12} {self.value:8.4f} {sign} {self.target:<7g} {self.what}"
+        return f"{'pass' if self.passed else 'FAIL'}  {self.name:12} {self.value:8.4f} {sign} {self.target:<7g} {what}"
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "name": self.name, "what": self.what, "value": self.value, "target": self.target, "least": self.least, "pass": self.passed,
-            **self.details,
+            "floor": self.floor, **self.details,
         }  # fmt: skip
 
 

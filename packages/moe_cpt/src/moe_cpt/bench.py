@@ -131,12 +131,9 @@ def layer(config: BenchConfig) -> Iterator[Figure]:
                 "baseline_ms": 1e3 * seconds,
             }  # fmt: skip
             what = f"fused layer over {BASELINES[baseline]}, {kind}: {1e3 * fused:.0f} of {1e3 * seconds:.0f} ms"
-            yield Figure("layer", what, fused / seconds, target, details=details)
-        what = (
-            f"that floor over {BASELINES['loop']}, {kind}: {FLOPS / 1e9:.1f} GFLOP at {speed / 1e9:.0f} GFLOP/s, "
-            f"{ELEMENTS * dtype.itemsize / 1e6:.0f} MB at {bandwidth / 1e9:.0f} GB/s"
-        )
-        yield Figure("layer", what, floor / loop)
+            if baseline == "floor":
+                what += f", {FLOPS / 1e9:.1f} GFLOP at {speed / 1e9:.0f} GFLOP/s or {ELEMENTS * dtype.itemsize / 1e6:.0f} MB at {bandwidth / 1e9:.0f} GB/s"
+            yield Figure("layer", what, fused / seconds, target, floor=None if baseline == "floor" else floor / seconds, details=details)
     found = blocks(torch.float32)
     ours, theirs = (saved(block) / TOKENS for block in (found["fused"], found["loop"]))
     what = f"elements that the layer saves for backward over the loop's, {ours:.0f} of {theirs:.0f} per token"

@@ -129,7 +129,11 @@ def test_the_rate_stays_at_the_floor_after_tmax_epochs_but_oscillates_in_steps()
         ({"optimizer": "ldadam", "engine": "sharded"}, "optimizer: engine: sharded leaves .*, which ldadam needs whole"),
         ({"engine": "sharded", "galore": {"proj_type": "full"}}, "galore.proj_type: engine: sharded .*full needs whole ones; use right"),
         ({"engine": "sharded", "galore": {"compat": "galore_torch"}}, "galore.compat: galore_torch needs whole matrices"),
-        ({"per_layer": True, "precision": "bf16", "num_processes": 2}, "per_layer: .*one process"),
+        ({"per_layer": True, "precision": "bf16", "num_processes": 2}, "per_layer: .*one process, not 2; use --engine lowrank"),
+        (
+            {"per_layer": True, "precision": "bf16", "num_processes": 2, "optimizer": "muon"},
+            "per_layer: .*one process.*use --num-processes 1",
+        ),
         ({"per_layer": True, "precision": "bf16", "nonfinite": "drop"}, "per_layer: .*dropped"),
         ({"per_layer": True, "precision": "bf16", "nonfinite": "skip"}, "per_layer: .*dropped"),
         ({"engine": "deepspeed", "optimizer": "adamw8bit"}, "optimizer: zero_stage: 2 would cut through the blocks"),

@@ -163,6 +163,7 @@ def several(folder: Path) -> list[Any]:
     owned = in_a_process(engine="lowrank", shard_optimizer=True, verify_replicas_every=3, folder=folder / "lowrank", **TRANSFERRED)
     later = in_a_process(engine="lowrank", shard_optimizer=True, begun=folder / "alone", **TRANSFERRED)
     found |= {"lowrank owned": owned.weights, "lowrank later": later.weights}
+    not_finite_on_one_rank()
     return [found, replicated.sent, low, len(computed), owned]
 
 
@@ -182,6 +183,22 @@ def zero_redundancy(method: str, library: bool) -> dict[str, torch.Tensor]:
             weight.grad = gradient(tuple(weight.shape), step, 0)
         optimizer.step()
     return {str(n): weight.detach() for n, weight in enumerate(weights)}
+
+
+def not_finite_on_one_rank() -> None:
+    """A gradient that one rank cannot use stops both, by name."""
+    values = {"optimizer": "galore", "galore": {"rank": RANK}, "precision": "fp32", "engine": "lowrank", "per_layer": True}
+    method = Linear(build(TrainConfig, {"mode": "pretraining", "model": "llama_test", **values}))
+    engine: Any = make_engine(method.config, method, method.build(), torch.device("cpu"))
+
+    def stepped(step: int, factor: float) -> None:
+        terms = [(w * gradient(tuple(w.shape), step, 0)).sum() * (factor if n == 1 else 1.0) for n, w in enumerate(engine.trained.values())]
+        engine.backward(sum(terms))
+        engine.step()
+
+    stepped(0, 1.0)
+    with pytest.raises(RunFailed, match=r"weights\.1"):
+        stepped(1, float("nan") if torch_dist.get_rank() else 1.0)
 
 
 def drifting(what: str) -> None:

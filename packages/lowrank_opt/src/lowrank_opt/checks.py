@@ -193,7 +193,8 @@ def check_clipping(config: TrainConfig) -> None:
     if config.per_layer and config.precision == "fp16":
         raise ConfigError("per_layer: fp16 learns of an overflow after the updates were made; use --dtype bf16 or fp32")
     if config.per_layer and processes(config) > 1 and config.engine != "lowrank":
-        raise ConfigError(f"per_layer: updates inside backward run in one process, not {processes(config)}; use --engine lowrank instead")
+        instead = "--engine lowrank" if config.optimizer in REDUCED or config.optimizer not in LOW_RANK else "--num-processes 1"
+        raise ConfigError(f"per_layer: updates inside backward run in one process, not {processes(config)}; use {instead} instead")
     if config.per_layer and config.nonfinite != "stop":
         raise ConfigError("per_layer: updates inside backward cannot be dropped; use --nonfinite stop")
 

@@ -101,6 +101,16 @@ def test_dead_experts_are_counted_and_estimates_are_not(tmp_path: Path) -> None:
     assert method.measured() == {}
 
 
+def test_a_run_says_once_when_it_will_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    method, _, _ = assembled(tmp_path, budget="3620 steps")
+    assert isinstance(method, MoeCPT)
+    for step in (18, 19, 20):
+        method._meter._place, method._meter._timed = (step, 0), {"seconds": 4.0, "tokens": 80, "steps": 2}
+        with caplog.at_level("INFO"):
+            method.measured()
+    assert caplog.text.count("ETA: hours: 2.00, until ") == 1
+
+
 @pytest.mark.parametrize("from_dense", ["random", "none"])
 def test_debug_mode_tries_a_run_on_two_layers_and_one_file(from_dense: str, tmp_path: Path) -> None:
     source = dense_folder(tmp_path / "dense", num_hidden_layers=4)

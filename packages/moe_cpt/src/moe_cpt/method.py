@@ -27,7 +27,7 @@ from moe_cpt.data import weighted_sources
 from moe_cpt.hf.configuration_llama_moe import CALCULATORS, GATES, LlamaMoEConfig
 from moe_cpt.model import LlamaMoEForCausalLM
 from moe_cpt.models import PRESETS, first_layers
-from moe_cpt.plan import parameter_counts
+from moe_cpt.plan import hours_of, parameter_counts
 from moe_cpt.report import Meter, RouterSink
 from moe_cpt.routing import Routing, balance_loss
 from moe_cpt.schedule import parse_k_schedule
@@ -64,6 +64,8 @@ RESUMABLE = frozenset(
         "allow_data_change",
     }
 )
+# updates after which the speed of a run tells when it ends
+SETTLED = 20
 DATA_CHANGES = frozenset({"data", "prob_map", "reference_loss", "max_length", "seed", "global_batch_size"})
 
 
@@ -91,6 +93,7 @@ class MoeCPT(Method):
         self._selections = [] if config.k_schedule is None else parse_k_schedule(config.k_schedule)
         self._mixture: LlamaMoEForCausalLM | None = None
         self._words: PreTrainedTokenizerBase | None = None
+        self._foretold = False
 
     def build(self) -> nn.Module:
         config = self.config
@@ -365,7 +368,12 @@ class MoeCPT(Method):
     def measured(self) -> dict[str, float]:
         peak = self.config.flops_per_device
         known = peak_flops(self._device, self.config.precision) if peak == "auto" else peak
-        return self._meter.flush(self._sources, self._flops_per_token, known)
+        values = self._meter.flush(self._sources, self._flops_per_token, known)
+        steps, done = int(self.config.limits().limits.get("steps", 0)), self._meter.last_step + 1
+        if not self._foretold and SETTLED <= done < steps and "speed/seconds_per_step" in values:
+            logger.info("ETA: %s", hours_of(steps - done, values["speed/seconds_per_step"]))
+            self._foretold = True
+        return values
 
     def sinks(self, folder: Path) -> list[Sink]:
         return [RouterSink(self._meter, folder)]

@@ -38,6 +38,11 @@ class Meter:
         self._step_tokens = 0
         self._timed = {"seconds": 0.0, "tokens": 0, "steps": 0}
 
+    @property
+    def last_step(self) -> int:
+        """That of the last micro-batch; -1 before the first."""
+        return self._place[0]
+
     def pause(self) -> None:
         """What follows until the next step is no training."""
         self._began = None

@@ -108,6 +108,7 @@ inline void transpose(__m512i* rows) {
 // Panels of `width` rows or columns from `first` to `last`, each [end - begin][width]: words `begin` .. `end`; zeros where there are none.
 template <class T, bool halves>
 void pack_along(const Factor& from, int64_t first, int64_t last, int width, int64_t begin, int64_t end, float* out) {
+  constexpr int64_t step = halves ? 2 : 1;
   const T* data = static_cast<const T*>(from.data);
   for (int64_t panel = first; panel < last; panel += width, out += (end - begin) * width)
     for (int at = 0; at < width; at += lane) {
@@ -115,6 +116,10 @@ void pack_along(const Factor& from, int64_t first, int64_t last, int width, int6
       const __mmask16 kept = first_lanes(width - at), mask = first_lanes(from.size - x) & kept;
       for (int64_t word = begin; word < end; word += lane) {
         __m512i rows[lane];
+        // the next 16 rows, at the pace of these: 16 at once are more than the processor foresees
+        for (int i = lane; i < 2 * lane; ++i)
+          for (int line = 0; line < step * lane; line += 64 / int(sizeof(T)))
+            __builtin_prefetch(data + (x + i) * from.stride + step * word + line, 0, 2);
         for (int i = 0; i < lane; ++i)
           rows[i] = mask >> i & 1 ? words_along<T, halves>(data + (x + i) * from.stride, word, from.length) : _mm512_setzero_si512();
         transpose(rows);

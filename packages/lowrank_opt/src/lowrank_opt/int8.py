@@ -6,10 +6,12 @@ optimizer sees is a parameter with the weight's shape and gradient, but without 
 
 from __future__ import annotations
 
+import ctypes
 import math
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -192,6 +194,9 @@ def to_int8(model: nn.Module, names: Iterable[str]) -> None:
             )
         outer, _, inner = place.rpartition(".")
         setattr(model.get_submodule(outer), inner, Int8Linear(layer))
+    # the C library keeps what was freed in small parts, here the whole weights one by one; others than glibc have no such call
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def to_dense(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lm_core.config import explicit
@@ -24,7 +25,8 @@ def run(config: EvalConfig) -> dict[str, Any]:
     for source, score in scores.items():
         numbers = dict(score.metrics) if options.classifies() else {"perplexity": score.perplexity, **score.metrics}
         more = "".join(f"  {name} {value:.4f}" for name, value in numbers.items())
-        print(f"{source}  loss {score.loss:.4f} ± {score.standard_error:.4f}{more}  tokens {score.tokens:,}")
+        error = f" ± {score.standard_error:.4f}" if math.isfinite(score.standard_error) else ""
+        print(f"{source}  loss {score.loss:.4f}{error}{more}  tokens {score.tokens:,}")
         found["sources"][source] = {
             "loss": score.loss,
             "standard_error": score.standard_error,

@@ -6,6 +6,7 @@ import logging
 import math
 import re
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
@@ -56,6 +57,9 @@ class Memory:
     runtime: int
     peak: int
 
+    def __str__(self) -> str:
+        return "memory GiB  " + "  ".join(f"{name} {size / 2**30:.2f}" for name, size in asdict(self).items())
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -81,10 +85,9 @@ class Estimate:
 
     def __str__(self) -> str:
         counts = "  ".join(f"{name} {count:,}" for name, count in asdict(self.parameters).items())
-        parts = "  ".join(f"{name} {size / 2**30:.2f}" for name, size in asdict(self.memory).items())
         hours = self.steps * self.seconds / 3600
         return (
-            f"parameters  {counts}\nmemory GiB  {parts}\n"
+            f"parameters  {counts}\n{self.memory}\n"
             f"step        samples {self.samples:,}  tokens {self.tokens:,}  seconds {self.seconds:.2f}\n"
             f"run         steps {self.steps:,}  tokens {self.steps * self.tokens:,}  hours {hours:.2f}"
         )
@@ -93,7 +96,7 @@ class Estimate:
 def estimate(engine: Engine, method: Method, data: Loader, budget: Budget, flops: float) -> Estimate:
     """Predict the run that `engine` and `data` are about to start from its first steps; every rank must call it.
 
-    Runs one micro-batch, the largest of those steps. Neither weights, nor optimizer state, nor the position in the data change.
+    Runs one micro-batch twice, the largest of those steps. Neither weights, nor optimizer state, nor the position in the data change.
     """
     from lm_core.train import measure
 
@@ -169,7 +172,7 @@ def _here(tensor: Any) -> Tensor:
 
 
 def _memory(engine: Engine, method: Method, batch: Batch, accumulate: int) -> tuple[Memory, float]:
-    """Memory by part from one real micro-batch of `accumulate` per step, and the seconds it took.
+    """Memory by part from one real micro-batch of `accumulate` per step, and the seconds it takes once more.
 
     The peak is in one of two places: in a backward pass, when activations are alive beside (part of) the gradients,
     or in the update, when all gradients are. From the second micro-batch of a step on, all gradients are alive in both.
@@ -182,10 +185,8 @@ def _memory(engine: Engine, method: Method, batch: Batch, accumulate: int) -> tu
         tensor.sum()
     before = current_bytes(engine.device)
     live = Live([*tensors, *state])
-    began = time.perf_counter()
     reset_peak(engine.device)
     gradients, loose = _one_micro_batch(engine, method, batch, live, trained)
-    seconds = time.perf_counter() - began
     # an allocator keeps what was freed in pieces it cannot join, and operators allocate inside themselves;
     # below zero where tensors were made and never written, like DeepSpeed's buckets
     seen = live.peak()
@@ -203,6 +204,14 @@ def _memory(engine: Engine, method: Method, batch: Batch, accumulate: int) -> tu
         backward = whole + activations + largest
     del gradients
     engine.drop()
+    # the first pass may have compiled operators, and was watched operation by operation
+    finished = torch.cuda.synchronize if engine.device.type == "cuda" else lambda device: None
+    finished(engine.device)
+    began = time.perf_counter()
+    _one_micro_batch(engine, method, batch, nullcontext(), trained)
+    finished(engine.device)
+    seconds = time.perf_counter() - began
+    engine.drop()
     held = sum(tensor.nbytes for tensor in state)
     optimizer = max(held, _optimizer_bytes(engine, trained))
     weights = sum({part.data_ptr(): stored_bytes(part) for part in tensors}.values())
@@ -217,7 +226,9 @@ def stored_bytes(tensor: Tensor) -> int:
     return min(tensor.nbytes, tensor.untyped_storage().nbytes())
 
 
-def _one_micro_batch(engine: Engine, method: Method, batch: Batch, live: Live, trained: list[nn.Parameter]) -> tuple[list[Tensor], bool]:
+def _one_micro_batch(
+    engine: Engine, method: Method, batch: Batch, live: AbstractContextManager[Any], trained: list[nn.Parameter]
+) -> tuple[list[Tensor], bool]:
     """Gradients of one micro-batch as the engine makes them, and whether the engine would have used them up at once."""
     if not getattr(engine.optimizer, "per_layer", False):
         with live:

@@ -135,11 +135,17 @@ def test_reference_losses_are_those_of_eval(tmp_path: Path) -> None:
 def test_plan_prints_the_header_and_needs_no_weights(tmp_path: Path) -> None:
     folder = mixture_folder(tmp_path)
     (folder / "model.safetensors").unlink()
+    shape = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(shape | {"max_position_embeddings": 4096}))
     words = ("--model", folder, "--num_tokens", "200*10^9", "--block_size", 4096, "--per_device_train_batch_size", 8)
     found = call("plan", *words, "--gradient_accumulation_steps", 4, "--num_nodes", 14, "--num_gpu_per_node", 8, "--seconds_per_step", 36)
     assert [found[name] for name in ("max_steps", "global_batch_size", "tokens_per_batch")] == [13623, 3584, 14680064]
     assert found["hours"] == pytest.approx(136.23)
     assert found["parameters"]["active"] < found["parameters"]["total"]
+    # float32 weights (and a few buffers) and gradients, and AdamW's two moments
+    each = [found["memory"][name] / found["parameters"]["total"] for name in ("weights", "gradients", "optimizer")]
+    assert each == pytest.approx([4, 4, 8], rel=1e-3)
+    assert found["memory"]["activations"] > 0
 
 
 def test_checklist_marks_what_looks_wrong(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,13 +29,10 @@ def estimate_unbuilt(config: RunConfig, method: Method, data: Loader, device: to
     under 16-bit autocast; seconds are FLOPs over the device's peak.
     """
     batches = next(data)
-    try:
-        memory, counts, flops = _without_values(config, method, batches, device)
-    except (RuntimeError, NotImplementedError) as error:
-        logger.debug("no estimate without values: %s", error)
+    found = without_values(config, method, batches[0], device)
+    if found is None or found[0].peak < available_bytes(device):
         return None
-    if memory.peak < available_bytes(device):
-        return None
+    memory, counts, flops = found
     peak, free = memory.peak / 2**30, available_bytes(device) / 2**30
     logger.warning(
         "a peak of %.1f GiB is more than the %.1f GiB that are free: nothing was built, and seconds assume peak FLOP/s", peak, free
@@ -51,13 +47,23 @@ def estimate_unbuilt(config: RunConfig, method: Method, data: Loader, device: to
     return Estimate(counts, memory, size.samples, size.tokens, seconds, steps, flops)
 
 
-def _without_values(config: RunConfig, method: Method, batches: Sequence[Batch], device: torch.device) -> tuple[Memory, Parameters, float]:
+def without_values(config: RunConfig, method: Method, batch: Batch, device: torch.device) -> tuple[Memory, Parameters, float] | None:
+    """Memory of a process on `device` whose micro-batches are like `batch`, parameters, and FLOPs per token; None where the method
+    does not run without values."""
+    try:
+        return _traced(config, method, batch, device)
+    except (RuntimeError, NotImplementedError) as error:
+        logger.debug("no estimate without values: %s", error)
+        return None
+
+
+def _traced(config: RunConfig, method: Method, batch: Batch, device: torch.device) -> tuple[Memory, Parameters, float]:
     with torch.device("meta"):
         model = method.build()
         groups = param_groups(model, method.param_rules(), config)
         live = Live([*model.parameters(), *model.buffers()])
         with live:
-            for loss in method.losses(model, batches[0].to(torch.device("meta"))):
+            for loss in method.losses(model, batch.to(torch.device("meta"))):
                 loss.total.backward()
     trained = [parameter for group in groups for parameter in group["params"]]
     gradients = [parameter.grad for parameter in trained if parameter.grad is not None]

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 from lm_core.cli import command_group, configured
@@ -80,20 +81,23 @@ def sft(config: SFTConfig) -> dict[str, Any]:
 @cli.command()
 @configured(PlanConfig)
 def plan(config: PlanConfig) -> dict[str, Any]:
-    """Print what a run would do: updates, samples, parameters, and its hours where a speed is given.
+    """Print what a run would do: updates, samples, parameters, memory of a process, and its hours where a speed is given.
 
     Example: moe-cpt plan --model smollm2-135m --from_dense random --num_tokens 1B --seconds_per_step 2
     """
-    from moe_cpt.method import MoeCPT
+    from moe_cpt.method import MoeCPT, planned_memory
 
     made, counts = config.plan(), parameter_counts(MoeCPT(config).model_config().to_dict())
+    memory = planned_memory(config)
     seconds = config.seconds_per_step if config.logdir is None else seconds_per_step(config.logdir)
-    print(made.header, *announced(config, counts), *([] if seconds is None else [hours_of(made.max_steps, seconds)]), sep="\n")
+    told = [f"{memory} of a process that holds the whole model"] if memory else []
+    print(made.header, *announced(config, counts), *told, *([] if seconds is None else [hours_of(made.max_steps, seconds)]), sep="\n")
     return {
         "max_steps": made.max_steps,
         "global_batch_size": made.global_batch,
         "tokens_per_batch": made.tokens_per_batch,
         "parameters": {"active": counts.active, "total": counts.total, "dense": counts.dense},
+        "memory": None if memory is None else asdict(memory),
         "hours": None if seconds is None else made.max_steps * seconds / 3600,
     }
 

@@ -21,13 +21,13 @@ def moe_ffn(x_RD: Tensor, gate_up_NFD: Tensor, down_NDE: Tensor, idx_RK: Tensor,
     `gate_up_NFD` holds the 2E gate and up rows of every expert, in this order. Products run in autocast's type where autocast is on.
     Every expert gets a gradient, zero where no token came. Rows are added in a fixed order.
     """
+    if x_RD.is_meta:
+        return _evenly(x_RD, gate_up_NFD, down_NDE, score_RK)
     kind = x_RD.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_RD.dtype
     with torch.autocast(kind, enabled=False):
         x_RD, gate_up_NFD, down_NDE = x_RD.to(dtype), gate_up_NFD.to(dtype), down_NDE.to(dtype)
         tokens, k = idx_RK.shape
-        if x_RD.is_meta:
-            return _evenly(x_RD, gate_up_NFD, down_NDE, score_RK)
         chosen = chosen_backend(backend, x_RD, down_NDE)
         if chosen == "fused":
             return fused(x_RD, gate_up_NFD, down_NDE, idx_RK, score_RK)

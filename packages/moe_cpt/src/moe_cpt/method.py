@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from kernels_cuda.head import linear_cross_entropy
 from lm_core import dist
 from lm_core.errors import ConfigError, ResumeRefused, RunFailed
-from lm_core.estimate import peak_flops
+from lm_core.estimate import Memory, peak_flops
 from lm_core.method import IGNORE, Batch, Loss, Method, Rule
 from lm_core.models import CausalLoss, checkpoint_activations, load_model, model_folder, quiet
+from lm_core.unbuilt import without_values
 from moe_cpt.adapters import adapted, from_adapter
 from moe_cpt.config import TrainConfig
 from moe_cpt.convert import convert, moe_config
@@ -413,6 +414,14 @@ class StepSums:
         self._sums = everyone if self._sums is None else self._sums + everyone
         others = self._sums[:-1].view(mine.shape) - mine
         return importance_LN + others[0], load_LN + others[1], self._sums[-1]
+
+
+def planned_memory(config: TrainConfig) -> Memory | None:
+    """Bytes of a process that holds the whole model, without its weights; None for adapters on experts, which peft cannot run without values."""
+    ids = torch.zeros(config.micro_batch_size, config.max_length, dtype=torch.long)
+    batch = Batch({"input_ids": ids, "labels": ids}, index=torch.arange(config.micro_batch_size), step=0)
+    found = without_values(config, MoeCPT(config), batch, torch.device("cpu"))
+    return None if found is None else found[0]
 
 
 def names_in(text: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -66,7 +67,8 @@ class Router(nn.Module):
 
     def forward(self, x_RD: Tensor, noisy: bool) -> tuple[Tensor, Tensor | None]:
         """Logits, and with `noisy` the standard deviations softplus(x W_noise^T) + epsilon, both R x N."""
-        with torch.autocast(x_RD.device.type, enabled=False):
+        # autocast knows no tensors without values
+        with nullcontext() if x_RD.is_meta else torch.autocast(x_RD.device.type, enabled=False):
             x_RD = x_RD.to(torch.promote_types(x_RD.dtype, torch.float32))
             if self.mlp:
                 logits = _linear(torch.tanh(_linear(x_RD, self.fc1)), self.fc2)

@@ -43,7 +43,10 @@ def test_options_make_a_configuration_or_one_error(command: str, data: st.DataOb
     options = list(leaves(cls))
     chosen = data.draw(st.lists(st.sampled_from(options), max_size=5, unique_by=lambda leaf: leaf.path))
     required = {leaf.path: data.draw(valid(leaf.type, leaf.limits)) for leaf in options if leaf.default is dataclasses.MISSING}
-    layer = required | {leaf.path: data.draw(anything(leaf)) for leaf in chosen}
+    configuration_or_one_error(cls, required | {leaf.path: data.draw(anything(leaf)) for leaf in chosen})
+
+
+def configuration_or_one_error(cls: Any, layer: dict[str, Any]) -> None:
     try:
         further = cls.further_layers(merge(cls, layer)) if hasattr(cls, "further_layers") else []
         made = build(cls, *further, given=[layer])
@@ -52,6 +55,22 @@ def test_options_make_a_configuration_or_one_error(command: str, data: st.DataOb
             made.run_folder()
     except ConfigError as error:
         assert str(error).replace("\n", "").isprintable()  # noqa: PT017
+
+
+# too long for a number, for a file's name, and of no type that an option has; a draw meets them too seldom
+AWKWARD = (10**5000, "9" * 5000, [10**5000], {"a": 10**5000}, "\ud800", float("nan"))
+
+
+@pytest.mark.parametrize("command", CLASSES)
+@settings(max_examples=1, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_every_option_takes_an_awkward_value_or_refuses_it(command: str, data: st.DataObject) -> None:
+    cls = CLASSES[command]
+    options = list(leaves(cls))
+    required = {leaf.path: data.draw(valid(leaf.type, leaf.limits)) for leaf in options if leaf.default is dataclasses.MISSING}
+    for leaf in options:
+        for value in AWKWARD:
+            configuration_or_one_error(cls, required | {leaf.path: value})
 
 
 LINES = st.lists(

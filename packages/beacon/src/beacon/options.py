@@ -200,9 +200,9 @@ class TrainConfig(RunConfig, TrainerSpellings, BeaconOptions):
         often = {"epoch": "epoch", "no": "never"}
         if right(bool, values.get("cpu")):
             found["cpu"] = [Meaning("device", "cpu")]
-        if every := often.get(str(values.get("save_strategy"))):
-            found["save_strategy"] = [Meaning("save_every", every)]
-        strategy = str(values.get("evaluation_strategy"))
+        saving, strategy = (word if isinstance(word := values.get(name), str) else "" for name in ("save_strategy", "evaluation_strategy"))
+        if saving in often:
+            found["save_strategy"] = [Meaning("save_every", often[saving])]
         if strategy in often:
             found["evaluation_strategy"] = [Meaning("eval_every", often[strategy])]
         elif strategy == "steps" and values.get("eval_every", "never") == "never":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -133,7 +134,7 @@ class TrainConfig(RunConfig):
         for section_name, default in (("lora", LORA_FILE), ("galore", GALORE_FILE)):
             option = f"{section_name}_config"
             path = Path(texts.get(option, default))
-            if path.exists():
+            if os.path.exists(path):  # unlike Path.exists, also of a name that no file can have
                 values_read = load(path)
                 inner = {one: values_read.pop(one, {}) for one in ("apollo", "ldadam")}
                 if wrong := next((one for one, content in inner.items() if not isinstance(content, Mapping)), None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -105,7 +106,7 @@ class TasksConfig:
         for name, method in (("only_generate", "greedy"), ("only_mc_nll", "mc")):
             if getattr(self, name) and self.method not in (None, method):
                 raise ConfigError(f"{name}: means --method {method}, but {self.method} is given; drop one of the two")
-        if self.batch_size != "auto" and not (self.batch_size.isdecimal() and int(self.batch_size)):
+        if self.batch_size != "auto" and not re.fullmatch(r"0*[1-9]\d{0,8}", self.batch_size):
             raise ConfigError(f"batch_size: {self.batch_size!r} is no number of targets; use auto, or 1 or more")
         if self.only_generate and self.only_mc_nll:
             raise ConfigError("only_generate: --only-mc-nll is given, too; drop one of the two")

@@ -82,10 +82,11 @@ class MegatronSpellings(AdamSpellings):
             # in those scripts a project is what turns reports on
             values = {**values, "wandb_mode": "online"}
         name = values.get("recipe")
-        if name is None:
+        if not isinstance(name, str):
+            # none, or one that is refused where all options are checked
             return super().further_layers(values)
         # whatever else is given wins over it
-        layer = {path: value for path, value in merge(cls, load(recipe_file(str(name)))).items() if path not in values}
+        layer = {path: value for path, value in merge(cls, load(recipe_file(name))).items() if path not in values}
         return [layer, *super().further_layers({**layer, **values})]
 
     def check(self) -> None:
@@ -100,8 +101,7 @@ class MegatronSpellings(AdamSpellings):
 def recipe_file(name: str) -> Path:
     """A shipped file of options. Raises ConfigError with the names for one that is not there."""
     folder = Path(str(files("mdm_scaling"))) / "presets"
-    path = folder / f"{_NAMES.get(name, name)}.yaml"
-    if "/" in name or not path.is_file():
-        known = sorted([*_NAMES, *(file.stem for file in folder.glob("*.yaml"))])
-        raise ConfigError(f"recipe: {name!r} is none of {', '.join(known)}; name one of them, or a file with --config")
-    return path
+    known = {file.stem: file for file in folder.glob("*.yaml")}
+    if (found := known.get(_NAMES.get(name, name))) is None:
+        raise ConfigError(f"recipe: {name!r} is none of {', '.join(sorted([*_NAMES, *known]))}; name one of them, or a file with --config")
+    return found

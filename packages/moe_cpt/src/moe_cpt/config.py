@@ -176,9 +176,9 @@ class TrainConfig(RunConfig, TrainerSpellings):
     @classmethod
     def meanings(cls, values: Mapping[str, Any]) -> dict[str, list[Meaning]]:
         found = super().meanings(values)
-        precision = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(str(values.get("torch_dtype")))
-        if precision:
-            found["torch_dtype"] = [Meaning("precision", precision)]
+        precisions = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+        if isinstance(dtype := values.get("torch_dtype"), str) and dtype in precisions:
+            found["torch_dtype"] = [Meaning("precision", precisions[dtype])]
         if percent := right(float, values.get("validation_split_percentage")):
             found["validation_split_percentage"] = [Meaning("hold_out", percent / 100)]
         if eval_tokens := right(Count, values.get("eval_tokens")):

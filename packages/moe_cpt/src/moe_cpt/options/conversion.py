@@ -95,9 +95,9 @@ class ConvertConfig:
         text = self.moe_layers.strip()
         if text == "all":
             return text
-        if match := re.fullmatch(r"-(\d+)-(\d+)", text):
+        if match := re.fullmatch(r"-(\d{1,9})-(\d{1,9})", text):
             return {"skip_first": int(match[1]), "skip_last": int(match[2])}
-        if not re.fullmatch(r"\d+(\s*,\s*\d+)*", text):
+        if not re.fullmatch(r"\d{1,9}(\s*,\s*\d{1,9})*", text):
             raise ConfigError(f"moe_layers: {self.moe_layers!r} is not all, a comma list of layers, or -A-B; write for example 2,3,4")
         return [int(part) for part in text.split(",")]
 
